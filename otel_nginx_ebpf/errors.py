@@ -1,0 +1,5 @@
+"""Errors a user can do something about. The command line prints them as one line and exits with 2."""
+
+
+class UserError(Exception):
+    """Says what happened, to what, and the next step."""

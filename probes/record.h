@@ -1,0 +1,103 @@
+/*
+ * What the kernel hands to user space: one record per completed request.
+ *
+ * This file is the only declaration of the record. probes/ compiles it; otel_nginx_ebpf/record.py
+ * parses it. It may hold only enums and structs of fixed-width scalars, without padding.
+ *
+ * A record in the ring buffer is
+ *     struct request_record
+ *     struct upstream_attempt   * attempts
+ *     struct string_header, then `bytes` bytes, padded to 8   * as many as fit in the record
+ *
+ * Times are CLOCK_MONOTONIC nanoseconds; 0 means "did not happen, or was not seen".
+ */
+
+enum string_kind {
+    STRING_METHOD = 1,        /* r->method_name */
+    STRING_URI = 2,           /* r->unparsed_uri */
+    STRING_HOST = 3,          /* the Host header, or :authority */
+    STRING_USER_AGENT = 4,
+    STRING_LOCATION = 5,      /* ngx_http_core_loc_conf_t.name */
+    STRING_SERVER_NAME = 6,   /* ngx_http_core_srv_conf_t.server_name */
+    STRING_CLIENT_SOCKADDR = 7,
+    STRING_LOCAL_SOCKADDR = 8,
+    STRING_PEER = 9,          /* ngx_http_upstream_state_t.peer: as in $upstream_addr */
+    STRING_UPSTREAM = 10,     /* ngx_http_upstream_srv_conf_t.host: the upstream block's name */
+    STRING_SUBREQUEST_URI = 11,
+};
+
+/* Index into the `loss_counts` map. "lost" causes lose a whole trace, the others a part of one. */
+enum loss {
+    LOST_RING_BUFFER_FULL = 0,
+    LOST_ACTIVE_REQUESTS_FULL = 1,
+    LOST_READ_FAILED = 2,     /* nginx's memory could not be read */
+    LOST_LAYOUT_MISMATCH = 3, /* an invariant of ngx_http_request_t did not hold */
+    LOST_PROCESSES_FULL = 4,
+    BEGAN_BEFORE_ATTACH = 5,  /* a request that was already running when the probes went live */
+    PARTIAL_SOCKETS_FULL = 6, /* socket times missing */
+    PARTIAL_ATTEMPTS_FULL = 7,
+    PARTIAL_ATTEMPTS_LIMIT = 8, /* more than ATTEMPTS_MAX upstream attempts in one request */
+    PARTIAL_STRING_CUT = 9,
+    PARTIAL_STRING_READ_FAILED = 10,
+    LOSS_CAUSES = 11,
+};
+
+enum limit {
+    ATTEMPTS_MAX = 32,
+    STRING_BYTES_MAX = 4096,
+    RECORD_BYTES_MAX = 16384,
+};
+
+struct request_record {
+    __u64 accepted_ns;        /* accept() of the client connection returned */
+    __u64 first_read_ns;      /* the read that brought the first request byte returned; 0: it had come with an earlier request's bytes */
+    __u64 created_ns;         /* ngx_http_create_request entered */
+    __u64 last_read_ns;       /* the last read of request bytes after created_ns returned */
+    __u64 first_write_ns;     /* the write of the first response byte began, at the earliest */
+    __u64 last_write_ns;      /* the last write of response bytes returned */
+    __u64 ended_ns;           /* ngx_http_free_request entered */
+    __s64 rc;                 /* its second argument: 0, or the status nginx closed the request with */
+    __u64 connection;         /* c->number: $connection */
+    __u64 connection_requests; /* $connection_requests */
+    __u64 request_length;     /* bytes: $request_length */
+    __u64 bytes_sent;         /* bytes: $bytes_sent */
+    __u64 nginx_start_sec;    /* r->start_sec, r->start_msec: nginx's own cached Unix clock */
+    __u64 nginx_start_msec;
+    __u64 http_version;       /* 9, 1000, 1001, 2000, 3000 */
+    __u64 err_status;         /* r->err_status, r->headers_out.status: as $status is decided */
+    __u64 out_status;
+    __u32 worker_pid;
+    __u32 upstream_states;    /* $upstream_addr's elements; more than the main request's attempts: no live peer */
+    __u8 tls;                 /* the client connection is encrypted */
+    __u8 multiplexed;         /* an HTTP/2 stream */
+    __u8 attempts;
+    __u8 attempts_lost;
+    __u32 reserved;
+};
+
+struct upstream_attempt {
+    __u64 connect_start_ns;   /* socket() returned; 0: the connection was open already */
+    __u64 connected_ns;       /* getsockopt(SO_ERROR) found it connected, with TLS: after the handshake */
+    __u64 connect_failed_ns;
+    __u64 first_write_ns;     /* the write of the first request byte began, at the earliest */
+    __u64 last_write_ns;
+    __u64 first_read_ns;      /* first response byte */
+    __u64 last_read_ns;       /* last response byte, or the end of file that ends the response */
+    __u64 ended_ns;           /* nginx gave the peer back to its balancer */
+    __u64 connect_msec;       /* nginx's own: ngx_http_upstream_state_t; all ones: none */
+    __u64 header_msec;
+    __u64 response_msec;
+    __u64 bytes_sent;
+    __u64 bytes_received;
+    __u32 status;             /* 0: no response */
+    __s32 connect_errno;
+    __u32 subrequest;         /* made by a subrequest (auth_request, mirror, SSI, slice) */
+    __u32 reserved;
+};
+
+struct string_header {
+    __u8 kind;
+    __u8 attempt;             /* whose, where the kind is an attempt's */
+    __u16 bytes;              /* that follow */
+    __u32 whole_bytes;        /* of the string in nginx; more than `bytes`: it was cut */
+};
