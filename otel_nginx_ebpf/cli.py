@@ -1,0 +1,258 @@
+"""The command line."""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from otel_nginx_ebpf import __version__, config
+from otel_nginx_ebpf.capture import CaptureError
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.stats import Stats
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.export import Exporter
+
+PROGRAM = "otel-nginx-ebpf"
+
+_ABOUT = """
+OpenTelemetry traces of a running nginx, by eBPF.
+
+No nginx module, no configuration change, no restart.
+
+Examples:
+
+    otel-nginx-ebpf run                      every nginx here, to a collector
+
+    otel-nginx-ebpf run --exporter console   waterfalls in the terminal
+
+    otel-nginx-ebpf record -o day.capture    keep what the kernel reports …
+
+    otel-nginx-ebpf replay day.capture --exporter json     … for later
+
+A flag wins over the environment, that over a TOML file (--config FILE).
+The standard variables mean what they mean everywhere: OTEL_SERVICE_NAME
+(default: nginx), OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_ENDPOINT
+(default: http://localhost:4317), OTEL_EXPORTER_OTLP_HEADERS, ….
+"""
+
+app = typer.Typer(
+    help=_ABOUT,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
+    """The option of a setting. It takes text: all sources of a setting are checked by the same code."""
+    field = config.Settings.model_fields[name]
+    notes = [f"env: {', '.join(config.variables(name))}"]
+    if field.default not in (None, ()):
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        notes.append(f"default: {default}")
+    if metavar is not None and name in ("pid", "binary", "exporter"):
+        notes.append("may be repeated")
+    return typer.Option(
+        *(declarations or (config.flag(name),)),
+        metavar=metavar,
+        help=f"{field.description} \\[{'; '.join(notes)}]",
+        show_default=False,
+    )
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help=f"A TOML file of settings. \\[env: {config.CONFIG_VARIABLE}]"
+    ),
+]
+Pid = Annotated[list[str] | None, _option("pid", "PID")]
+Binary = Annotated[list[str] | None, _option("binary", "PATH")]
+ExporterNames = Annotated[list[str] | None, _option("exporter", "NAME")]
+Output = Annotated[str | None, _option("output", "FILE")]
+Query = Annotated[bool | None, _option("query", None, "--query/--no-query")]
+Color = Annotated[str | None, _option("color", "WHEN")]
+RingBuffer = Annotated[str | None, _option("ring_buffer_mib", "MIB")]
+MaxActiveRequests = Annotated[str | None, _option("max_active_requests", "N")]
+QueueSize = Annotated[str | None, _option("queue_size", "SPANS")]
+BatchSize = Annotated[str | None, _option("batch_size", "SPANS")]
+BatchDelay = Annotated[str | None, _option("batch_delay_ms", "MS")]
+OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
+GraceSeconds = Annotated[str | None, _option("grace_seconds", "S")]
+
+
+def _settings(context: typer.Context) -> config.Settings:
+    given = {name: context.params.get(name) for name in config.Settings.model_fields}
+    given = {name: value for name, value in given.items() if value not in (None, [], ())}
+    return config.load(given, context.params["config_file"])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+# The commands take their options from the context: `_settings` passes on what was given.
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    pid: Pid = None,
+    binary: Binary = None,
+    exporter: ExporterNames = None,
+    output: Output = None,
+    query: Query = None,
+    color: Color = None,
+    ring_buffer_mib: RingBuffer = None,
+    max_active_requests: MaxActiveRequests = None,
+    queue_size: QueueSize = None,
+    batch_size: BatchSize = None,
+    batch_delay_ms: BatchDelay = None,
+    otlp_protocol: OtlpProtocol = None,
+    grace_seconds: GraceSeconds = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Trace running nginx processes until SIGINT or SIGTERM. Needs root.
+
+    Without --pid and --binary: every nginx of this machine.
+    When the probes are live a line that starts with "ready" appears on stderr,
+    at the end the counts of what was received, exported and lost.
+
+    Examples:
+
+        otel-nginx-ebpf run --pid $(cat /run/nginx.pid) --exporter console
+
+        otel-nginx-ebpf run --exporter otlp --exporter line --output phases.log
+
+        OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 otel-nginx-ebpf run
+    """
+    settings = _settings(context)
+    from otel_nginx_ebpf import agent
+
+    _deliver(settings, lambda exporter, stats: agent.run(settings, exporter, stats))
+
+
+@app.command()
+def record(
+    context: typer.Context,
+    file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The capture file to write.")],
+    pid: Pid = None,
+    binary: Binary = None,
+    ring_buffer_mib: RingBuffer = None,
+    max_active_requests: MaxActiveRequests = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Write the kernel's records to a capture file until SIGINT or SIGTERM. Needs root.
+
+    Example:
+
+        otel-nginx-ebpf record --pid $(cat /run/nginx.pid) -o day.capture
+    """
+    settings, stats = _settings(context), Stats()
+    from otel_nginx_ebpf import agent
+
+    agent.record(settings, file, stats)
+    _complain(stats.summary())
+
+
+@app.command()
+def replay(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A capture file.", show_default=False)],
+    exporter: ExporterNames = None,
+    output: Output = None,
+    query: Query = None,
+    color: Color = None,
+    queue_size: QueueSize = None,
+    batch_size: BatchSize = None,
+    batch_delay_ms: BatchDelay = None,
+    otlp_protocol: OtlpProtocol = None,
+    grace_seconds: GraceSeconds = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Export what a capture file holds. Needs no root, no nginx and no BCC.
+
+    Where the file is damaged it exits with 1, after it exported all before that.
+
+    Example:
+
+        otel-nginx-ebpf replay day.capture --exporter console
+    """
+    settings = _settings(context)
+    from otel_nginx_ebpf import agent
+
+    _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats, settings))
+
+
+def _deliver(settings: config.Settings, work: "Callable[[Exporter, Stats], None]") -> None:
+    """Runs `work` with an exporter, then delivers what the exporter still holds and prints the counts.
+
+    Raises:
+        typer.Exit: With 1 where the input was damaged.
+    """
+    # The SDK is slow to import, which --help need not wait for.
+    from otel_nginx_ebpf.export import make_exporter
+    from otel_nginx_ebpf.export.resource import make_resource
+
+    stats = Stats()
+    exporter = make_exporter(settings, stats, make_resource())
+    damaged = False
+    try:
+        work(exporter, stats)
+    except BrokenPipeError:
+        # Whoever read stdout has seen enough (`| head`). Python's own flush at exit must not fail again.
+        stats.lose("lost_output_closed")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except CaptureError as error:
+        damaged = True
+        _complain(str(error))
+    except UserError:
+        exporter.shutdown(settings.grace_seconds)
+        raise
+    exporter.shutdown(settings.grace_seconds)
+    _complain(stats.summary())
+    if damaged:
+        raise typer.Exit(1)
+
+
+def _complain(text: str) -> None:
+    print(f"{PROGRAM}: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The program: exits with 0, with 1 for damaged input, with 2 for what the user can put right."""
+    logging.basicConfig(format=f"{PROGRAM}: %(message)s", level=logging.INFO)
+    # Until the agent handles it, and again after that, SIGTERM ends the program as Ctrl-C does.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(prog_name=PROGRAM, standalone_mode=False)
+    except (UserError, typer.TyperException) as error:
+        if str(error):  # Without arguments there is only the help, which is out already.
+            _complain(str(error))
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,210 @@
+"""Settings: flags over environment over an optional TOML file over defaults.
+
+A setting has one name everywhere: `ring_buffer_mib` in the TOML file, `--ring-buffer-mib` on the command
+line, `OTEL_NGINX_EBPF_RING_BUFFER_MIB` in the environment. The standard `OTEL_*` variables keep their
+standard meaning; those not listed here are read by the OpenTelemetry SDK and its exporters themselves.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from otel_nginx_ebpf.errors import UserError
+
+PREFIX = "OTEL_NGINX_EBPF_"
+CONFIG_VARIABLE = PREFIX + "CONFIG"
+
+ExporterName = Literal["otlp", "console", "line", "json"]
+
+
+def _split(value: object) -> object:
+    """A list in one environment variable is separated by commas."""
+    return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("not a power of two")
+    return value
+
+
+_Listed = (NoDecode, BeforeValidator(_split))
+
+
+def _standard(own: str, *variables: str) -> AliasChoices:
+    """Besides its own variable (first) a setting is read from standard ones."""
+    return AliasChoices(own, PREFIX + own.upper(), *variables)
+
+
+class Settings(BaseSettings):
+    """What the user chose. `description` is the help text, `examples[0]` says which values are allowed."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    pid: Annotated[tuple[Annotated[int, Field(gt=0)], ...], *_Listed] = Field(
+        (),
+        description="Trace this nginx: its master's or a worker's pid.",
+        examples=["process ids, each 1 or more"],
+    )
+    binary: Annotated[tuple[Path, ...], *_Listed] = Field(
+        (), description="Trace every process that runs this nginx binary.", examples=["paths"]
+    )
+    exporter: Annotated[tuple[ExporterName, ...], Field(min_length=1), *_Listed] = Field(
+        ("otlp",),
+        description="Where traces go: otlp (to a collector), console (waterfalls), "
+        "line (one line a request), json (one object a trace).",
+        examples=["of otlp, console, line, json"],
+    )
+    output: Path | None = Field(
+        None,
+        description="Write the console, line or json exporter's text to this file instead of stdout.",
+        examples=["a path"],
+    )
+    query: bool = Field(
+        True,
+        description="Keep the query string of each URI; without it only the path.",
+        examples=["true or false"],
+    )
+    color: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Colours of the console exporter; auto: on a terminal, unless NO_COLOR is set.",
+        examples=["auto, always or never"],
+    )
+    ring_buffer_mib: Annotated[int, Field(ge=1, le=256), AfterValidator(_power_of_two)] = Field(
+        16,
+        description="Size in MiB of the buffer between the kernel and this program.",
+        examples=["a power of two from 1 to 256"],
+    )
+    max_active_requests: Annotated[int, Field(ge=64, le=1_048_576)] = Field(
+        16_384,
+        description="How many requests can be in flight in nginx at once and be traced.",
+        examples=["64 to 1048576"],
+    )
+    queue_size: Annotated[int, Field(ge=1)] = Field(
+        65_536,
+        validation_alias=_standard("queue_size", "OTEL_BSP_MAX_QUEUE_SIZE"),
+        description="How many spans may wait for the collector.",
+        examples=["a number of spans, 1 or more"],
+    )
+    batch_size: Annotated[int, Field(ge=1)] = Field(
+        512,
+        validation_alias=_standard("batch_size", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"),
+        description="How many spans are sent to the collector at once.",
+        examples=["a number of spans, 1 or more"],
+    )
+    batch_delay_ms: Annotated[int, Field(ge=0)] = Field(
+        5_000,
+        validation_alias=_standard("batch_delay_ms", "OTEL_BSP_SCHEDULE_DELAY"),
+        description="How long in milliseconds a span waits for its batch to fill.",
+        examples=["milliseconds, 0 or more"],
+    )
+    otlp_protocol: Literal["grpc", "http/protobuf"] = Field(
+        "grpc",
+        validation_alias=_standard(
+            "otlp_protocol", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
+        ),
+        description="How the collector is spoken to: grpc or http/protobuf.",
+        examples=["grpc or http/protobuf"],
+    )
+    grace_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
+        10.0,
+        description="How long in seconds to keep delivering what is queued after the end was asked for.",
+        examples=["seconds, 0 to 3600"],
+    )
+    sdk_disabled: bool = Field(
+        False,
+        validation_alias="OTEL_SDK_DISABLED",
+        description="Send nothing to a collector.",
+        examples=["true or false"],
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+def flag(name: str) -> str:
+    """The command-line option of a setting."""
+    return "--no-query" if name == "query" else "--" + name.replace("_", "-")
+
+
+def variables(name: str) -> tuple[str, ...]:
+    """The environment variables of a setting, the strongest first."""
+    alias = Settings.model_fields[name].validation_alias
+    if alias is None:
+        return (PREFIX + name.upper(),)
+    return tuple(
+        str(choice) for choice in (alias.choices[1:] if isinstance(alias, AliasChoices) else [alias])
+    )
+
+
+def _setting(location: str) -> str:
+    """The setting a validation error is about: pydantic names it by the alias that had the value."""
+    return next(
+        (name for name in Settings.model_fields if location == name or location in variables(name)), location
+    )
+
+
+def _explain(error: ErrorDetails, config: Path | None) -> str:
+    location = str(error["loc"][0]) if error["loc"] else ""
+    name = _setting(location)
+    if name not in Settings.model_fields:
+        known = ", ".join(field for field in Settings.model_fields if field != "sdk_disabled")
+        return f"{config}: unknown setting {name!r}; known are {known}"
+    allowed = Settings.model_fields[name].examples
+    variable = next((v for v in variables(name) if os.environ.get(v)), variables(name)[0])
+    return (
+        f"{flag(name)} ({variable}, {name} in the TOML file) must be {allowed[0] if allowed else ''}; "
+        f"it is {error['input']!r}"
+    )
+
+
+def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
+    """Reads the settings.
+
+    Args:
+        flags: What was given on the command line, by setting; None: not given.
+        config: The TOML file; without it $OTEL_NGINX_EBPF_CONFIG.
+
+    Raises:
+        UserError: A value that is not allowed, an unknown setting, a file that cannot be read.
+    """
+    path = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
+    if path is not None and not path.is_file():
+        raise UserError(f"--config ({CONFIG_VARIABLE}): {path} is not a file")
+
+    class FileSettings(Settings):
+        model_config = SettingsConfigDict(toml_file=path)
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    try:
+        return FileSettings(**given)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors(include_url=False)[0], path)) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"--config ({CONFIG_VARIABLE}): {path}: {error}") from error

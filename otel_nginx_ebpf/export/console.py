@@ -1,0 +1,220 @@
+"""Waterfalls in the terminal: each trace as a tree of spans with bars on one time axis."""
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Literal
+
+from opentelemetry.semconv.attributes.client_attributes import CLIENT_ADDRESS, CLIENT_PORT
+from opentelemetry.semconv.attributes.http_attributes import HTTP_REQUEST_METHOD, HTTP_RESPONSE_STATUS_CODE
+from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
+
+from otel_nginx_ebpf.export.output import Output
+from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.sockaddr import Address
+from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
+
+UPSTREAM_PEER = "nginx.upstream.peer"
+CONNECTION_REUSED = "nginx.upstream.connection.reused"
+
+_KIND_STYLES = {"SERVER": "bold cyan", "CLIENT": "magenta", "INTERNAL": "blue"}
+_ERROR_STYLE = "bold red"
+_TRACK_STYLE = "bright_black"
+_DURATION_CELLS = 9
+_LABEL_CELLS_MIN = 36
+_BAR_CELLS_MIN = 16
+_DETAIL_CELLS = 30
+"""The column behind the durations, where the terminal is wide enough for it."""
+
+
+def duration(nanoseconds: int) -> str:
+    """Three digits and a unit: `9.80 µs`, `640 µs`, `1.24 ms`, `12.4 s`."""
+    value, unit = nanoseconds / 1e3, "µs"
+    for larger in ("ms", "s"):
+        if value >= 999.5:
+            value, unit = value / 1e3, larger
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{decimals}f} {unit}"
+
+
+def _status_style(status: AttributeValue | None) -> str:
+    if not isinstance(status, int) or status >= 500:
+        return _ERROR_STYLE
+    return "bold yellow" if status >= 400 else "bold green"
+
+
+def _text(attributes: Mapping[str, AttributeValue], name: str, absent: str = "") -> str:
+    value = attributes.get(name)
+    return absent if value is None else printable(str(value))
+
+
+def _clip(text: str, cells: int) -> str:
+    """`text` in at most `cells` columns; what is cut shows as an ellipsis."""
+    return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
+
+
+def _tree(trace: Trace) -> Iterator[tuple[str, Span]]:
+    """Every span behind the lines of its place in the tree, parents before children."""
+    root = trace.spans[0]
+    yield "", root
+    known = {span.span_id for span in trace.spans}
+    children: dict[int, list[Span]] = {}
+    for span in trace.spans[1:]:
+        parent = span.parent_span_id if span.parent_span_id in known else root.span_id
+        children.setdefault(parent or root.span_id, []).append(span)
+
+    def below(parent: Span, indent: str) -> Iterator[tuple[str, Span]]:
+        siblings = children.pop(parent.span_id, [])
+        for child in siblings:
+            last = child is siblings[-1]
+            yield indent + ("└─ " if last else "├─ "), child
+            yield from below(child, indent + ("   " if last else "│  "))
+
+    yield from below(root, "")
+
+
+def _bar(start: float, end: float, cells: int) -> tuple[str, str, str]:
+    """What lies before, on and after a bar from `start` to `end` (0 to 1) on `cells` columns.
+
+    Precise to half a column; a span of no visible length is half a column long.
+    """
+    halves = 2 * cells
+    first = min(round(start * halves), halves - 1)
+    last = min(max(round(end * halves), first + 1), halves)
+    left, right = first % 2, last % 2
+    full = (last - right) // 2 - (first + left) // 2
+    bar = "╺" * left + "━" * full + "╸" * right
+    return " " * (first // 2), bar, " " * (cells - first // 2 - len(bar))
+
+
+def _client(attributes: Mapping[str, AttributeValue]) -> str:
+    port = attributes.get(CLIENT_PORT)
+    return str(
+        Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None)
+    )
+
+
+def _peers(trace: Trace) -> str:
+    peers = (_text(span.attributes, UPSTREAM_PEER) for span in trace.spans)
+    return ", ".join(dict.fromkeys(peer for peer in peers if peer))
+
+
+def _header(trace: Trace, width: int) -> Text:
+    root = trace.spans[0]
+    attributes = root.attributes
+    local = datetime.fromtimestamp(root.start_unix_ns / 1e9)
+    query = _text(attributes, URL_QUERY)
+    uri = _text(attributes, URL_PATH, absent="-") + (f"?{query}" if query else "")
+    status = attributes.get(HTTP_RESPONSE_STATUS_CODE)
+    method = _text(attributes, HTTP_REQUEST_METHOD, absent="-")
+    port = attributes.get(CLIENT_PORT)
+    client = str(
+        Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None)
+    )
+    peers = dict.fromkeys(
+        _text(span.attributes, UPSTREAM_PEER) for span in trace.spans if UPSTREAM_PEER in span.attributes
+    )
+    way = " → ".join([client, *([", ".join(peers)] if peers else [])])
+
+    head = Text.assemble(
+        (f"{local:%H:%M:%S}.{local.microsecond // 1000:03d} ", "dim"),
+        (_clip(method, 10), "bold"),
+        " ",
+    )
+    tail = Text.assemble(
+        "  ", (str(status or "-"), _status_style(status)), "  ", (duration(_length(root)), "bold")
+    )
+    room = width - head.cell_len - tail.cell_len
+    line = head + Text(_clip(uri, room), style="bold" if root.error is None else _ERROR_STYLE) + tail
+    if line.cell_len + 2 + cell_len(way) <= width:
+        return line + Text("  " + way, style="dim")
+    return line + Text("\n" + " " * 13 + _clip(way, width - 13), style="dim")
+
+
+def _length(span: Span) -> int:
+    return span.end_unix_ns - span.start_unix_ns
+
+
+def _detail(span: Span) -> str:
+    """What is worth saying beside a span: its error, else how its peer answered."""
+    parts = []
+    if span.parent_span_id is not None and HTTP_RESPONSE_STATUS_CODE in span.attributes:
+        parts.append(_text(span.attributes, HTTP_RESPONSE_STATUS_CODE))
+    if span.attributes.get(CONNECTION_REUSED):
+        parts.append("reused connection")
+    if span.error is not None:
+        parts.append(printable(span.error))
+    return " ".join(dict.fromkeys(parts))
+
+
+def waterfall(trace: Trace, width: int) -> Text:
+    """The trace as lines of at most `width` columns, the last without a line end."""
+    root = trace.spans[0]
+    begin = min(span.start_unix_ns for span in trace.spans)
+    whole = max(max(span.end_unix_ns for span in trace.spans) - begin, 1)
+    detail_cells = _DETAIL_CELLS if width >= 120 else 0
+    label_cells = max(_LABEL_CELLS_MIN, width // 4)
+    bar_cells = max(_BAR_CELLS_MIN, width - label_cells - _DURATION_CELLS - detail_cells - 4)
+    lines = [_header(trace, width)]
+    for indent, span in _tree(trace):
+        style = _KIND_STYLES.get(span.kind.name, "") if span.error is None else _ERROR_STYLE
+        name, peer = printable(span.name), _text(span.attributes, UPSTREAM_PEER)
+        label = Text.assemble((indent, _TRACK_STYLE), (name, style), (f" {peer}" if peer else "", "dim"))
+        label.truncate(label_cells, overflow="ellipsis", pad=True)
+        before, bar, after = _bar(
+            (span.start_unix_ns - begin) / whole, (span.end_unix_ns - begin) / whole, bar_cells
+        )
+        line = Text.assemble(
+            label,
+            " ",
+            before,
+            (bar, style),
+            after,
+            " ",
+            (f"{duration(_length(span)):>{_DURATION_CELLS}}", ""),
+        )
+        detail = _detail(span)
+        if detail and detail_cells:
+            line.append("  " + _clip(detail, detail_cells), style="red" if span.error else "dim")
+        elif detail and span.error and span is not root:
+            rail = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
+            line.append(f"\n{rail}", style=_TRACK_STYLE).append(
+                _clip(f"✗ {detail}", width - len(rail)), style="red"
+            )
+        lines.append(line)
+    return Text("\n").join(lines)
+
+
+class ConsoleExporter:
+    def __init__(self, output: Output, stats: Stats, *, color: Literal["auto", "always", "never"]) -> None:
+        self._output = output
+        self._stats = stats
+        console = Console(
+            file=output.stream,
+            force_terminal={"auto": None, "always": True, "never": False}[color],
+            no_color=False if color == "always" else None,
+            highlight=False,
+        )
+        if color == "never" or console.no_color or not console.is_terminal:
+            # NO_COLOR lets rich keep bold and dim; whoever wants no colours wants no escape sequences.
+            console = Console(file=output.stream, color_system=None, force_terminal=False, highlight=False)
+        self._console = console
+
+    def export(self, trace: Trace) -> None:
+        # Rendered apart from writing: on a broken pipe rich itself would end the program.
+        with self._console.capture() as capture:
+            self._console.print(
+                waterfall(trace, self._console.width), overflow="crop", no_wrap=True, crop=False
+            )
+            self._console.print()
+        self._output.write(capture.get())
+        self._stats.exported += 1
+
+    def flush(self) -> None:
+        """Every trace is written when it is exported."""
+
+    def shutdown(self, timeout_s: float) -> None:
+        self._output.close()

@@ -1,0 +1,87 @@
+"""One line of text per request, every phase in nanoseconds since the client connection was accepted.
+
+    <accept_ns>, <client>=><upstream>, <uri>, <status>, request_size=…, response_size=…, <phase>_time=…, …
+
+`<accept_ns>` is Unix nanoseconds; `client` and `upstream` are `address:port`, `[address]:port` or
+`unix:/path`; `upstream_connect_time` is when a new connection was established. Where the accept was not
+seen (the connection is older than the probes) times count from the request's first byte, and so does
+`<accept_ns>`. What did not happen is `-`. Where several upstream attempts were made, `upstream` and the
+`upstream_*` times have one element for each, separated by commas without a space.
+"""
+
+from collections.abc import Iterable
+
+from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
+
+from otel_nginx_ebpf.export.output import Output
+from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.record import Attempt, Request
+from otel_nginx_ebpf.sockaddr import parse
+from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.trace import Trace
+
+
+def _field(text: str | None) -> str:
+    """Without a space, so that `, ` can only be the separator of fields."""
+    return printable(text).replace(" ", "\\x20") if text else "-"
+
+
+def _uri(trace: Trace) -> str:
+    # From the span, where sensitive parameters are redacted.
+    attributes = trace.spans[0].attributes
+    path, query = attributes.get(URL_PATH), attributes.get(URL_QUERY)
+    return _field(f"{path or ''}?{query}" if query else None if path is None else str(path))
+
+
+def _client(request: Request) -> str:
+    address = parse(request.client_sockaddr) if request.client_sockaddr else None
+    return _field(str(address) if address else None)
+
+
+def _connected(attempt: Attempt) -> int | None:
+    return None if attempt.connect_start_mono_ns is None else attempt.connected_mono_ns
+
+
+def to_line(trace: Trace) -> str:
+    """The line of one trace, without a line end."""
+    request = trace.request
+    base_mono_ns = request.accepted_mono_ns or request.first_read_mono_ns or request.created_mono_ns
+
+    def since(mono_ns: int | None) -> str:
+        return "-" if mono_ns is None else str(mono_ns - base_mono_ns)
+
+    def each(times_mono_ns: Iterable[int | None]) -> str:
+        return ",".join(map(since, times_mono_ns)) or "-"
+
+    attempts = request.attempts
+    accepted_unix_ns = base_mono_ns + trace.unix_offset_ns
+    upstream = ",".join(_field(attempt.peer) for attempt in attempts) or "-"
+    return (
+        f"{accepted_unix_ns}, {_client(request)}=>{upstream}, {_uri(trace)}, {request.status}, "
+        f"request_size={request.request_bytes}, response_size={request.sent_bytes}, "
+        f"downstream_request_first_byte_time={since(request.first_read_mono_ns)}, "
+        f"downstream_request_last_byte_time={since(request.last_read_mono_ns)}, "
+        f"upstream_connect_time={each(map(_connected, attempts))}, "
+        f"upstream_request_first_byte_time={each(attempt.first_write_mono_ns for attempt in attempts)}, "
+        f"upstream_request_last_byte_time={each(attempt.last_write_mono_ns for attempt in attempts)}, "
+        f"upstream_response_first_byte_time={each(attempt.first_read_mono_ns for attempt in attempts)}, "
+        f"upstream_response_last_byte_time={each(attempt.last_read_mono_ns for attempt in attempts)}, "
+        f"downstream_response_first_byte_time={since(request.first_write_mono_ns)}, "
+        f"downstream_response_last_byte_time={since(request.last_write_mono_ns)}"
+    )
+
+
+class LineExporter:
+    def __init__(self, output: Output, stats: Stats) -> None:
+        self._output = output
+        self._stats = stats
+
+    def export(self, trace: Trace) -> None:
+        self._output.write(to_line(trace) + "\n")
+        self._stats.exported += 1
+
+    def flush(self) -> None:
+        """Every line is written when it is exported."""
+
+    def shutdown(self, timeout_s: float) -> None:
+        self._output.close()
