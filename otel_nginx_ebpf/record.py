@@ -85,6 +85,7 @@ class Attempt:
     status: int | None
     """None when the peer gave no response."""
     connect_errno: int
+    tls: bool
     subrequest: bool
     peer: str | None
     """The peer as nginx names it in $upstream_addr: `127.0.0.1:80`, `[::1]:80`, `unix:/path`."""
@@ -192,6 +193,7 @@ def _attempt(raw: dict[str, int], strings: _Strings, index: int) -> Attempt:
         received_bytes=raw["bytes_received"],
         status=raw["status"] or None,
         connect_errno=raw["connect_errno"],
+        tls=bool(raw["tls"]),
         subrequest=bool(raw["subrequest"]),
         peer=strings.text("STRING_PEER", index),
         upstream=strings.text("STRING_UPSTREAM", index),

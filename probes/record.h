@@ -92,7 +92,7 @@ struct upstream_attempt {
     __u32 status;             /* 0: no response */
     __s32 connect_errno;
     __u32 subrequest;         /* made by a subrequest (auth_request, mirror, SSI, slice) */
-    __u32 reserved;
+    __u32 tls;
 };
 
 struct string_header {

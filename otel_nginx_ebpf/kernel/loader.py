@@ -1,0 +1,129 @@
+"""The short-lived process that holds BCC and LLVM: compiles, loads, attaches, hands the descriptors over and exits.
+
+The probes stay as long as their descriptors do, so the parent, which reads requests for years, never holds BCC's
+hundred megabytes, nor its code. Speaks JSON: a request on standard input, an answer with the descriptors on the unix
+socket that is descriptor 3.
+"""
+
+import ctypes
+import json
+import os
+import socket
+import sys
+from dataclasses import asdict, dataclass
+from importlib.resources import as_file, files
+from typing import Any
+
+_DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
+
+RECORDS_MAP, LOSS_COUNTS_MAP = "records", "loss_counts"
+_HANDED_OVER_MAPS = (RECORDS_MAP, LOSS_COUNTS_MAP)
+
+ANSWER_SOCKET = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRequest:
+    """A uprobe: the handler's function name in the program and the offset in the executable's file, bytes."""
+
+    handler: str
+    file_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """All that the loader needs. `executable` may be a /proc/PID/exe link."""
+
+    text: str
+    executable: str
+    probes: tuple[ProbeRequest, ...]
+    tracepoints: tuple[str, ...]
+    pids: tuple[int, ...]
+    """Processes to trace from their first system call on."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+class _LoadError(Exception):
+    """What the parent tells the user."""
+
+
+def _import_bcc() -> Any:
+    """BCC of the distribution, also from inside a virtual environment that does not see the system's packages."""
+    try:
+        import bcc
+    except ImportError:
+        sys.path.append(_DISTRIBUTION_PACKAGES)
+        try:
+            import bcc
+        except ImportError as error:
+            raise _LoadError(
+                f"BCC's Python bindings are not installed ({error}); install your distribution's package "
+                "(Debian, Ubuntu: apt-get install python3-bpfcc)"
+            ) from error
+    if not hasattr(bcc, "BPF"):
+        raise _LoadError(
+            f"the package bcc at {os.path.dirname(bcc.__file__ or '?')} is not BCC but another project of that name on PyPI; "
+            "uninstall it (pip uninstall bcc) and install your distribution's python3-bpfcc"
+        )
+    return bcc
+
+
+def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    bcc = _import_bcc()
+    from bcc.libbcc import lib
+
+    with as_file(files("otel_nginx_ebpf.probes") / "stub_headers") as headers:
+        os.environ["BCC_KERNEL_SOURCE"] = str(headers)
+        try:
+            program = bcc.BPF(text=request["text"])
+        except Exception as error:
+            raise _LoadError(f"the kernel program does not compile or its maps cannot be made: {error}") from error
+
+    processes = program["processes"]
+    for pid in request["pids"]:
+        processes[ctypes.c_uint(pid)] = processes.Leaf()
+
+    maps = [program[name.encode()].map_fd for name in _HANDED_OVER_MAPS]
+    probes: list[int] = []
+    for name in request["tracepoints"]:
+        handler = program.load_func(f"raw_tracepoint__{name}".encode(), bcc.BPF.RAW_TRACEPOINT)
+        descriptor = lib.bpf_attach_raw_tracepoint(handler.fd, name.encode())
+        if descriptor < 0:
+            raise _LoadError(f"cannot attach to the raw tracepoint {name}")
+        probes.append(descriptor)
+    for probe in request["probes"]:
+        handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE)
+        event = f"{probe['handler']}_{os.getpid()}".encode()
+        # Not BPF.attach_uprobe: it takes an address for a symbol's, and its clean-up at exit would disable the probe.
+        descriptor = lib.bpf_attach_uprobe(
+            handler.fd, 0, event, request["executable"].encode(), probe["file_offset"], -1
+        )
+        if descriptor < 0:
+            raise _LoadError(
+                f"cannot attach {probe['handler']} to {request['executable']} at offset {probe['file_offset']:#x}"
+            )
+        probes.append(descriptor)
+    return {"maps": list(_HANDED_OVER_MAPS), "probes": len(probes)}, maps + probes
+
+
+def main() -> None:
+    """Entry point of `python -m otel_nginx_ebpf.kernel.loader`; never called in the parent."""
+    request = json.loads(sys.stdin.buffer.read())
+    with socket.socket(fileno=ANSWER_SOCKET) as answer:
+        try:
+            report, descriptors = _load(request)
+        except _LoadError as error:
+            answer.sendall(json.dumps({"error": str(error)}).encode())
+            os._exit(1)
+        except Exception as error:
+            answer.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+            os._exit(1)
+        socket.send_fds(answer, [json.dumps(report).encode()], descriptors)
+    # BCC's own clean-up would detach what was just handed over.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The text of the kernel program for one nginx binary: the C files of `probes/` behind that binary's constants."""
+
+from collections.abc import Mapping
+from importlib.resources import files
+
+_HEADERS = ("record.h", "x86_64.h")
+_SOURCES = ("state.c", "sockets.c", "upstreams.c", "requests.c")
+
+
+def program_text(
+    layout: Mapping[str, Mapping[str, int]],
+    addresses: Mapping[str, int],
+    *,
+    follow_all: bool,
+    active_requests_max: int,
+    ring_buffer_bytes: int,
+) -> str:
+    """C text for BCC.
+
+    Args:
+        layout: member offsets in bytes, by struct; `sizeof` is the struct's size.
+        addresses: names and virtual addresses of the binary that the program needs (`SITE_…`, `ADDRESS_…`).
+        follow_all: trace every process that hits a probe, not only those named to the loader and their children.
+        active_requests_max: how many requests may be in flight at once.
+        ring_buffer_bytes: a power of two of at least a page.
+    """
+    constants = dict(addresses)
+    for struct, members in layout.items():
+        for member, offset in members.items():
+            name = f"SIZEOF_{struct}" if member == "sizeof" else f"OFFSET_{struct}__{member}"
+            constants[name] = offset
+    constants |= {
+        "FOLLOW_ALL": int(follow_all),
+        "ACTIVE_REQUESTS_MAX": active_requests_max,
+        "RING_BUFFER_PAGES": ring_buffer_bytes // 4096,
+    }
+    probes = files("otel_nginx_ebpf.probes")
+    return "\n".join(
+        [
+            "#include <linux/types.h>",
+            "#include <uapi/linux/ptrace.h>",
+            *(f"#define {name} {value}" for name, value in constants.items()),
+            *((probes / name).read_text(encoding="utf-8") for name in _HEADERS + _SOURCES),
+        ]
+    )

@@ -1,0 +1,147 @@
+"""What an nginx binary tells about itself, stripped or not: version, build, symbols and where a probe can sit."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import capstone
+from capstone import x86_const
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import NoteSection, SymbolTableSection
+
+from otel_nginx_ebpf.errors import UserError
+
+_VERSION = re.compile(rb"\0nginx version: nginx/([0-9.]+)|\0nginx/([0-9]+\.[0-9]+\.[0-9]+)[ \0]")
+_SIGNATURE = re.compile(rb"\0(\d,\d,\d,[01]{34,})\0")
+_CONFIGURE = re.compile(rb"configure arguments:([^\0\n]*)")
+
+# The longest prologue seen before a usable instruction is 11 bytes; what comes later has lost its arguments.
+_PROLOGUE_BYTES = 64
+
+_ARGUMENT_REGISTERS = (
+    {x86_const.X86_REG_RDI, x86_const.X86_REG_EDI, x86_const.X86_REG_DI, x86_const.X86_REG_DIL},
+    {x86_const.X86_REG_RSI, x86_const.X86_REG_ESI, x86_const.X86_REG_SI, x86_const.X86_REG_SIL},
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """An instruction that the kernel emulates for a uprobe instead of stepping over it (Linux arch/x86/kernel/uprobes.c)."""
+
+    function: str
+    address: int
+    """Virtual address in the binary."""
+    file_offset: int
+    displacement: int
+    """Bytes from the function's entry."""
+    instruction: str
+
+    def __str__(self) -> str:
+        return f"{self.function}+{self.displacement} ({self.instruction})"
+
+
+class NoSiteError(Exception):
+    """A function that is not exported, or has no instruction to probe cheaply. The text says which."""
+
+
+class Binary:
+    """An nginx executable.
+
+    Raises:
+        UserError: the file cannot be read, is not an ELF executable for x86-64, or is not nginx.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                self._read(ELFFile(file))
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        except (ELFError, ValueError, KeyError, OverflowError) as error:
+            raise UserError(f"{path} is not an executable this program understands: {error}") from error
+
+    def _read(self, elf: ELFFile) -> None:
+        if elf.get_machine_arch() != "x64":
+            raise UserError(f"{self.path} is built for {elf.get_machine_arch()}; only x86-64 is supported so far")
+        self._segments = [
+            (segment["p_vaddr"], segment["p_filesz"], segment["p_offset"], segment.data())
+            for segment in elf.iter_segments("PT_LOAD")
+        ]
+        self._symbols: dict[str, int] = {}
+        for section in elf.iter_sections():
+            if isinstance(section, SymbolTableSection):
+                for symbol in section.iter_symbols():
+                    if symbol["st_shndx"] != "SHN_UNDEF" and symbol.name.startswith("ngx_"):
+                        self._symbols[symbol.name] = symbol["st_value"]
+        rodata = b"\0".join(data for _, _, _, data in self._segments)
+        version = _VERSION.search(rodata)
+        if version is None or "ngx_http_core_module" not in self._symbols:
+            raise UserError(f"{self.path} is not an nginx with the http module: give nginx's own binary or process")
+        self.version = (version[1] or version[2]).decode()
+        signature = _SIGNATURE.search(rodata)
+        configure = _CONFIGURE.search(rodata)
+        self.configure_arguments = configure[1].decode("utf-8", "replace").strip() if configure else ""
+        self.with_compat = signature is not None and signature[1].endswith(b"1")
+        """Whether modules of other builds fit (`--with-compat`): the last flag of NGX_MODULE_SIGNATURE."""
+        self.build_id = next(
+            (
+                note["n_desc"]
+                for section in elf.iter_sections()
+                if isinstance(section, NoteSection)
+                for note in section.iter_notes()
+                if note["n_type"] == "NT_GNU_BUILD_ID"
+            ),
+            "",
+        )
+
+    def address(self, symbol: str) -> int:
+        """The virtual address of an exported symbol. Raises `NoSiteError` when there is none."""
+        try:
+            return self._symbols[symbol]
+        except KeyError:
+            raise NoSiteError(f"{symbol} is not exported") from None
+
+    @cached_property
+    def _disassembler(self) -> capstone.Cs:
+        disassembler = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+        disassembler.detail = True
+        return disassembler
+
+    def _instructions(self, address: int) -> Iterator[tuple[capstone.CsInsn, int]]:
+        for start, size, offset, data in self._segments:
+            if start <= address < start + size:
+                code = data[address - start : address - start + _PROLOGUE_BYTES]
+                for instruction in self._disassembler.disasm(code, address):
+                    yield instruction, offset + instruction.address - start
+
+    def site(self, function: str, arguments: int) -> Site:
+        """The first instruction of `function` that is cheap to probe while its first `arguments` arguments are in place.
+
+        Raises:
+            NoSiteError: the function is not exported, or has no such instruction.
+        """
+        entry = self.address(function)
+        watched = set().union(*_ARGUMENT_REGISTERS[:arguments])
+        for instruction, file_offset in self._instructions(entry):
+            text = f"{instruction.mnemonic} {instruction.op_str}".strip()
+            if _is_emulated(instruction):
+                return Site(function, instruction.address, file_offset, instruction.address - entry, text)
+            written = instruction.regs_access()[1]
+            leaves = {capstone.CS_GRP_CALL, capstone.CS_GRP_JUMP, capstone.CS_GRP_RET} & set(instruction.groups)
+            if leaves or watched & set(written):
+                raise NoSiteError(f"{function} has no instruction to probe cheaply before `{text}`")
+        raise NoSiteError(f"{function} has no instruction to probe cheaply in its first {_PROLOGUE_BYTES} bytes")
+
+
+def _is_emulated(instruction: capstone.CsInsn) -> bool:
+    """push %reg, jcc, jmp rel, call rel32 and the one-byte nop (branch_setup_xol_ops, push_setup_xol_ops)."""
+    code = bytes(instruction.bytes)
+    if 0x50 <= code[0] <= 0x57 or (code[0] == 0x41 and 0x50 <= code[1] <= 0x57):
+        return True
+    if code[0] in (0x90, 0xE8, 0xE9, 0xEB) or 0x70 <= code[0] <= 0x7F:
+        return True
+    return code[0] == 0x0F and 0x80 <= code[1] <= 0x8F

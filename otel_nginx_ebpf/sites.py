@@ -1,0 +1,64 @@
+"""Where the probes sit: a table from a boundary of a request to the nginx functions that mark it."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """A moment in a request's life that only an nginx function tells.
+
+    `functions` are candidates in order of preference; a handler `enter_<function>` exists for each in `probes/`.
+    `arguments` is how many of the function's arguments must still be in their registers at the site.
+    """
+
+    name: str
+    functions: tuple[str, ...]
+    arguments: int
+    required: bool
+    without: str
+    """What traces lack without it."""
+
+
+BOUNDARIES: tuple[Boundary, ...] = (
+    Boundary(
+        name="request begins",
+        functions=("ngx_http_create_request",),
+        arguments=1,
+        required=True,
+        without="everything",
+    ),
+    Boundary(
+        name="request ends",
+        functions=("ngx_http_free_request",),
+        arguments=2,
+        required=True,
+        without="everything",
+    ),
+    Boundary(
+        name="upstream attempt ends",
+        functions=("ngx_http_upstream_free_round_robin_peer",),
+        arguments=1,
+        required=False,
+        without="upstream connect and upstream exchange spans",
+    ),
+    Boundary(
+        name="request body arrives",
+        functions=("ngx_http_request_body_save_filter",),
+        arguments=1,
+        required=False,
+        without="the body's part of downstream read on HTTP/2 and after 100 Continue",
+    ),
+    Boundary(
+        name="HTTP/2 response begins",
+        functions=("ngx_http_v2_send_output_queue",),
+        arguments=1,
+        required=False,
+        without="downstream write spans on HTTP/2",
+    ),
+)
+
+TRACEPOINTS: tuple[str, ...] = ("sys_exit", "sched_process_exit")
+"""Raw tracepoints that `probes/` handles: socket times, and workers that are gone."""
+
+CORE_MODULE = "ngx_http_core_module"
+"""The exported object whose ctx_index leads to location and server names."""

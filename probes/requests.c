@@ -1,0 +1,361 @@
+/* A client's request: its beginning, its body, its HTTP/2 frames, and the record at its end. */
+
+/* ngx_http_create_request(ngx_connection_t *c) */
+int enter_ngx_http_create_request(struct pt_regs *ctx)
+{
+    u64 now = bpf_ktime_get_ns();
+    u32 tgid = current_tgid();
+    struct process *process = probed_process(tgid);
+    if (!process)
+        return 0;
+    process->last_event_ns = now;
+
+    struct request_key key = {.connection = PT_REGS_PARM1(ctx), .tgid = tgid};
+    struct active_request active = {.created_ns = now};
+    struct socket_key socket_key = {.tgid = tgid};
+
+    if (bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(key.connection + OFFSET_ngx_connection_s__fd)) != 0) {
+        count_loss(LOST_READ_FAILED);
+        return 0;
+    }
+    struct socket *socket = find_or_add_socket(&socket_key);
+    if (socket) {
+        active.read_ns = socket->last_read_ns;
+        active.unclaimed_read = socket->unclaimed_read;
+        socket->client = 1;
+        socket->unclaimed_read = 0;
+        socket->request_read_ns = 0;
+        socket->first_write_ns = 0;
+        socket->written_bytes = 0;
+    }
+    if (active_requests.update(&key, &active) != 0)
+        count_loss(LOST_ACTIVE_REQUESTS_FULL);
+    return 0;
+}
+
+/* The interim answer "HTTP/1.1 100 Continue", encrypted or not; a response's own header is always longer. */
+#define INTERIM_RESPONSE_BYTES_MAX 64
+
+/* ngx_http_request_body_save_filter(ngx_http_request_t *r, ngx_chain_t *in): a part of a body, in any protocol */
+int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
+{
+    u64 now = bpf_ktime_get_ns();
+    u32 tgid = current_tgid();
+    struct process *process = probed_process(tgid);
+    if (!process)
+        return 0;
+    process->last_event_ns = now;
+
+    struct request_key key = {.tgid = tgid};
+    struct socket_key socket_key = {.tgid = tgid};
+    if (!read_pointer(&key.connection, PT_REGS_PARM1(ctx) + OFFSET_ngx_http_request_s__connection))
+        return 0;
+    struct active_request *active = active_requests.lookup(&key);
+    if (!active)
+        return 0;
+    bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(key.connection + OFFSET_ngx_connection_s__fd));
+    struct socket *socket = sockets.lookup(&socket_key);
+    if (!socket)
+        return 0;
+    active->body_read_ns = socket->last_read_ns;
+    if (socket->written_bytes && socket->written_bytes <= INTERIM_RESPONSE_BYTES_MAX) {
+        socket->first_write_ns = 0;
+        socket->written_bytes = 0;
+    }
+    return 0;
+}
+
+#ifdef OFFSET_ngx_http_v2_connection_s__last_out
+/* New frames are queued at the list's head, so the head is enough. */
+#define FRAMES_MAX 32
+
+/* ngx_http_v2_send_output_queue(ngx_http_v2_connection_t *h2c): which streams are about to write */
+int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
+{
+    u64 now = bpf_ktime_get_ns();
+    u32 tgid = current_tgid();
+    struct process *process = probed_process(tgid);
+    if (!process)
+        return 0;
+    process->last_event_ns = now;
+
+    u64 h2c = PT_REGS_PARM1(ctx), connection, frame, stream, request;
+    struct socket_key socket_key = {.tgid = tgid};
+    if (!read_pointer(&connection, h2c + OFFSET_ngx_http_v2_connection_s__connection)
+        || !read_pointer(&frame, h2c + OFFSET_ngx_http_v2_connection_s__last_out))
+        return 0;
+    bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(connection + OFFSET_ngx_connection_s__fd));
+    struct socket *socket = sockets.lookup(&socket_key);
+    u64 last_write_ns = socket ? socket->last_write_ns : 0;
+
+    for (int i = 0; i < FRAMES_MAX && frame; i++) {
+        struct request_key key = {.tgid = tgid};
+        if (!read_pointer(&stream, frame + OFFSET_ngx_http_v2_out_frame_s__stream)
+            || !read_pointer(&frame, frame + OFFSET_ngx_http_v2_out_frame_s__next))
+            return 0;
+        if (!stream)
+            continue;
+        if (!read_pointer(&request, stream + OFFSET_ngx_http_v2_stream_s__request)
+            || !read_pointer(&key.connection, request + OFFSET_ngx_http_request_s__connection))
+            return 0;
+        struct active_request *active = active_requests.lookup(&key);
+        /* A call that finds the socket full writes nothing: the frame waits for a later one. */
+        if (active && (!active->first_write_ns || active->first_write_ns >= last_write_ns))
+            active->first_write_ns = now;
+    }
+    return 0;
+}
+#endif
+
+/* Appends a string to the record. Its end is kept in the map's memory and not in a register: so all paths through here look
+ * the same to the verifier afterwards, and it need not follow each combination of them. */
+static __always_inline void append_string(struct process *process, u8 kind, u8 attempt, u64 data, u64 whole_bytes, u64 limit)
+{
+    if (!data || !whole_bytes)
+        return;
+    u64 at = process->record_bytes;
+    u64 bytes = whole_bytes > limit ? limit : whole_bytes;
+    asm volatile("" : "+r"(at), "+r"(bytes)); /* keeps the bounds checks below where the verifier sees them */
+    if (bytes > STRING_BYTES_MAX || at > RECORD_BYTES_MAX - STRING_BYTES_MAX - sizeof(struct string_header)) {
+        count_loss(PARTIAL_STRING_CUT);
+        return;
+    }
+    struct string_header *header = (struct string_header *)(process->record + at);
+    if (bpf_probe_read_user(header + 1, bytes, (void *)data) != 0) {
+        count_loss(PARTIAL_STRING_READ_FAILED);
+        return;
+    }
+    if (bytes < whole_bytes)
+        count_loss(PARTIAL_STRING_CUT);
+    header->kind = kind;
+    header->attempt = attempt;
+    header->bytes = bytes;
+    header->whole_bytes = whole_bytes;
+    process->record_bytes = at + sizeof(struct string_header) + ((bytes + 7) & ~7ULL);
+}
+
+struct ngx_str {
+    u64 len;
+    u64 data;
+};
+
+/* Appends the ngx_str_t at an address in nginx's memory. */
+static __always_inline void append_str_at(struct process *process, u8 kind, u8 attempt, u64 address, u64 limit)
+{
+    struct ngx_str str = {};
+    if (!address || bpf_probe_read_user(&str, sizeof(str), (void *)address) != 0)
+        return;
+    append_string(process, kind, attempt, str.data, str.len, limit);
+}
+
+#define SHORT_STRING_BYTES_MAX 512
+
+#define REQUEST_STR(member) ((struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__##member))
+
+/* The name in the http core module's configuration that r->srv_conf or r->loc_conf leads to. */
+static __always_inline void append_core_conf_name(struct process *process, u8 kind, u64 confs, u64 name_offset)
+{
+    u64 conf = 0;
+    bpf_probe_read_user(&conf, sizeof(conf), (void *)(confs + process->core_module_index * 8));
+    if (conf)
+        append_str_at(process, kind, 0, conf + name_offset, SHORT_STRING_BYTES_MAX);
+}
+
+static __always_inline void append_request_strings(struct process *process)
+{
+    struct ngx_str *method = REQUEST_STR(method_name), *uri = REQUEST_STR(unparsed_uri);
+    append_string(process, STRING_URI, 0, uri->data, uri->len, STRING_BYTES_MAX);
+    append_string(process, STRING_METHOD, 0, method->data, method->len, SHORT_STRING_BYTES_MAX);
+
+    u8 *headers_in = process->request + OFFSET_ngx_http_request_s__headers_in;
+    u64 host = MEMBER(headers_in, u64, ngx_http_headers_in_t, host);
+    u64 user_agent = MEMBER(headers_in, u64, ngx_http_headers_in_t, user_agent);
+    if (host)
+        append_str_at(process, STRING_HOST, 0, host + OFFSET_ngx_table_elt_t__value, SHORT_STRING_BYTES_MAX);
+    if (user_agent)
+        append_str_at(process, STRING_USER_AGENT, 0, user_agent + OFFSET_ngx_table_elt_t__value, SHORT_STRING_BYTES_MAX);
+
+    if (process->core_module_index_known) {
+        append_core_conf_name(process, STRING_LOCATION, MEMBER(process->request, u64, ngx_http_request_s, loc_conf),
+                                   OFFSET_ngx_http_core_loc_conf_s__name);
+        append_core_conf_name(process, STRING_SERVER_NAME, MEMBER(process->request, u64, ngx_http_request_s, srv_conf),
+                                   OFFSET_ngx_http_core_srv_conf_t__server_name);
+    }
+    u32 client_length = MEMBER(process->connection, u32, ngx_connection_s, socklen);
+    u32 local_length = MEMBER(process->connection, u32, ngx_connection_s, local_socklen);
+    append_string(process, STRING_CLIENT_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, sockaddr),
+                       client_length, SHORT_STRING_BYTES_MAX);
+    append_string(process, STRING_LOCAL_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, local_sockaddr),
+                         local_length, SHORT_STRING_BYTES_MAX);
+}
+
+/* How many upstream states name a peer or, when there was no live one, the upstream itself. */
+static __always_inline u32 count_upstream_states(u64 states)
+{
+    u64 elements = 0, peer, count = 0;
+    u32 named = 0;
+    if (!states || !read_pointer(&elements, states + OFFSET_ngx_array_t__elts) || !read_pointer(&count, states + OFFSET_ngx_array_t__nelts))
+        return 0;
+    for (int i = 0; i < ATTEMPTS_MAX && i < count; i++) {
+        if (!read_pointer(&peer, elements + i * SIZEOF_ngx_http_upstream_state_t + OFFSET_ngx_http_upstream_state_t__peer))
+            break;
+        named += peer != 0;
+    }
+    return named;
+}
+
+/* Copies one finished attempt into the record, with what nginx has noted of it by now. */
+static __always_inline bool take_attempt(struct process *process, struct attempt_key *key)
+{
+    struct attempt_state *ended = attempts.lookup(key);
+    u32 index = key->index;
+    if (!ended || index >= ATTEMPTS_MAX)
+        return false;
+    struct upstream_attempt *attempt =
+        (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
+    *attempt = ended->attempt;
+    u8 *state = process->upstream_state;
+    if (ended->state && bpf_probe_read_user(state, SIZEOF_ngx_http_upstream_state_t, (void *)ended->state) == 0) {
+        attempt->status = MEMBER(state, u64, ngx_http_upstream_state_t, status);
+        attempt->connect_msec = MEMBER(state, u64, ngx_http_upstream_state_t, connect_time);
+        attempt->header_msec = MEMBER(state, u64, ngx_http_upstream_state_t, header_time);
+        attempt->response_msec = MEMBER(state, u64, ngx_http_upstream_state_t, response_time);
+        attempt->bytes_sent = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_sent);
+        attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
+    } else {
+        attempt->connect_msec = attempt->header_msec = attempt->response_msec = -1;
+    }
+    return true;
+}
+
+static __always_inline void append_attempt_strings(struct process *process, struct attempt_key *key)
+{
+    struct attempt_state *ended = attempts.lookup(key);
+    u64 peer = 0;
+    if (!ended)
+        return;
+    if (ended->state)
+        bpf_probe_read_user(&peer, sizeof(peer), (void *)(ended->state + OFFSET_ngx_http_upstream_state_t__peer));
+    append_str_at(process, STRING_PEER, key->index, peer, SHORT_STRING_BYTES_MAX);
+    if (ended->upstream)
+        append_str_at(process, STRING_UPSTREAM, key->index, ended->upstream + OFFSET_ngx_http_upstream_srv_conf_s__host,
+                           SHORT_STRING_BYTES_MAX);
+    if (ended->request)
+        append_str_at(process, STRING_SUBREQUEST_URI, key->index, ended->request + OFFSET_ngx_http_request_s__uri,
+                           SHORT_STRING_BYTES_MAX);
+    attempts.delete(key);
+}
+
+static __always_inline void learn_core_module_index(struct process *process, u64 ip)
+{
+    u64 load_address = ip - SITE_ngx_http_free_request;
+    if (bpf_probe_read_user(&process->core_module_index, sizeof(u64),
+                            (void *)(load_address + ADDRESS_ngx_http_core_module + OFFSET_ngx_module_s__ctx_index)) == 0)
+        process->core_module_index_known = 1;
+}
+
+#define HTTP_MODULE 0x50545448 /* "HTTP", r->signature */
+
+/* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
+int enter_ngx_http_free_request(struct pt_regs *ctx)
+{
+    u64 now = bpf_ktime_get_ns();
+    u32 tgid = current_tgid();
+    struct process *process = probed_process(tgid);
+    if (!process)
+        return 0;
+    process->last_event_ns = now;
+
+    u64 r = PT_REGS_PARM1(ctx);
+    struct request_key key = {.tgid = tgid};
+    if (bpf_probe_read_user(process->request, SIZEOF_ngx_http_request_s, (void *)r) != 0) {
+        count_loss(LOST_READ_FAILED);
+        return 0;
+    }
+    key.connection = MEMBER(process->request, u64, ngx_http_request_s, connection);
+    struct active_request *found = active_requests.lookup(&key);
+    if (!found) {
+        count_loss(BEGAN_BEFORE_ATTACH);
+        return 0;
+    }
+    struct active_request active = *found;
+    active_requests.delete(&key);
+
+    if (MEMBER(process->request, u32, ngx_http_request_s, signature) != HTTP_MODULE
+        || MEMBER(process->request, u64, ngx_http_request_s, main) != r) {
+        count_loss(LOST_LAYOUT_MISMATCH);
+        return 0;
+    }
+    if (bpf_probe_read_user(process->connection, SIZEOF_ngx_connection_s, (void *)key.connection) != 0) {
+        count_loss(LOST_READ_FAILED);
+        return 0;
+    }
+    if (!process->core_module_index_known)
+        learn_core_module_index(process, ctx->ip);
+
+    struct socket_key socket_key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
+    struct socket *socket = sockets.lookup(&socket_key);
+    u64 multiplexed = MEMBER(process->request, u64, ngx_http_request_s, stream) != 0;
+    struct request_record *record = (struct request_record *)process->record;
+
+    record->accepted_ns = 0;
+    record->first_read_ns = 0;
+    record->last_read_ns = active.body_read_ns > active.created_ns ? active.body_read_ns : 0;
+    record->first_write_ns = 0;
+    record->last_write_ns = 0;
+    if (socket) {
+        record->accepted_ns = socket->opened_ns;
+        record->first_read_ns = multiplexed || active.unclaimed_read ? active.read_ns : 0;
+        record->first_write_ns = multiplexed ? active.first_write_ns : socket->first_write_ns;
+        if (socket->last_write_ns > active.created_ns)
+            record->last_write_ns = socket->last_write_ns;
+        if (!multiplexed) {
+            if (socket->request_read_ns > active.created_ns && socket->request_read_ns > record->last_read_ns)
+                record->last_read_ns = socket->request_read_ns;
+            socket->unclaimed_read = 0;
+        }
+    }
+    record->created_ns = active.created_ns;
+    record->ended_ns = now;
+    record->rc = PT_REGS_PARM2(ctx);
+    record->connection = MEMBER(process->connection, u64, ngx_connection_s, number);
+    record->connection_requests = MEMBER(process->connection, u64, ngx_connection_s, requests);
+    record->request_length = MEMBER(process->request, u64, ngx_http_request_s, request_length);
+    record->bytes_sent = MEMBER(process->connection, u64, ngx_connection_s, sent);
+    record->nginx_start_sec = MEMBER(process->request, u64, ngx_http_request_s, start_sec);
+    record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
+    record->http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
+    record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
+    record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
+    record->worker_pid = tgid;
+    record->upstream_states = count_upstream_states(MEMBER(process->request, u64, ngx_http_request_s, upstream_states));
+    record->tls = MEMBER(process->connection, u64, ngx_connection_s, ssl) != 0;
+    record->multiplexed = multiplexed;
+    record->attempts_lost = active.attempts_lost > 255 ? 255 : active.attempts_lost;
+    record->reserved = 0;
+
+    struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
+    record->attempts = 0;
+    for (u32 i = 0; i < ATTEMPTS_MAX && i < active.attempts; i++) {
+        attempt_key.index = i;
+        if (!take_attempt(process, &attempt_key))
+            break;
+        record->attempts = i + 1;
+    }
+    asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
+    u32 taken = record->attempts;
+
+    process->record_bytes = sizeof(struct request_record) + taken * sizeof(struct upstream_attempt);
+    append_request_strings(process);
+    for (u32 i = 0; i < ATTEMPTS_MAX && i < taken; i++) {
+        attempt_key.index = i;
+        append_attempt_strings(process, &attempt_key);
+    }
+    u64 bytes = process->record_bytes;
+    asm volatile("" : "+r"(bytes));
+    if (bytes > RECORD_BYTES_MAX)
+        bytes = RECORD_BYTES_MAX;
+    if (records.ringbuf_output(record, bytes, BPF_RB_NO_WAKEUP) != 0)
+        count_loss(LOST_RING_BUFFER_FULL);
+    return 0;
+}

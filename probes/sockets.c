@@ -1,0 +1,180 @@
+/*
+ * When each socket of a worker was opened, connected, first and last read and written: one program for all system calls.
+ * A system call's exit tells what no function entry can: whether bytes moved.
+ */
+
+#define SOL_SOCKET 1
+#define SO_ERROR 4
+#define MSG_PEEK 2
+#define EINPROGRESS 115
+#define CLONE_THREAD 0x00010000
+
+static __always_inline struct socket *find_or_add_socket(struct socket_key *key)
+{
+    struct socket *socket = sockets.lookup(key);
+    if (socket)
+        return socket;
+    struct socket opened_before_attach = {};
+    if (sockets.update(key, &opened_before_attach) != 0) {
+        count_loss(PARTIAL_SOCKETS_FULL);
+        return NULL;
+    }
+    return sockets.lookup(key);
+}
+
+static __always_inline void opened(struct socket_key *key, u64 now, u8 client)
+{
+    struct socket socket = {.opened_ns = now, .client = client};
+    if (sockets.update(key, &socket) != 0)
+        count_loss(PARTIAL_SOCKETS_FULL);
+}
+
+/* An upstream connection was found connected (or not): ngx_http_upstream_test_connect, called before a request is sent on
+ * a new connection, after its TLS handshake, and before each request on a kept-alive one. */
+static __always_inline void connect_tested(struct socket_key *key, struct pt_regs *regs, u64 now)
+{
+    u64 level = 0, option = 0, value_address = 0;
+    s32 error = 0;
+
+    bpf_probe_read_kernel(&level, sizeof(level), SYSCALL_ARGUMENT2(regs));
+    bpf_probe_read_kernel(&option, sizeof(option), SYSCALL_ARGUMENT3(regs));
+    if (level != SOL_SOCKET || option != SO_ERROR)
+        return;
+    struct socket *socket = find_or_add_socket(key);
+    if (!socket || socket->client)
+        return;
+    bpf_probe_read_kernel(&value_address, sizeof(value_address), SYSCALL_ARGUMENT4(regs));
+    if (bpf_probe_read_user(&error, sizeof(error), (void *)value_address) != 0)
+        return;
+    if (error) {
+        socket->connect_failed_ns = now;
+        socket->connect_errno = error;
+        return;
+    }
+    socket->ready_ns = now;
+    socket->first_read_ns = 0; /* what went before was the TLS handshake */
+    socket->last_read_ns = 0;
+    socket->first_write_ns = 0;
+    socket->last_write_ns = 0;
+}
+
+static __always_inline void connected_at_once(struct process *process, struct socket_key *key, s64 result, u64 now)
+{
+    struct socket *socket = sockets.lookup(key);
+    if (!socket || result >= 0 || result == -EINPROGRESS)
+        return;
+    process->failed_connect_start_ns = socket->opened_ns;
+    process->failed_connect_ns = now;
+    process->failed_connect_errno = -result;
+}
+
+static __always_inline void was_read(struct socket_key *key, s64 bytes, u64 now)
+{
+    struct socket *socket = find_or_add_socket(key);
+    if (!socket)
+        return;
+    if (bytes == 0) { /* end of file: of an upstream's answer, its end */
+        if (!socket->client && socket->first_read_ns)
+            socket->last_read_ns = now;
+        return;
+    }
+    if (!socket->first_read_ns)
+        socket->first_read_ns = now;
+    socket->last_read_ns = now;
+    if (!socket->first_write_ns)
+        socket->request_read_ns = now;
+    socket->unclaimed_read = 1;
+}
+
+static __always_inline void was_written(struct socket_key *key, s64 bytes, u64 began_ns, u64 now)
+{
+    struct socket *socket = find_or_add_socket(key);
+    if (!socket || bytes <= 0)
+        return;
+    if (!socket->first_write_ns)
+        socket->first_write_ns = began_ns;
+    socket->last_write_ns = now;
+    socket->written_bytes += bytes;
+}
+
+RAW_TRACEPOINT_PROBE(sys_exit)
+{
+    u64 pid_tgid = bpf_get_current_pid_tgid();
+    u32 tgid = pid_tgid >> 32;
+    struct process *process = processes.lookup(&tgid);
+    if (!process)
+        return 0;
+
+    struct pt_regs *regs = (struct pt_regs *)ctx->args[0];
+    s64 result = ctx->args[1];
+    u64 now = bpf_ktime_get_ns();
+    u64 began_ns = process->last_event_ns;
+    struct syscall_entry entry = {};
+
+    if ((u32)pid_tgid == tgid) /* a thread pool's threads interleave with the worker */
+        process->last_event_ns = now;
+    bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs));
+    struct socket_key key = {.tgid = tgid, .fd = entry.argument1};
+
+    switch (entry.number) {
+    case SYS_recvfrom: {
+        u64 flags = 0;
+        bpf_probe_read_kernel(&flags, sizeof(flags), SYSCALL_ARGUMENT4(regs));
+        if (flags & MSG_PEEK)
+            return 0;
+    }
+    /* fall through */
+    case SYS_read:
+    case SYS_readv:
+    case SYS_recvmsg:
+        if (result >= 0)
+            was_read(&key, result, now);
+        break;
+    case SYS_write:
+    case SYS_writev:
+    case SYS_sendto:
+    case SYS_sendmsg:
+    case SYS_sendfile:
+        if (result > 0)
+            was_written(&key, result, began_ns ? began_ns : now, now);
+        break;
+    case SYS_accept:
+    case SYS_accept4:
+        key.fd = result;
+        if (result >= 0)
+            opened(&key, now, 1);
+        break;
+    case SYS_socket:
+        key.fd = result;
+        if (result >= 0)
+            opened(&key, now, 0);
+        break;
+    case SYS_connect:
+        connected_at_once(process, &key, result, now);
+        break;
+    case SYS_getsockopt:
+        connect_tested(&key, regs, now);
+        break;
+    case SYS_close:
+        sockets.delete(&key);
+        break;
+    case SYS_clone:
+        if (entry.argument1 & CLONE_THREAD)
+            break;
+    /* fall through */
+    case SYS_fork:
+        if (result > 0) /* a master's new worker, known before its first connection */
+            add_process(result);
+        break;
+    }
+    return 0;
+}
+
+RAW_TRACEPOINT_PROBE(sched_process_exit)
+{
+    u64 pid_tgid = bpf_get_current_pid_tgid();
+    u32 tgid = pid_tgid >> 32;
+    if ((u32)pid_tgid == tgid)
+        processes.delete(&tgid);
+    return 0;
+}

@@ -1,0 +1,133 @@
+/*
+ * What the probes remember between their hits: processes, sockets, running requests, finished upstream attempts.
+ *
+ * The loader puts in front of this text: record.h, x86_64.h, and from the layout and the binary
+ *     OFFSET_<struct>__<member>, SIZEOF_<struct>    bytes
+ *     SITE_ngx_http_free_request, ADDRESS_ngx_http_core_module    virtual addresses in the binary
+ *     FOLLOW_ALL    1: every process that hits a probe is traced; 0: only those the agent named, and their children
+ *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
+ * BCC rewrites only the main text, so maps and handlers stand in .c files that are joined into one.
+ */
+
+#define PROCESSES_MAX 512
+#define SOCKETS_MAX 65536
+
+/* Room for a bulk read of the struct; the largest of nginx 1.14-1.31 is 1,560 bytes. */
+#define REQUEST_BYTES_MAX 2048
+
+struct process {
+    u64 last_event_ns;        /* the worker's latest system call exit or probe hit: what comes next began no earlier */
+    u64 failed_connect_start_ns; /* a connect() that failed at once; nginx closes that socket before the attempt ends */
+    u64 failed_connect_ns;
+    u32 failed_connect_errno;
+    u32 core_module_index_known;
+    u64 core_module_index;
+    u8 request[REQUEST_BYTES_MAX]; /* scratch: a worker runs one probe at a time, while a CPU may be shared by many */
+    u8 connection[512];
+    u8 upstream_state[256];
+    u64 record_bytes;
+    u8 record[RECORD_BYTES_MAX];
+};
+
+struct socket {
+    u64 opened_ns;            /* accept() or socket() returned; 0: before the agent came, or a kept-alive upstream connection */
+    u64 ready_ns;             /* getsockopt(SO_ERROR) was 0: nginx asks when it is about to send an upstream request */
+    u64 connect_failed_ns;
+    u64 first_read_ns;
+    u64 last_read_ns;
+    u64 request_read_ns;      /* the last read before the first write: of a client connection, the request's last bytes */
+    u64 first_write_ns;
+    u64 last_write_ns;
+    u64 written_bytes;
+    u32 connect_errno;
+    u8 client;
+    u8 unclaimed_read;        /* read since the last request began or ended: the next request's first bytes */
+    u16 reserved;
+};
+
+struct socket_key {
+    u32 tgid;
+    s32 fd;
+};
+
+struct request_key {
+    u64 connection;           /* the client's ngx_connection_t *; a stream of HTTP/2 has its own */
+    u32 tgid;
+    u32 reserved;
+};
+
+struct active_request {
+    u64 created_ns;
+    u64 read_ns;              /* the client socket's last read when the request was created */
+    u64 body_read_ns;
+    u64 first_write_ns;       /* HTTP/2: its first frame was handed to the connection */
+    u32 attempts;
+    u32 attempts_lost;
+    u32 unclaimed_read;
+    u32 reserved;
+};
+
+struct attempt_key {
+    u64 connection;
+    u32 tgid;
+    u32 index;
+};
+
+struct attempt_state {
+    struct upstream_attempt attempt;
+    u64 state;                /* ngx_http_upstream_state_t *; stays readable to the request's end: pools free nothing before */
+    u64 upstream;             /* ngx_http_upstream_srv_conf_t * */
+    u64 request;              /* the subrequest's ngx_http_request_t *, or 0 */
+};
+
+BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
+BPF_ARRAY(new_processes, struct process, 1); /* all zero: too large for the stack */
+BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
+BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
+BPF_TABLE("hash", struct attempt_key, struct attempt_state, attempts, ACTIVE_REQUESTS_MAX);
+BPF_F_TABLE("array", u32, u64, loss_counts, LOSS_CAUSES, BPF_F_MMAPABLE);
+BPF_RINGBUF_OUTPUT(records, RING_BUFFER_PAGES);
+
+static __always_inline void count_loss(u32 cause)
+{
+    u64 *count = loss_counts.lookup(&cause);
+    if (count)
+        lock_xadd(count, 1);
+}
+
+static __always_inline u32 current_tgid(void)
+{
+    return bpf_get_current_pid_tgid() >> 32;
+}
+
+static __always_inline void add_process(u32 tgid)
+{
+    u32 zero = 0;
+    struct process *fresh = new_processes.lookup(&zero);
+    if (fresh && processes.update(&tgid, fresh) != 0)
+        count_loss(LOST_PROCESSES_FULL);
+}
+
+/* The process that hits a uprobe. NULL: it is not to be traced. */
+static __always_inline struct process *probed_process(u32 tgid)
+{
+    struct process *process = processes.lookup(&tgid);
+#if FOLLOW_ALL
+    if (!process) {
+        add_process(tgid);
+        process = processes.lookup(&tgid);
+    }
+#endif
+    return process;
+}
+
+/* Reads 8 bytes of nginx's memory. False: counted, and the caller gives up. */
+static __always_inline bool read_pointer(u64 *value, u64 address)
+{
+    if (bpf_probe_read_user(value, sizeof(*value), (void *)address) == 0)
+        return true;
+    count_loss(LOST_READ_FAILED);
+    return false;
+}
+
+#define MEMBER(bytes, type, structure, member) (*(type *)((bytes) + OFFSET_##structure##__##member))

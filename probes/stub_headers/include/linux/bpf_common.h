@@ -1,0 +1,4 @@
+#ifndef STUB_BPF_COMMON_H
+#define STUB_BPF_COMMON_H
+#include <linux/types.h>
+#endif
