@@ -236,7 +236,9 @@ def decode(raw: bytes | memoryview) -> Request:
         multiplexed=bool(fixed["multiplexed"]),
         attempts=tuple(
             _attempt(
-                UPSTREAM_ATTEMPT.unpack(raw, REQUEST_RECORD.size + index * UPSTREAM_ATTEMPT.size), strings, index
+                UPSTREAM_ATTEMPT.unpack(raw, REQUEST_RECORD.size + index * UPSTREAM_ATTEMPT.size),
+                strings,
+                index,
             )
             for index in range(fixed["attempts"])
         ),

@@ -44,7 +44,12 @@ def check() -> None:
         raise UserError(
             f"not permitted to trace: {', '.join(missing)} missing; run as root, or grant CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE"
         )
-    if not Path("/proc/sys/kernel/unprivileged_bpf_disabled").exists() and not Path("/proc/sys/net/core/bpf_jit_enable").exists():
+    if (
+        not Path("/proc/sys/kernel/unprivileged_bpf_disabled").exists()
+        and not Path("/proc/sys/net/core/bpf_jit_enable").exists()
+    ):
         raise UserError("this kernel has no BPF (CONFIG_BPF_SYSCALL is off); use a kernel that has it")
     if not _UPROBE_PMU.exists():
-        raise UserError(f"this kernel has no uprobes ({_UPROBE_PMU} is missing: CONFIG_UPROBE_EVENTS); use one that has them")
+        raise UserError(
+            f"this kernel has no uprobes ({_UPROBE_PMU} is missing: CONFIG_UPROBE_EVENTS); use one that has them"
+        )
