@@ -1,0 +1,142 @@
+"""Two real collectors: the official one, built from its Go modules, and rotel, written in Rust, from PyPI."""
+
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
+from opentelemetry.proto.trace.v1.trace_pb2 import Status, TracesData
+
+from e2e.agent_process import Span, Trace
+from e2e.nginx_server import wait_until
+
+
+def build() -> Path:
+    """The official collector's binary. Raises CalledProcessError where there is no Go and no way to get it."""
+    script = Path(__file__).with_name("build")
+    return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+
+
+class CollectorProcess:
+    """A collector that listens on 127.0.0.1 at `ports` when the constructor returns."""
+
+    def __init__(self, command: list[str | Path], ports: Iterable[int], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            for port in ports:
+                wait_until(lambda port=port: self._listens(port), f"{command[0]} to listen on {port}", 30)  # type: ignore[misc]
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            sys.stderr.write(self.log())
+            raise
+
+    def log(self) -> str:
+        return self._log.read_text(errors="backslashreplace")
+
+    def _listens(self, port: int) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the collector ended with {self._process.returncode}: {self.log()}")
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", port)) == 0
+
+    def stop(self) -> None:
+        """Lets it flush and exit."""
+        self._process.terminate()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+
+def official(config: str, ports: Iterable[int], directory: Path) -> CollectorProcess:
+    path = directory / "otelcol.yaml"
+    path.write_text(config)
+    return CollectorProcess([build(), "--config", path], ports, directory / "otelcol.log")
+
+
+def rotel(grpc_port: int, http_port: int, forward_to: str, directory: Path) -> CollectorProcess:
+    """rotel writes no files: it sends on, over OTLP, what it has decoded and encoded again.
+
+    Every resource gets the attribute `relay=rotel`, which shows that it came this way.
+    """
+    command = [Path(str(files("rotel") / "rotel-agent")), "start"]
+    options = {
+        "pid-file": directory / "rotel.pid",
+        "log-file": directory / "rotel-agent.log",
+        "otlp-grpc-endpoint": f"127.0.0.1:{grpc_port}",
+        "otlp-http-endpoint": f"127.0.0.1:{http_port}",
+        "otel-resource-attributes": "relay=rotel",
+        "exporter": "otlp",
+        "otlp-exporter-protocol": "http",
+        "otlp-exporter-endpoint": forward_to,
+    }
+    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return CollectorProcess(command, [grpc_port, http_port], directory / "rotel.log")
+
+
+def _value(value: AnyValue) -> Any:
+    kind = value.WhichOneof("value")
+    if kind == "array_value":
+        return [_value(each) for each in value.array_value.values]
+    return getattr(value, kind)
+
+
+def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
+    return {pair.key: _value(pair.value) for pair in pairs}
+
+
+def _span(span: OtlpSpan) -> Span:
+    failed = span.status.code == Status.STATUS_CODE_ERROR
+    return Span(
+        name=span.name,
+        kind=OtlpSpan.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_"),
+        span_id=span.span_id.hex(),
+        parent_span_id=span.parent_span_id.hex() or None,
+        start_unix_ns=span.start_time_unix_nano,
+        end_unix_ns=span.end_time_unix_nano,
+        status=Status.StatusCode.Name(span.status.code).removeprefix("STATUS_CODE_"),
+        error=span.status.message if failed else None,
+        attributes=_attributes(span.attributes),
+    )
+
+
+def _messages(content: bytes) -> Iterator[TracesData]:
+    """The file exporter's `format: proto`: each message behind its length in four bytes, big-endian."""
+    while len(content) >= 4:
+        (length,) = struct.unpack_from(">I", content)
+        if len(content) < 4 + length:
+            return  # being written
+        yield TracesData.FromString(content[4 : 4 + length])
+        content = content[4 + length :]
+
+
+def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Trace]:
+    """The traces in a collector's output file whose resource attributes are `wanted`, SERVER span first."""
+    resources: dict[bytes, dict[str, Any]] = {}
+    spans: dict[bytes, list[Span]] = {}
+    for message in _messages(output.read_bytes()):
+        for group in message.resource_spans:
+            resource = _attributes(group.resource.attributes)
+            if wanted(resource):
+                for span in (span for scope in group.scope_spans for span in scope.spans):
+                    assert resources.setdefault(span.trace_id, resource) == resource, "a trace with two resources"
+                    spans.setdefault(span.trace_id, []).append(_span(span))
+    return [
+        Trace(
+            trace_id.hex(),
+            resources[trace_id],
+            tuple(sorted(each, key=lambda span: (span.parent_span_id is not None, span.start_unix_ns))),
+        )
+        for trace_id, each in spans.items()
+    ]
