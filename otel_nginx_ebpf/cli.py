@@ -70,9 +70,7 @@ def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help=f"A TOML file of settings. \\[env: {config.CONFIG_VARIABLE}]"
-    ),
+    typer.Option("--config", metavar="FILE", help=f"A TOML file of settings. \\[env: {config.CONFIG_VARIABLE}]"),
 ]
 Pid = Annotated[list[str] | None, _option("pid", "PID")]
 Binary = Annotated[list[str] | None, _option("binary", "PATH")]

@@ -158,16 +158,12 @@ def variables(name: str) -> tuple[str, ...]:
     alias = Settings.model_fields[name].validation_alias
     if alias is None:
         return (PREFIX + name.upper(),)
-    return tuple(
-        str(choice) for choice in (alias.choices[1:] if isinstance(alias, AliasChoices) else [alias])
-    )
+    return tuple(str(choice) for choice in (alias.choices[1:] if isinstance(alias, AliasChoices) else [alias]))
 
 
 def _setting(location: str) -> str:
     """The setting a validation error is about: pydantic names it by the alias that had the value."""
-    return next(
-        (name for name in Settings.model_fields if location == name or location in variables(name)), location
-    )
+    return next((name for name in Settings.model_fields if location == name or location in variables(name)), location)
 
 
 def _explain(error: ErrorDetails, config: Path | None) -> str:

@@ -24,7 +24,7 @@ _KIND_STYLES = {"SERVER": "bold cyan", "CLIENT": "magenta", "INTERNAL": "blue"}
 _ERROR_STYLE = "bold red"
 _TRACK_STYLE = "bright_black"
 _DURATION_CELLS = 9
-_LABEL_CELLS_MIN = 36
+_LABEL_CELLS = 36
 _BAR_CELLS_MIN = 16
 _DETAIL_CELLS = 30
 """The column behind the durations, where the terminal is wide enough for it."""
@@ -92,9 +92,7 @@ def _bar(start: float, end: float, cells: int) -> tuple[str, str, str]:
 
 def _client(attributes: Mapping[str, AttributeValue]) -> str:
     port = attributes.get(CLIENT_PORT)
-    return str(
-        Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None)
-    )
+    return str(Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None))
 
 
 def _peers(trace: Trace) -> str:
@@ -111,9 +109,7 @@ def _header(trace: Trace, width: int) -> Text:
     status = attributes.get(HTTP_RESPONSE_STATUS_CODE)
     method = _text(attributes, HTTP_REQUEST_METHOD, absent="-")
     port = attributes.get(CLIENT_PORT)
-    client = str(
-        Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None)
-    )
+    client = str(Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None))
     peers = dict.fromkeys(
         _text(span.attributes, UPSTREAM_PEER) for span in trace.spans if UPSTREAM_PEER in span.attributes
     )
@@ -124,9 +120,7 @@ def _header(trace: Trace, width: int) -> Text:
         (_clip(method, 10), "bold"),
         " ",
     )
-    tail = Text.assemble(
-        "  ", (str(status or "-"), _status_style(status)), "  ", (duration(_length(root)), "bold")
-    )
+    tail = Text.assemble("  ", (str(status or "-"), _status_style(status)), "  ", (duration(_length(root)), "bold"))
     room = width - head.cell_len - tail.cell_len
     line = head + Text(_clip(uri, room), style="bold" if root.error is None else _ERROR_STYLE) + tail
     if line.cell_len + 2 + cell_len(way) <= width:
@@ -151,22 +145,22 @@ def _detail(span: Span) -> str:
 
 
 def waterfall(trace: Trace, width: int) -> Text:
-    """The trace as lines of at most `width` columns, the last without a line end."""
+    """The trace as lines of at most `width` columns (of 40, where it is less), the last without a line end."""
+    width = max(width, 40)
     root = trace.spans[0]
     begin = min(span.start_unix_ns for span in trace.spans)
     whole = max(max(span.end_unix_ns for span in trace.spans) - begin, 1)
     detail_cells = _DETAIL_CELLS if width >= 120 else 0
-    label_cells = max(_LABEL_CELLS_MIN, width // 4)
-    bar_cells = max(_BAR_CELLS_MIN, width - label_cells - _DURATION_CELLS - detail_cells - 4)
+    rest = width - _DURATION_CELLS - detail_cells - 4
+    label_cells = max(min(_LABEL_CELLS, rest - _BAR_CELLS_MIN), width // 4)
+    bar_cells = rest - label_cells
     lines = [_header(trace, width)]
     for indent, span in _tree(trace):
         style = _KIND_STYLES.get(span.kind.name, "") if span.error is None else _ERROR_STYLE
         name, peer = printable(span.name), _text(span.attributes, UPSTREAM_PEER)
         label = Text.assemble((indent, _TRACK_STYLE), (name, style), (f" {peer}" if peer else "", "dim"))
         label.truncate(label_cells, overflow="ellipsis", pad=True)
-        before, bar, after = _bar(
-            (span.start_unix_ns - begin) / whole, (span.end_unix_ns - begin) / whole, bar_cells
-        )
+        before, bar, after = _bar((span.start_unix_ns - begin) / whole, (span.end_unix_ns - begin) / whole, bar_cells)
         line = Text.assemble(
             label,
             " ",
@@ -181,9 +175,7 @@ def waterfall(trace: Trace, width: int) -> Text:
             line.append("  " + _clip(detail, detail_cells), style="red" if span.error else "dim")
         elif detail and span.error and span is not root:
             rail = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
-            line.append(f"\n{rail}", style=_TRACK_STYLE).append(
-                _clip(f"✗ {detail}", width - len(rail)), style="red"
-            )
+            line.append(f"\n{rail}", style=_TRACK_STYLE).append(_clip(f"✗ {detail}", width - len(rail)), style="red")
         lines.append(line)
     return Text("\n").join(lines)
 
@@ -206,9 +198,7 @@ class ConsoleExporter:
     def export(self, trace: Trace) -> None:
         # Rendered apart from writing: on a broken pipe rich itself would end the program.
         with self._console.capture() as capture:
-            self._console.print(
-                waterfall(trace, self._console.width), overflow="crop", no_wrap=True, crop=False
-            )
+            self._console.print(waterfall(trace, self._console.width), overflow="crop", no_wrap=True, crop=False)
             self._console.print()
         self._output.write(capture.get())
         self._stats.exported += 1

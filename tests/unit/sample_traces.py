@@ -36,9 +36,7 @@ def _string(kind: str, text: str | bytes, attempt: int = 0) -> bytes:
     return _pack(STRING_HEADER, header) + raw + bytes(-len(raw) % 8)
 
 
-def record(
-    strings: dict[str, str | bytes], attempts: list[tuple[str, dict[str, int]]], **fields: int
-) -> bytes:
+def record(strings: dict[str, str | bytes], attempts: list[tuple[str, dict[str, int]]], **fields: int) -> bytes:
     """A record of the kernel's. An attempt is its peer and its fields."""
     parts = [_pack(REQUEST_RECORD, {**fields, "attempts": len(attempts), "upstream_states": len(attempts)})]
     parts += [_pack(UPSTREAM_ATTEMPT, values) for _, values in attempts]
@@ -167,9 +165,7 @@ def retried_trace(trace_id: int = 0xABC) -> Trace:
         [
             span("GET /api/", SpanKind.SERVER, 40_000, 12_100_000, server, span_id=1),
             span("downstream read", internal, 40_000, 180_000, span_id=2),
-            span(
-                "upstream connect", internal, 200_000, 290_000, refused, span_id=3, error="connection refused"
-            ),
+            span("upstream connect", internal, 200_000, 290_000, refused, span_id=3, error="connection refused"),
             span("upstream connect", internal, 300_000, 450_000, live, span_id=4),
             span("upstream exchange", SpanKind.CLIENT, 460_000, 12_000_000, answered, span_id=5),
             span("downstream write", internal, 9_050_000, 12_100_000, span_id=6),

@@ -10,19 +10,12 @@ from otel_nginx_ebpf.sockaddr import Address, parse, parse_peer
 
 
 def inet(host: str, port: int) -> bytes:
-    return (
-        struct.pack("=H", socket.AF_INET)
-        + struct.pack("!H", port)
-        + ipaddress.IPv4Address(host).packed
-        + bytes(8)
-    )
+    return struct.pack("=H", socket.AF_INET) + struct.pack("!H", port) + ipaddress.IPv4Address(host).packed + bytes(8)
 
 
 def inet6(host: str, port: int, scope: int = 0) -> bytes:
     address = ipaddress.IPv6Address(host).packed
-    return (
-        struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", port, 0) + address + struct.pack("=I", scope)
-    )
+    return struct.pack("=H", socket.AF_INET6) + struct.pack("!HI", port, 0) + address + struct.pack("=I", scope)
 
 
 def unix(path: bytes) -> bytes:
@@ -48,9 +41,7 @@ def test_sockaddr_bytes_become_the_address_nginx_prints(raw: bytes, address: Add
     assert str(address) == text
 
 
-@pytest.mark.parametrize(
-    "raw", [b"", b"\x02", inet("192.0.2.7", 443)[:7], inet6("::1", 80)[:23], b"\x10\0" * 20]
-)
+@pytest.mark.parametrize("raw", [b"", b"\x02", inet("192.0.2.7", 443)[:7], inet6("::1", 80)[:23], b"\x10\0" * 20])
 def test_cut_or_foreign_sockaddr_is_no_address(raw: bytes) -> None:
     assert parse(raw) is None
 

@@ -1,0 +1,151 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from otel_nginx_ebpf import config
+from otel_nginx_ebpf.config import Settings, load
+from otel_nginx_ebpf.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("OTEL_"):
+            monkeypatch.delenv(name)
+
+
+def toml(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults() -> None:
+    settings = load({})
+    assert settings.exporter == ("otlp",)
+    assert (settings.pid, settings.binary, settings.output) == ((), (), None)
+    assert (settings.ring_buffer_mib, settings.max_active_requests) == (16, 16384)
+    assert (settings.queue_size, settings.batch_size, settings.batch_delay_ms) == (65536, 512, 5000)
+    assert settings.query is True
+    assert settings.otlp_protocol == "grpc"
+
+
+def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = toml(tmp_path, "ring_buffer_mib = 2\nmax_active_requests = 200\nbatch_size = 3\nquery = false\npid = [7]")
+    monkeypatch.setenv("OTEL_NGINX_EBPF_RING_BUFFER_MIB", "4")
+    monkeypatch.setenv("OTEL_NGINX_EBPF_MAX_ACTIVE_REQUESTS", "400")
+    settings = load({"ring_buffer_mib": "8", "color": None}, path)
+    assert settings.ring_buffer_mib == 8
+    assert settings.max_active_requests == 400
+    assert settings.batch_size == 3
+    assert settings.query is False
+    assert settings.pid == (7,)
+    assert settings.color == "auto"
+
+
+def test_the_file_may_be_named_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_NGINX_EBPF_CONFIG", str(toml(tmp_path, "grace_seconds = 2.5")))
+    assert load({}).grace_seconds == 2.5
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "standard", "text", "value"),
+    [
+        ("queue_size", "OTEL_NGINX_EBPF_QUEUE_SIZE", "OTEL_BSP_MAX_QUEUE_SIZE", "9", 9),
+        ("batch_size", "OTEL_NGINX_EBPF_BATCH_SIZE", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "9", 9),
+        ("batch_delay_ms", "OTEL_NGINX_EBPF_BATCH_DELAY_MS", "OTEL_BSP_SCHEDULE_DELAY", "9", 9),
+        (
+            "otlp_protocol",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL",
+            "OTEL_EXPORTER_OTLP_PROTOCOL",
+            "http/protobuf",
+            "http/protobuf",
+        ),
+    ],
+)
+def test_standard_variables_count_and_the_more_special_one_wins(
+    name: str, own: str, standard: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    default = Settings.model_fields[name].default
+    path = toml(tmp_path, f"{name} = {default!r}")
+    monkeypatch.setenv(standard, text)
+    assert getattr(load({}, path), name) == value
+    monkeypatch.setenv(own, str(default))
+    assert getattr(load({}, path), name) == default
+    assert getattr(load({name: text}, path), name) == value
+
+
+def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "")
+    assert load({}).queue_size == 65536
+
+
+def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_NGINX_EBPF_PID", "12, 34")
+    monkeypatch.setenv("OTEL_NGINX_EBPF_EXPORTER", "console,otlp")
+    monkeypatch.setenv("OTEL_NGINX_EBPF_BINARY", "/usr/sbin/nginx")
+    settings = load({})
+    assert settings.pid == (12, 34)
+    assert settings.exporter == ("console", "otlp")
+    assert settings.binary == (Path("/usr/sbin/nginx"),)
+
+
+@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in ("output", "binary")])
+def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variable = config.variables(name)[0]
+    monkeypatch.setenv(variable, "-7.x")
+    with pytest.raises(UserError) as caught:
+        load({})
+    message = str(caught.value)
+    assert config.flag(name) in message
+    assert variable in message
+    assert str(Settings.model_fields[name].examples[0]) in message  # type: ignore[index]
+    assert message.endswith("it is '-7.x'")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ring_buffer_mib", "3"),
+        ("ring_buffer_mib", "512"),
+        ("ring_buffer_mib", "0"),
+        ("pid", ["0"]),
+        ("pid", ["1", "one"]),
+        ("exporter", ["otlp", "jaeger"]),
+        ("exporter", ""),
+        ("otlp_protocol", "http/json"),
+        ("queue_size", "0"),
+    ],
+)
+def test_values_outside_of_what_is_allowed(name: str, text: object) -> None:
+    with pytest.raises(UserError, match=config.flag(name)):
+        load({name: text})
+
+
+def test_an_unknown_setting_in_the_file_is_named_together_with_the_known(tmp_path: Path) -> None:
+    path = toml(tmp_path, "ringbuffer = 3")
+    with pytest.raises(UserError, match=r"settings\.toml: unknown setting 'ringbuffer'; known are .*ring_buffer_mib"):
+        load({}, path)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("pid 3", "Expected '='"), ("x = '\udcff'", "utf-8")])
+def test_a_file_that_is_not_toml(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=reason):
+        load({}, path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a file"):
+        load({}, tmp_path / "none.toml")
+
+
+def test_every_setting_explains_itself() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.examples, name

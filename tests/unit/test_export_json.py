@@ -1,0 +1,64 @@
+import io
+import json
+
+from opentelemetry.sdk.resources import Resource
+from sample_traces import retried_trace, static_trace
+
+from otel_nginx_ebpf.export.json_lines import JsonLinesExporter, to_json
+from otel_nginx_ebpf.export.output import Output
+from otel_nginx_ebpf.stats import Stats
+
+RESOURCE = Resource({"service.name": "nginx", "list": ["a", "b"]})
+
+
+def test_one_trace_literally() -> None:
+    assert json.loads(to_json(static_trace(), RESOURCE)) == {
+        "trace_id": "00000000000000000000000000000abc",
+        "resource": {"service.name": "nginx", "list": ["a", "b"]},
+        "spans": [
+            {
+                "name": "GET /",
+                "kind": "SERVER",
+                "span_id": "0000000000000001",
+                "parent_span_id": None,
+                "start_unix_ns": 1700000005000040000,
+                "end_unix_ns": 1700000005000130000,
+                "status": "UNSET",
+                "error": None,
+                "attributes": {
+                    "http.request.method": "GET",
+                    "url.path": "/index.html",
+                    "http.response.status_code": 200,
+                    "client.address": "192.0.2.7",
+                    "client.port": 51234,
+                },
+            },
+            {
+                "name": "downstream write",
+                "kind": "INTERNAL",
+                "span_id": "0000000000000002",
+                "parent_span_id": "0000000000000001",
+                "start_unix_ns": 1700000005000090000,
+                "end_unix_ns": 1700000005000130000,
+                "status": "UNSET",
+                "error": None,
+                "attributes": {},
+            },
+        ],
+    }
+
+
+def test_an_error_has_status_and_description() -> None:
+    refused = json.loads(to_json(retried_trace(), RESOURCE))["spans"][2]
+    assert (refused["status"], refused["error"]) == ("ERROR", "connection refused")
+
+
+def test_a_trace_is_one_ascii_line_whatever_it_holds() -> None:
+    stream, stats = io.StringIO(), Stats()
+    exporter = JsonLinesExporter(Output(stream), stats, RESOURCE)
+    path = '/"\n\r\x1b[31m\u2028é'
+    exporter.export(static_trace(url__path=path))
+    (line,) = stream.getvalue().splitlines()
+    assert line.isascii()
+    assert json.loads(line)["spans"][0]["attributes"]["url.path"] == path
+    assert stats.exported == 1

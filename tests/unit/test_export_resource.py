@@ -1,0 +1,43 @@
+import os
+
+import pytest
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.export.resource import make_resource
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("OTEL_"):
+            monkeypatch.delenv(name)
+
+
+def test_the_service_is_nginx_unless_named() -> None:
+    attributes = make_resource().attributes
+    assert attributes["service.name"] == "nginx"
+    assert attributes["telemetry.distro.name"] == "otel-nginx-ebpf"
+    assert attributes["telemetry.distro.version"] == __version__
+
+
+def test_the_standard_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "edge")
+    monkeypatch.setenv(
+        "OTEL_RESOURCE_ATTRIBUTES", "service.name=other,service.version=9,deployment.environment.name=t%20t"
+    )
+    attributes = make_resource({"service.version": "1.22.1", "nginx.extra": "kept"}).attributes
+    assert attributes["service.name"] == "edge"
+    assert attributes["service.version"] == "9"
+    assert attributes["deployment.environment.name"] == "t t"
+    assert attributes["nginx.extra"] == "kept"
+
+
+def test_the_service_may_be_named_in_the_resource_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.name=edge")
+    assert make_resource().attributes["service.name"] == "edge"
+
+
+def test_resource_detectors_of_the_sdk_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "os.type" not in make_resource().attributes
+    monkeypatch.setenv("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "os")
+    assert make_resource().attributes["os.type"] == "linux"
