@@ -1,0 +1,118 @@
+"""The program under test, as a user runs it, and the traces that it writes."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from e2e.nginx_server import wait_until
+
+PROGRAM = Path(sys.executable).with_name("otel-nginx-ebpf")
+
+
+@dataclass(frozen=True)
+class Span:
+    name: str
+    kind: str
+    span_id: str
+    parent_span_id: str | None
+    start_unix_ns: int
+    end_unix_ns: int
+    status: str
+    error: str | None
+    attributes: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        return (self.end_unix_ns - self.start_unix_ns) / 1e9
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One line of the JSON exporter."""
+
+    trace_id: str
+    resource: dict[str, Any]
+    spans: tuple[Span, ...]
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Trace":
+        fields = json.loads(line)
+        return cls(fields["trace_id"], fields["resource"], tuple(Span(**span) for span in fields["spans"]))
+
+    @property
+    def server(self) -> Span:
+        return self.spans[0]
+
+    @property
+    def children(self) -> tuple[Span, ...]:
+        """By start time."""
+        return tuple(sorted(self.spans[1:], key=lambda span: span.start_unix_ns))
+
+    def named(self, name: str) -> list[Span]:
+        return [span for span in self.children if span.name == name]
+
+    def outline(self) -> list[str]:
+        """The children's names by start time."""
+        return [span.name for span in self.children]
+
+
+class AgentProcess:
+    """`otel-nginx-ebpf run` on one nginx. Ready when the constructor returns."""
+
+    def __init__(self, nginx_pid: int, directory: Path) -> None:
+        self.output = directory / "traces.jsonl"
+        self._stderr_path = directory / "agent.log"
+        with self._stderr_path.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [PROGRAM, "run", "--pid", str(nginx_pid), "--exporter", "json", "--output", self.output],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+        self._read_bytes = 0
+        self.traces: list[Trace] = []
+        try:
+            wait_until(self._is_ready, "the agent's `ready` line", 30)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            sys.stderr.write(self.stderr())
+            raise
+
+    def stderr(self) -> str:
+        return self._stderr_path.read_text(errors="backslashreplace")
+
+    def _is_ready(self) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"the agent ended with {self._process.returncode}: {self.stderr()}")
+        return any(line.startswith("ready") for line in self.stderr().splitlines())
+
+    def poll(self) -> list[Trace]:
+        """All traces so far, in the order of the file."""
+        if self.output.exists():
+            with self.output.open("rb") as file:
+                file.seek(self._read_bytes)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            self._read_bytes += len(whole) + len(newline)
+            self.traces += [Trace.parse(line) for line in whole.splitlines() if newline]
+        return self.traces
+
+    def stop(self) -> None:
+        """As Ctrl-C does: the agent drains, flushes and exits with 0."""
+        if self._process.poll() is not None:
+            raise AssertionError(f"the agent ended early with {self._process.returncode}: {self.stderr()}")
+        self._process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        try:
+            code = self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+        assert code == 0, f"exit code {code} after {time.monotonic() - started:.1f} s: {self.stderr()}"
+        self.poll()

@@ -1,0 +1,83 @@
+"""Fixtures of the end-to-end tests: upstreams for the session; nginx and the agent for a module."""
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.agent_process import PROGRAM
+from e2e.nginx_server import NGINX
+from e2e.stage import Scenario, Site, Stage, peers_that_fail
+from e2e.upstreams import UpstreamProcess, make_certificate
+
+FORCE = "run them with `sudo make test` (Debian 12; sets everything up)"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "nginx(server, http, listen): configuration of the scenario's own server {}, text beside it"
+        ", and its `listen` directives if not the default one; @NAME@ stands for what stage.py lists",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _requirements() -> None:
+    missing = {
+        "root": os.geteuid() == 0,
+        "nginx": NGINX.exists(),
+        "openssl": shutil.which("openssl") is not None,
+        "the kernel's tracefs": Path("/sys/kernel/tracing").is_dir(),
+        "otel-nginx-ebpf in the virtual environment": PROGRAM.exists(),
+    }
+    if absent := [what for what, there in missing.items() if not there]:
+        pytest.skip(f"end-to-end tests need {', '.join(absent)}; {FORCE}")
+
+
+@pytest.fixture(scope="session")
+def public_directory(_requirements: None) -> Iterator[Path]:
+    """Readable for nginx's unprivileged workers, unlike pytest's tmp_path, and short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="otel-nginx-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+@pytest.fixture(scope="session")
+def upstream_addresses(public_directory: Path) -> Iterator[dict[str, str]]:
+    """The live upstream's addresses by kind, and those of peers that refuse or ignore connections."""
+    make_certificate(public_directory)
+    upstream = UpstreamProcess(public_directory)
+    sockets: list[socket.socket] = []
+    try:
+        yield {**upstream.addresses, **peers_that_fail(sockets)}
+    finally:
+        upstream.stop()
+        for each in sockets:
+            each.close()
+
+
+@pytest.fixture(scope="module")
+def site(request: pytest.FixtureRequest, public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Site]:
+    """One nginx with a server for each selected scenario of the module, and one agent attached to it.
+
+    At the module's end the agent's whole output is compared with all access logs.
+    """
+    module = request.node
+    scenarios = [Scenario.of(item) for item in request.session.items if item.getparent(pytest.Module) is module]
+    prefix = public_directory / module.path.stem
+    site = Site(prefix, [each for each in scenarios if each], upstream_addresses, getattr(module.obj, "WORKERS", 1))
+    with site:
+        yield site
+        site.finish()
+
+
+@pytest.fixture
+def stage(request: pytest.FixtureRequest, site: Site) -> Iterator[Stage]:
+    """The scenario's own server."""
+    stage = site.stage(request.node.name)
+    yield stage
+    stage.close()

@@ -1,0 +1,159 @@
+"""A private nginx: its own prefix, ports and logs; workers run as nginx's unprivileged default user."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from e2e.http1_client import Address, family_of
+
+NGINX = Path("/usr/sbin/nginx")
+
+# Every variable is logged as a JSON string; empty means that nginx has no value.
+LOG_VARIABLES = """
+    msec request_time status bytes_sent request_length connection connection_requests pid
+    request_method request_uri server_protocol remote_addr remote_port http_user_agent host ssl_protocol
+    upstream_addr upstream_status upstream_connect_time upstream_header_time upstream_response_time
+    upstream_bytes_sent upstream_bytes_received upstream_cache_status
+"""
+
+LogLine = dict[str, str]
+
+
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
+    """Polls `condition` until it holds. Raises TimeoutError naming `what` after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds} s for {what}")
+        time.sleep(0.01)
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """TCP ports that were free a moment ago, all different."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sockets = [socket.socket(family) for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind((host, 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+def parse_log_line(line: bytes) -> LogLine:
+    """One access log line. Bytes that are not UTF-8 become `\\xNN`, as the program writes them."""
+    # nginx's escape=json leaves bytes above 0x7f alone, so a line need not be UTF-8.
+    fields: dict[str, str] = json.loads(line.decode("utf-8", "surrogateescape"))
+    return {
+        name: value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        for name, value in fields.items()
+    }
+
+
+class AccessLog:
+    """An access log that grows while it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read_bytes = 0
+        self.lines: list[LogLine] = []
+
+    def poll(self) -> list[LogLine]:
+        """All lines so far; an incomplete last line is left for the next call."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                file.seek(self._read_bytes)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            self._read_bytes += len(whole) + len(newline)
+            self.lines += [parse_log_line(line) for line in whole.splitlines() if newline]
+        return self.lines
+
+
+class NginxServer:
+    """nginx under `prefix`, which must be readable and searchable by everyone.
+
+    `http` is the text inside `http {}`; each of its servers writes `access_log logs/NAME.log json;`.
+    """
+
+    def __init__(self, prefix: Path, http: str, workers: int = 1) -> None:
+        self.prefix = prefix
+        self.error_log = prefix / "error.log"
+        (prefix / "logs").mkdir()
+        (prefix / "temp").mkdir()
+        log_format = json.dumps({name: f"${name}" for name in LOG_VARIABLES.split()})
+        temp_paths = "\n".join(
+            f"    {name}_temp_path {prefix}/temp/{name};"
+            for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (prefix / "nginx.conf").write_text(
+            f"""\
+daemon off;
+worker_processes {workers};
+pid {prefix}/nginx.pid;
+error_log {self.error_log} notice;
+worker_shutdown_timeout 5s;
+events {{ worker_connections 1024; }}
+http {{
+    log_format json escape=json '{log_format}';
+    access_log off;
+{temp_paths}
+{http}
+}}
+"""
+        )
+
+    def start(self, addresses: Iterable[Address]) -> None:
+        """Starts the master and waits until every address accepts connections."""
+        with (self.prefix / "output.log").open("wb") as output:
+            self._process = subprocess.Popen(
+                [NGINX, "-p", self.prefix, "-c", "nginx.conf"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        for address in addresses:
+            wait_until(lambda address=address: self._accepts(address), f"nginx to listen on {address}")  # type: ignore[misc]
+
+    def _accepts(self, address: Address) -> bool:
+        if self._process.poll() is not None:
+            raise RuntimeError(f"nginx did not start: {(self.prefix / 'output.log').read_text()}")
+        with socket.socket(family_of(address)) as client:
+            return client.connect_ex(address) == 0
+
+    @property
+    def pid(self) -> int:
+        """The master's process id."""
+        return self._process.pid
+
+    def worker_pids(self) -> list[int]:
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
+    def reload(self) -> None:
+        """Asks the master to replace its workers and waits for the new ones."""
+        before = set(self.worker_pids())
+        os.kill(self.pid, signal.SIGHUP)
+        wait_until(lambda: bool(set(self.worker_pids()) - before), "new workers after the reload")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            for pid in self.worker_pids():
+                os.kill(pid, signal.SIGKILL)
+            self._process.kill()
+            self._process.wait(10)
+            raise
+
+    def problems(self) -> list[str]:
+        """Error log lines that tell of a fault in nginx itself."""
+        text = self.error_log.read_text(errors="backslashreplace") if self.error_log.exists() else ""
+        return [line for line in text.splitlines() if re.search(r"\[(alert|emerg|crit)\]", line)]

@@ -1,0 +1,199 @@
+"""What a trace must say, given the line that nginx itself logged for the same request: exact facts.
+
+Times are in `timing.py`. Every check returns its violations as text, so that one run shows all of them.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from e2e.agent_process import Span, Trace
+from e2e.nginx_server import LogLine
+
+KINDS = {
+    "downstream read": "INTERNAL",
+    "upstream connect": "INTERNAL",
+    "upstream exchange": "CLIENT",
+    "downstream write": "INTERNAL",
+}
+KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
+
+
+@dataclass(frozen=True)
+class LoggedAttempt:
+    """One element of the `$upstream_*` lists, in nginx's text; `-` and empty mean none."""
+
+    peer: str
+    status: str
+    connect_time: str
+    header_time: str
+    response_time: str
+    bytes_sent: str
+    bytes_received: str
+
+
+def logged_attempts(log: LogLine) -> list[LoggedAttempt]:
+    """`, ` separates peers, ` : ` the groups of an internal redirect; the order is that of time."""
+    names = ("addr", "status", "connect_time", "header_time", "response_time", "bytes_sent", "bytes_received")
+    if not log["upstream_addr"]:
+        return []
+    columns = [re.split(r", | : ", log[f"upstream_{name}"]) for name in names]
+    return [LoggedAttempt(*row) for row in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class TracedAttempt:
+    """One attempt's spans; at least one of them is there."""
+
+    connect: Span | None
+    exchange: Span | None
+
+    @property
+    def spans(self) -> list[Span]:
+        return [span for span in (self.connect, self.exchange) if span]
+
+
+def traced_attempts(trace: Trace, subrequests: bool = False) -> list[TracedAttempt]:
+    """The main request's attempts, or the subrequests', in the order of their numbers."""
+    numbered: dict[int, dict[str, Span]] = {}
+    for span in trace.named("upstream connect") + trace.named("upstream exchange"):
+        if ("nginx.subrequest.uri" in span.attributes) == subrequests:
+            attempt = numbered.setdefault(span.attributes["nginx.upstream.attempt"], {})
+            assert span.name not in attempt, f"attempt has two spans {span.name}"
+            attempt[span.name] = span
+    return [
+        TracedAttempt(spans.get("upstream connect"), spans.get("upstream exchange"))
+        for _, spans in sorted(numbered.items())
+    ]
+
+
+def _differ(what: str, traced: Any, logged: Any) -> Iterator[str]:
+    if traced != logged:
+        yield f"{what}: trace says {traced!r}, nginx logged {logged!r}"
+
+
+def _check_server(server: Span, log: LogLine) -> Iterator[str]:
+    attributes = server.attributes
+    status = int(log["status"])
+    yield from _differ("kind", server.kind, "SERVER")
+    yield from _differ("parent", server.parent_span_id, None)
+    yield from _differ("status", attributes.get("http.response.status_code"), status)
+    yield from _differ("request size", attributes.get("http.request.size"), int(log["request_length"]))
+    yield from _differ("response size", attributes.get("http.response.size"), int(log["bytes_sent"]))
+    yield from _differ("connection", attributes.get("nginx.connection.id"), int(log["connection"]))
+    yield from _differ(
+        "connection requests", attributes.get("nginx.connection.requests"), int(log["connection_requests"])
+    )
+    yield from _differ("worker", attributes.get("nginx.worker.pid"), int(log["pid"]))
+    yield from _differ("user agent", attributes.get("user_agent.original", ""), log["http_user_agent"])
+    yield from _differ("error.type", attributes.get("error.type"), str(status) if status >= 500 else None)
+    yield from _differ("span status", server.status, "ERROR" if status >= 500 else "UNSET")
+
+    method = log["request_method"]
+    known = method if method in KNOWN_METHODS else "_OTHER"
+    yield from _differ("method", attributes.get("http.request.method"), known)
+    route = attributes.get("http.route")
+    name = known if method in KNOWN_METHODS else "HTTP"
+    yield from _differ("name", server.name, f"{name} {route}" if route else name)
+
+    if log["server_protocol"]:
+        version = (
+            log["server_protocol"].removeprefix("HTTP/").removesuffix(".0" if "2.0" in log["server_protocol"] else "")
+        )
+        yield from _differ("protocol", attributes.get("network.protocol.version"), version)
+    uri, cut = log["request_uri"], attributes.get("nginx.uri.cut_bytes", 0)
+    traced = attributes.get("url.path", "") + (f"?{attributes['url.query']}" if attributes.get("url.query") else "")
+    if cut:
+        # What was cut off is counted in bytes, and so are these ASCII URIs.
+        yield from _differ("cut URI", (traced, len(traced) + cut), (uri[: len(traced)], len(uri)))
+    else:
+        yield from _differ("URI", traced, uri.removesuffix("?"))
+
+    if log["remote_addr"] == "unix:":
+        yield from _differ("client port", attributes.get("client.port"), None)
+    else:
+        yield from _differ("client address", attributes.get("client.address"), log["remote_addr"])
+        yield from _differ("client port", attributes.get("client.port"), int(log["remote_port"]))
+    yield from _differ("scheme", attributes.get("url.scheme"), "https" if log["ssl_protocol"] else "http")
+
+
+def _check_tree(trace: Trace) -> Iterator[str]:
+    ids = [span.span_id for span in trace.spans]
+    if len(set(ids)) != len(ids):
+        yield f"span ids repeat: {ids}"
+    if not re.fullmatch("[0-9a-f]{32}", trace.trace_id) or not any(int(id_, 16) for id_ in [trace.trace_id]):
+        yield f"trace id {trace.trace_id}"
+    if [span.kind for span in trace.spans].count("SERVER") != 1:
+        yield "not exactly one SERVER span"
+    for name in ("downstream read", "downstream write"):
+        if len(trace.named(name)) > 1:
+            yield f"{len(trace.named(name))} spans {name}"
+    for span in trace.spans[1:]:
+        yield from _differ(f"{span.name} kind", span.kind, KINDS.get(span.name))
+        yield from _differ(f"{span.name} parent", span.parent_span_id, trace.server.span_id)
+    for span in trace.spans:
+        if (span.status == "ERROR") != (span.error is not None):
+            yield f"{span.name}: status {span.status} with description {span.error!r}"
+
+
+def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iterator[str]:
+    """`logged` is None for a subrequest's attempt, which nginx's log does not show."""
+    connect, exchange = attempt.connect, attempt.exchange
+    for span in attempt.spans:
+        host, _, port = span.attributes["nginx.upstream.peer"].rpartition(":")
+        address, number = span.attributes.get("server.address"), span.attributes.get("server.port")
+        if host == "unix":
+            yield from _differ("peer", (address, number), (port, None))
+        else:
+            yield from _differ("peer", (address, number), (host.strip("[]"), int(port)))
+        if logged:
+            yield from _differ(f"{span.name} peer", span.attributes["nginx.upstream.peer"], logged.peer)
+    if connect and not exchange and (connect.status != "ERROR" or not connect.attributes.get("error.type")):
+        yield "a connect without an exchange must be an ERROR with error.type"
+    if connect and exchange and connect.status != "UNSET":
+        yield "the connect before an exchange is an ERROR"
+    if not exchange:
+        if logged and (logged.bytes_received not in ("0", "-") or logged.header_time != "-"):
+            yield f"no exchange, but nginx logged {logged}"
+        return
+    yield from _differ("reused", exchange.attributes.get("nginx.upstream.connection.reused"), connect is None)
+    status = exchange.attributes.get("http.response.status_code")
+    failed = status is None or status >= 400
+    if failed and (exchange.status != "ERROR" or not exchange.attributes.get("error.type")):
+        yield f"exchange with status {status} is {exchange.status}, {exchange.attributes.get('error.type')}"
+    if logged:
+        answered = logged.header_time != "-"
+        yield from _differ("exchange status", status, int(logged.status) if answered else None)
+        yield from _differ("sent upstream", exchange.attributes.get("http.request.size"), int(logged.bytes_sent))
+        yield from _differ(
+            "received upstream", exchange.attributes.get("http.response.size"), int(logged.bytes_received)
+        )
+
+
+def pair_attempts(trace: Trace, log: LogLine) -> list[tuple[TracedAttempt, LoggedAttempt]]:
+    """Each of the main request's attempts with its log element. Elements that are an upstream's own name,
+    which nginx logs where no peer is live, have no spans: nothing was sent."""
+    tried = [each for each in logged_attempts(log) if ":" in each.peer]
+    return list(zip(traced_attempts(trace), tried, strict=True))
+
+
+def check_facts(trace: Trace, log: LogLine) -> list[str]:
+    """Everything but the times. An empty list: the trace tells what nginx logged."""
+    violations = [*_check_tree(trace), *_check_server(trace.server, log)]
+    tried = [each.peer for each in logged_attempts(log) if ":" in each.peer]
+    traced = [attempt.spans[0].attributes["nginx.upstream.peer"] for attempt in traced_attempts(trace)]
+    if traced != tried:
+        return [*violations, f"peers: trace says {traced}, nginx logged {log['upstream_addr']!r}"]
+    for attempt, logged in pair_attempts(trace, log):
+        violations += _check_attempt(attempt, logged)
+    subrequests = traced_attempts(trace, subrequests=True)
+    for attempt in subrequests:
+        violations += _check_attempt(attempt, None)
+    # Absent where no peer was tried.
+    violations += _differ(
+        "attempt count",
+        trace.server.attributes.get("nginx.upstream.attempts", 0),
+        len(traced) + len(subrequests),
+    )
+    return violations

@@ -1,0 +1,277 @@
+"""The stage of a scenario: its own nginx server with its own access log, its clients, its traces.
+
+In a scenario's configuration these words stand for what the machine gave:
+
+    @NAME@                                   unique to the scenario; fit for an upstream's or a cache's name
+    @UP@ @OTHER@ @UP6@ @UP_UNIX@ @UP_TLS@    the live upstream, at several addresses
+    @DEAD1@ @DEAD2@                          peers that refuse the connection
+    @DEAF@                                   a peer whose listen queue is full: connecting takes for ever
+    @LISTEN@                                 a free address on 127.0.0.1; @LISTEN6@ on ::1; @LISTEN_UNIX@
+    @PREFIX@ @HTML@ @CERTIFICATE@ @KEY@      paths
+"""
+
+import re
+import shutil
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+from e2e.agent_process import AgentProcess, Trace
+from e2e.http1_client import Address, Http1Connection, Response
+from e2e.nginx_server import AccessLog, LogLine, NginxServer, free_ports, wait_until
+from e2e.oracle import check_facts
+from e2e.timing import NO_SLACK, Lags, Slack, check_times
+
+FILES = {"hello.txt": b"Hello, file!\n", "page.html": b"<p>repeat</p>\n" * 2000, "index.html": b"index\n"}
+LARGE_BYTES = 100 * 1024 * 1024
+
+
+def peers_that_fail(sockets: list[socket.socket]) -> dict[str, str]:
+    """Addresses that refuse (dead1, dead2) or never answer (deaf) a connect, while `sockets` stay open."""
+    addresses = {}
+    for name in ("dead1", "dead2", "deaf"):
+        peer = socket.socket()
+        sockets.append(peer)
+        peer.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else gets the port
+        addresses[name] = "{}:{}".format(*peer.getsockname())
+    deaf = sockets[-1]
+    deaf.listen(0)
+    for _ in range(3):  # the kernel drops further SYNs once the queue is full
+        filler = socket.socket()
+        filler.setblocking(False)
+        filler.connect_ex(deaf.getsockname())
+        sockets.append(filler)
+    return addresses
+
+
+@dataclass
+class Scenario:
+    """One test's nginx configuration, from its `nginx` marker."""
+
+    name: str
+    server: str
+    http: str
+    listen: str
+    addresses: dict[str, Address] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, item: pytest.Item) -> "Scenario | None":
+        marker = item.get_closest_marker("nginx")
+        if marker is None:
+            return None
+        listen = marker.kwargs.get("listen", "listen @LISTEN@;")
+        return cls(item.name, marker.kwargs.get("server", ""), marker.kwargs.get("http", ""), listen)
+
+    @property
+    def identifier(self) -> str:
+        return re.sub(r"\W+", "_", self.name).strip("_")
+
+    def text(self, words: dict[str, str]) -> str:
+        def word(match: re.Match[str]) -> str:
+            return self.identifier if match[1] == "NAME" else self._listen(match[1]) or words[match[1]]
+
+        config = f"""
+{self.http}
+server {{
+    {self.listen}
+    access_log logs/@NAME@.log json;
+    {self.server}
+}}"""
+        text = re.sub(r"@(LISTEN_UNIX)@", lambda match: f"unix:{words['PREFIX']}/{self.identifier}.sock", config)
+        if text != config:
+            self.addresses["unix"] = f"{words['PREFIX']}/{self.identifier}.sock"
+        return re.sub(r"@(\w+)@", word, text)
+
+    def _listen(self, word: str) -> str | None:
+        if word not in ("LISTEN", "LISTEN6"):
+            return None
+        kind, host = ("ipv4", "127.0.0.1") if word == "LISTEN" else ("ipv6", "::1")
+        if kind not in self.addresses:
+            self.addresses[kind] = (host, free_ports(1, host)[0])
+        port = self.addresses[kind][1]
+        return f"[{host}]:{port}" if kind == "ipv6" else f"{host}:{port}"
+
+
+class Site:
+    """nginx with one server for each scenario, and the agent attached to it."""
+
+    def __init__(self, prefix: Path, scenarios: list[Scenario], upstreams: dict[str, str], workers: int) -> None:
+        self.prefix = prefix
+        html = prefix / "html"
+        html.mkdir(parents=True)
+        for name, content in FILES.items():
+            (html / name).write_bytes(content)
+        with (html / "large.bin").open("wb") as large:
+            large.truncate(LARGE_BYTES)
+        certificates = prefix.parent
+        words = {
+            "UP": upstreams["ipv4"],
+            "OTHER": upstreams["other"],
+            "UP6": upstreams["ipv6"],
+            "UP_UNIX": upstreams["unix"],
+            "UP_TLS": upstreams["tls"],
+            "DEAD1": upstreams["dead1"],
+            "DEAD2": upstreams["dead2"],
+            "DEAF": upstreams["deaf"],
+            "PREFIX": str(prefix),
+            "HTML": str(html),
+            "CERTIFICATE": str(certificates / "certificate.pem"),
+            "KEY": str(certificates / "key.pem"),
+        }
+        self._scenarios = {each.name: each for each in scenarios}
+        http = "\n".join(each.text(words) for each in scenarios)
+        self.nginx = NginxServer(prefix, http, workers)
+        self.logs = {each.name: AccessLog(prefix / "logs" / f"{each.identifier}.log") for each in scenarios}
+        self.lags = Lags()
+        self.expected_problems: list[str] = []
+
+    def __enter__(self) -> "Site":
+        self.nginx.start([address for each in self._scenarios.values() for address in each.addresses.values()])
+        try:
+            self.agent = AgentProcess(self.nginx.pid, self.prefix)
+        except BaseException:
+            self.nginx.stop()
+            raise
+        self._stopped = False
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self._stop_agent()
+        finally:
+            self.nginx.stop()
+        shutil.rmtree(self.prefix)
+
+    def _stop_agent(self) -> None:
+        if not self._stopped:
+            self._stopped = True
+            self.agent.stop()
+
+    def stage(self, name: str) -> "Stage":
+        return Stage(self, self._scenarios[name].addresses, self.logs[name])
+
+    def finish(self) -> None:
+        """Stops the agent; then it has written one trace for each line of every log, and lost nothing."""
+        self._stop_agent()
+        logged = sorted(_key_of_log(line) for log in self.logs.values() for line in log.poll())
+        traced = sorted(key_of_trace(trace) for trace in self.agent.traces)
+        missing, surplus = set(logged) - set(traced), set(traced) - set(logged)
+        assert not missing, f"log lines without a trace: {missing}"
+        assert not surplus, f"traces without a log line: {surplus}"
+        assert len(traced) == len(logged), f"{len(traced)} traces for {len(logged)} log lines"
+        counts = re.search(r"received (\d+), exported (\d+), lost (\d+)", self.agent.stderr())
+        assert counts, f"no counts on stderr: {self.agent.stderr()}"
+        assert [int(count) for count in counts.groups()] == [len(logged), len(logged), 0], self.agent.stderr()
+        assert self.nginx.problems() == self.expected_problems
+        assert self.lags.check_medians() == []
+
+
+Key = tuple[int, int, str]
+
+
+def _key_of_log(log: LogLine) -> Key:
+    return int(log["connection"]), int(log["connection_requests"]), log["pid"]
+
+
+def key_of_trace(trace: Trace) -> Key:
+    attributes = trace.server.attributes
+    return (
+        attributes["nginx.connection.id"],
+        attributes["nginx.connection.requests"],
+        str(attributes["nginx.worker.pid"]),
+    )
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One request: what nginx logged and what the agent traced."""
+
+    log: LogLine
+    trace: Trace
+
+
+class Stage:
+    def __init__(self, site: Site, addresses: dict[str, Address], log: AccessLog) -> None:
+        self.site = site
+        self.addresses = addresses
+        self.lags = Lags()
+        self.log = log
+        self._connections: list[Http1Connection] = []
+
+    def connect(
+        self, kind: str = "ipv4", tls: ssl.SSLContext | None = None, receive_buffer_bytes: int | None = None
+    ) -> Http1Connection:
+        """A new client connection to the scenario's server; closed with the scenario."""
+        connection = Http1Connection(self.addresses[kind], tls, receive_buffer_bytes)
+        self._connections.append(connection)
+        return connection
+
+    def get(
+        self, target: str, method: str = "GET", headers: dict[str, str] | None = None, body: bytes = b""
+    ) -> Response:
+        """One request on a connection of its own."""
+        with Http1Connection(self.addresses["ipv4"]) as connection:
+            return connection.request(target, method, headers, body)
+
+    def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+
+    def exchanges(
+        self,
+        count: int,
+        slack: Slack | Callable[[LogLine], Slack] = NO_SLACK,
+        seconds: float = 10,
+    ) -> list[Exchange]:
+        """Waits for `count` requests' log lines and traces, and holds each trace against its line.
+
+        In the log's order, which is the order of the requests' ends. `slack` may depend on the line.
+        """
+        log = self.log
+        wait_until(lambda: len(log.poll()) >= count, f"{count} log lines", seconds)
+        assert len(log.lines) == count, f"{len(log.lines)} log lines, not {count}"
+        wanted = [_key_of_log(line) for line in log.lines]
+        assert len(set(wanted)) == count, "log lines share a connection and request number"
+
+        by_key: dict[Key, Trace] = {}
+
+        def all_traced() -> bool:
+            by_key.update({key_of_trace(trace): trace for trace in self.site.agent.poll()[len(by_key) :]})
+            return by_key.keys() >= set(wanted)
+
+        try:
+            wait_until(all_traced, f"{count} traces", seconds)
+        except TimeoutError:
+            missing = [line for line in log.lines if _key_of_log(line) not in by_key]
+            raise AssertionError(f"{len(missing)} of {count} requests have no trace, first {missing[0]}") from None
+        exchanges = [Exchange(line, by_key[key]) for line, key in zip(log.lines, wanted, strict=True)]
+        violations = []
+        for each in exchanges:
+            allowed = slack if isinstance(slack, Slack) else slack(each.log)
+            found = check_facts(each.trace, each.log)
+            found += check_times(each.trace, each.log, self.lags, allowed)
+            if found:
+                violations.append((found, each.log, _readable(each.trace)))
+        assert not violations, "\n".join(f"{found}\n  log {log}\n{trace}" for found, log, trace in violations[:5])
+        assert self.lags.check_medians() == []
+        for name, values in self.lags.values_ms.items():
+            self.site.lags.values_ms.setdefault(name, []).extend(values)
+        return exchanges
+
+    def exchange(self, slack: Slack = NO_SLACK) -> Exchange:
+        """The scenario's only request."""
+        return self.exchanges(1, slack)[0]
+
+
+def _readable(trace: Trace) -> str:
+    start = trace.server.start_unix_ns
+    return "\n".join(
+        f"  {(span.start_unix_ns - start) / 1e6:10.3f} … {(span.end_unix_ns - start) / 1e6:10.3f} ms"
+        f" {span.name} [{span.status} {span.error}] {span.attributes}"
+        for span in trace.spans
+    )

@@ -1,0 +1,145 @@
+"""TLS on either side: the times are of the socket, the sizes are nginx's own, of the clear text."""
+
+import ssl
+
+import pytest
+
+from e2e.http1_client import request_bytes, trusting_tls
+from e2e.stage import LARGE_BYTES, Stage
+from e2e.timing import Slack
+
+READ_WRITE = ["downstream read", "downstream write"]
+NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
+REUSED = ["downstream read", "upstream exchange", "downstream write"]
+
+LISTEN = "listen @LISTEN@ ssl; ssl_certificate @CERTIFICATE@; ssl_certificate_key @KEY@;"
+LISTEN += " ssl_protocols TLSv1.2 TLSv1.3;"
+VERSIONS = pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3], ids=["1.2", "1.3"])
+
+
+@VERSIONS
+@pytest.mark.nginx(listen=LISTEN, server="location / { root @HTML@; } location /app { proxy_pass http://@UP@; }")
+def test_tls_client(stage: Stage, version: ssl.TLSVersion) -> None:
+    with stage.connect(tls=trusting_tls(version)) as connection:
+        for target in ("/hello.txt", "/app", "/nothing", "/app?delay_ms=100"):
+            connection.request(target)
+    exchanges = stage.exchanges(4)
+    assert [each.trace.outline() for each in exchanges] == [READ_WRITE, NEW, READ_WRITE, NEW]
+    assert {each.log["ssl_protocol"] for each in exchanges} == {f"TLSv{version.name[-3]}.{version.name[-1]}"}
+
+
+@VERSIONS
+@pytest.mark.nginx(listen=LISTEN, server="location / { root @HTML@; }")
+def test_tls_handshake_belongs_to_no_request(stage: Stage, version: ssl.TLSVersion) -> None:
+    """The request begins with its own first byte, a pause after the handshake, and so does its read."""
+    whole = request_bytes("GET", "/hello.txt")
+    with stage.connect(tls=trusting_tls(version)) as connection:
+        connection.send_slowly([b"", whole], 0.2)
+        assert connection.read_response().status == 200
+    assert stage.exchange().trace.server.seconds < 0.1
+
+
+@pytest.mark.nginx(listen=LISTEN, server="location / { return 200 ok; }")
+def test_tls_resumed_session_and_many_connections(stage: Stage) -> None:
+    context = trusting_tls()
+    for index in range(10):
+        with stage.connect(tls=context) as connection:
+            assert connection.request(f"/{index}").status == 200
+    assert [each.trace.outline() for each in stage.exchanges(10)] == [READ_WRITE] * 10
+
+
+@pytest.mark.nginx(listen=LISTEN, server="location / { root @HTML@; }")
+def test_tls_large_file(stage: Stage) -> None:
+    with stage.connect(tls=trusting_tls()) as connection:
+        assert connection.request("/large.bin").body_bytes == LARGE_BYTES
+    trace = stage.exchange().trace
+    assert trace.outline() == READ_WRITE
+    assert trace.named("downstream write")[0].seconds > 0.5 * trace.server.seconds
+
+
+@pytest.mark.nginx(listen=LISTEN, server="location / { proxy_pass http://@UP@; client_max_body_size 10m; }")
+def test_tls_body(stage: Stage) -> None:
+    with stage.connect(tls=trusting_tls()) as connection:
+        head = request_bytes("POST", "/", {"Content-Length": "200000"})
+        connection.send_slowly([head, b"a" * 100_000, b"b" * 100_000], 0.1)
+        assert connection.read_response().status == 200
+    trace = stage.exchange().trace
+    assert trace.outline() == NEW
+    assert trace.named("downstream read")[0].seconds > 0.19
+
+
+@pytest.mark.nginx(listen=LISTEN, server="location / { return 200 ok; }")
+def test_plain_request_to_a_tls_port(stage: Stage) -> None:
+    with stage.connect() as connection:
+        assert connection.request("/plain").status == 400
+    each = stage.exchange(Slack(end_early=True))
+    assert each.trace.server.attributes["http.response.status_code"] == 400
+
+
+@pytest.mark.nginx(listen=LISTEN, server="location / { return 200 ok; }")
+def test_failed_handshake_has_no_trace(stage: Stage) -> None:
+    with stage.connect() as connection:
+        connection.send(b"\x16\x03\x01\x00\x05hello")
+        connection.read_until_closed()
+    with stage.connect(tls=trusting_tls()) as connection:
+        assert connection.request("/").status == 200
+    stage.exchange()
+
+
+@pytest.mark.nginx(server="location / { proxy_pass https://@UP_TLS@; proxy_ssl_session_reuse on; }")
+def test_tls_upstream(stage: Stage) -> None:
+    """The connect span covers the handshake, as $upstream_connect_time does."""
+    for _ in range(3):
+        assert stage.get("/?delay_ms=50").status == 200
+    for each in stage.exchanges(3):
+        assert each.trace.outline() == NEW
+        assert each.trace.named("upstream exchange")[0].seconds > 0.049
+
+
+@pytest.mark.nginx(
+    http="upstream @NAME@ { server @UP_TLS@; keepalive 2; }",
+    server="location / { proxy_pass https://@NAME@; proxy_http_version 1.1; proxy_set_header Connection ''; }",
+)
+def test_kept_alive_tls_upstream(stage: Stage) -> None:
+    with stage.connect() as connection:
+        for index in range(6):
+            assert connection.request(f"/?bytes={index * 20_000}").status == 200
+    assert [each.trace.outline() for each in stage.exchanges(6)] == [NEW] + [REUSED] * 5
+
+
+@pytest.mark.nginx(listen=LISTEN, server="location / { proxy_pass https://@UP_TLS@; }")
+def test_tls_on_both_sides(stage: Stage) -> None:
+    with stage.connect(tls=trusting_tls()) as connection:
+        assert connection.request("/", "POST", body=b"b" * 5000).status == 200
+        assert connection.request("/?bytes=300000").body_bytes == 300_000
+    assert [each.trace.outline() for each in stage.exchanges(2)] == [NEW, NEW]
+
+
+@pytest.mark.nginx(
+    http="upstream @NAME@ { server @UP@; server @OTHER@; }",
+    server="location / { proxy_pass https://@NAME@; proxy_connect_timeout 200ms; }",
+)
+def test_tls_handshake_with_the_upstream_times_out(stage: Stage) -> None:
+    """The peers speak plain HTTP and wait for the end of a request: connected, but never through."""
+    assert stage.get("/").status == 504
+    each = stage.exchange()
+    assert each.log["upstream_status"] == "504, 504"
+    assert each.trace.outline() == [
+        "downstream read",
+        "upstream connect",
+        "upstream connect",
+        "downstream write",
+    ]
+    assert [span.status for span in each.trace.named("upstream connect")] == ["ERROR", "ERROR"]
+    assert all(0.19 < span.seconds < 0.3 for span in each.trace.named("upstream connect"))
+
+
+@pytest.mark.nginx(
+    server="location / { proxy_pass https://@UP_TLS@; proxy_ssl_verify on; proxy_ssl_name elsewhere.test;"
+    " proxy_ssl_trusted_certificate @CERTIFICATE@; }",
+)
+def test_tls_upstream_with_the_wrong_name(stage: Stage) -> None:
+    assert stage.get("/").status == 502
+    each = stage.exchange()
+    assert each.trace.outline() == ["downstream read", "upstream connect", "downstream write"]
+    assert each.trace.named("upstream connect")[0].status == "ERROR"

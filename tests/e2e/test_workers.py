@@ -1,0 +1,76 @@
+"""Several workers at once, and workers that come and go."""
+
+import threading
+
+import pytest
+
+from e2e.http1_client import Http1Connection
+from e2e.nginx_server import wait_until
+from e2e.stage import Stage
+
+WORKERS = 4
+CONNECTIONS = 40
+REQUESTS_EACH = 20
+RELOADS = 3
+
+
+@pytest.mark.nginx(
+    listen="listen @LISTEN@ reuseport;",
+    server="location / { return 200 ok; } location /app { proxy_pass http://@UP@; }",
+)
+def test_four_workers(stage: Stage) -> None:
+    def client(number: int) -> None:
+        with Http1Connection(stage.addresses["ipv4"]) as connection:
+            for index in range(REQUESTS_EACH):
+                target = f"/app/{number}/{index}" if index % 2 else f"/{number}/{index}"
+                assert connection.request(target).status == 200
+
+    run_all([threading.Thread(target=client, args=(number,)) for number in range(CONNECTIONS)])
+    exchanges = stage.exchanges(CONNECTIONS * REQUESTS_EACH)
+    workers = {each.trace.server.attributes["nginx.worker.pid"] for each in exchanges}
+    assert workers == set(stage.site.nginx.worker_pids())
+
+
+@pytest.mark.nginx(server="location / { return 200 ok; } location /app { proxy_pass http://@UP@; }")
+def test_reload_under_light_load(stage: Stage) -> None:
+    """The workers of before finish what they have, the new ones are traced from their first request on."""
+    stop = threading.Event()
+    answered: list[int] = []
+
+    def client() -> None:
+        count = 0
+        while not stop.is_set():
+            assert stage.get(f"/app?delay_ms={count % 5 * 10}").status == 200
+            assert stage.get("/").status == 200
+            count += 2
+        answered.append(count)
+
+    def more_requests() -> None:
+        done = len(stage.log.poll())
+        wait_until(lambda: len(stage.log.poll()) > done + 50, "more requests")
+
+    before = set(stage.site.nginx.worker_pids())
+    clients = [threading.Thread(target=client) for _ in range(4)]
+    for each in clients:
+        each.start()
+    try:
+        for _ in range(RELOADS):
+            more_requests()
+            stage.site.nginx.reload()
+        more_requests()
+    finally:
+        stop.set()
+        for each in clients:
+            each.join()
+    exchanges = stage.exchanges(sum(answered))
+    seen = {each.trace.server.attributes["nginx.worker.pid"] for each in exchanges}
+    assert len(answered) == 4
+    assert len(seen - before) >= RELOADS
+    assert stage.site.nginx.problems() == []
+
+
+def run_all(threads: list[threading.Thread]) -> None:
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()

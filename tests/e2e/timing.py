@@ -1,0 +1,138 @@
+"""What a trace's times must be, given nginx's own: order, nesting, and nginx's millisecond clock.
+
+nginx reads the clock once per turn of its event loop, and every time that it logs is that cached reading cut
+to milliseconds. The cached clock is therefore never ahead of the true one (but for rounding), and behind it
+by as long as the turn has lasted: microseconds on an idle machine, but a worker that the scheduler takes off
+the processor in the middle of a turn is behind by the whole pause. Tests share two cores with an upstream, a
+client and the agent, where pauses of several scheduler slices were seen; LAG_MAX_MS leaves room for those,
+and the medians show that they are the exception.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import inf
+from statistics import median
+
+from e2e.agent_process import Span, Trace
+from e2e.nginx_server import LogLine
+from e2e.oracle import LoggedAttempt, TracedAttempt, pair_attempts, traced_attempts
+
+EARLY_MAX_MS = 2.0
+"""How far a true time may lie before nginx's: both ends of a difference are cut to a millisecond."""
+LAG_MAX_MS = 25.0
+MEDIAN_MAX_MS = 3.0
+MEDIAN_SAMPLES_MIN = 5
+"""Below this one unlucky turn decides the median, and LAG_MAX_MS alone applies."""
+
+
+@dataclass(frozen=True)
+class Slack:
+    """Where nginx's times and the trace's mean different moments, and why a scenario may say so."""
+
+    end_early: bool = False
+    """nginx logs later than the response's last byte: it lingers for the request's body, or a mirror."""
+    header_early: bool = False
+    """The upstream's first byte comes long before its header is complete."""
+    response_early: bool = False
+    """nginx gives the upstream up later than its last byte came: a timeout, a gone client."""
+    write_early: bool = False
+    """The client got bytes before the upstream answered: 100 Continue, or a page put together of several."""
+    late_max_ms: float = LAG_MAX_MS
+
+
+NO_SLACK = Slack()
+
+
+@dataclass
+class Lags:
+    """True time minus nginx's, in milliseconds, of every request that was checked."""
+
+    values_ms: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, lag_ms: float, low_ms: float, high_ms: float) -> Iterator[str]:
+        """A lag without a lower limit says nothing of nginx's clock, and does not count for the median."""
+        if low_ms > -inf:
+            self.values_ms.setdefault(name, []).append(lag_ms)
+        if not low_ms <= lag_ms <= high_ms:
+            yield f"{name}: {lag_ms:+.3f} ms from nginx's, not within {low_ms} to {high_ms}"
+
+    def check_medians(self) -> list[str]:
+        return [
+            f"{name}: median lag {median(map(abs, lags)):.3f} ms over {len(lags)}"
+            for name, lags in self.values_ms.items()
+            if len(lags) >= MEDIAN_SAMPLES_MIN and median(map(abs, lags)) > MEDIAN_MAX_MS
+        ]
+
+
+def _check_order(trace: Trace, slack: Slack) -> Iterator[str]:
+    server = trace.server
+    for span in trace.spans:
+        if span.end_unix_ns <= span.start_unix_ns:
+            yield f"{span.name} lasts {span.end_unix_ns - span.start_unix_ns} ns"
+        if span.start_unix_ns < server.start_unix_ns or span.end_unix_ns > server.end_unix_ns:
+            after_ns, before_ns = (
+                span.start_unix_ns - server.start_unix_ns,
+                server.end_unix_ns - span.end_unix_ns,
+            )
+            yield f"{span.name} leaves its parent: starts {after_ns} ns after it, ends {before_ns} ns before it"
+    for read in trace.named("downstream read"):
+        if read.start_unix_ns != server.start_unix_ns:
+            yield f"downstream read starts {read.start_unix_ns - server.start_unix_ns} ns after SERVER"
+    previous_end = 0
+    for attempt in traced_attempts(trace):
+        if attempt.connect and attempt.exchange and attempt.connect.end_unix_ns > attempt.exchange.start_unix_ns:
+            yield "the exchange starts before its connect ends"
+        if attempt.spans[0].start_unix_ns < previous_end:
+            yield "an attempt starts before the one before it ended"
+        previous_end = attempt.spans[-1].end_unix_ns
+    answered = [
+        attempt.exchange
+        for attempt in traced_attempts(trace)
+        if attempt.exchange and "http.response.status_code" in attempt.exchange.attributes
+    ]
+    for write in trace.named("downstream write"):
+        if answered and not slack.write_early and write.start_unix_ns < _first_byte_unix_ns(answered[-1]):
+            yield "downstream write starts before the upstream's answer"
+
+
+def _first_byte_unix_ns(exchange: Span) -> int:
+    return exchange.start_unix_ns + int(exchange.attributes["nginx.upstream.time_to_first_byte_ns"])
+
+
+def _milliseconds(seconds: str) -> float | None:
+    return None if seconds == "-" else float(seconds) * 1000
+
+
+def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt, slack: Slack, lags: Lags) -> Iterator[str]:
+    """Durations from the attempt's start. The clock may lag at either end, and so nginx's be the longer."""
+    start_unix_ns = attempt.spans[0].start_unix_ns
+    connect_ms, header_ms = _milliseconds(logged.connect_time), _milliseconds(logged.header_time)
+    response_ms = _milliseconds(logged.response_time)
+
+    def compare(name: str, end_unix_ns: int, logged_ms: float, early: bool = False) -> Iterator[str]:
+        low_ms = -inf if early else -slack.late_max_ms
+        return lags.add(name, (end_unix_ns - start_unix_ns) / 1e6 - logged_ms, low_ms, slack.late_max_ms)
+
+    if connect_ms is not None and attempt.connect:
+        yield from compare("connect", attempt.connect.end_unix_ns, connect_ms)
+    elif connect_ms is not None and connect_ms > slack.late_max_ms:
+        yield f"reused connection, but nginx took {connect_ms} ms to connect"
+    if attempt.exchange and header_ms is not None:
+        yield from compare("header", _first_byte_unix_ns(attempt.exchange), header_ms, slack.header_early)
+    if response_ms is not None:
+        yield from compare("response", attempt.spans[-1].end_unix_ns, response_ms, slack.response_early)
+
+
+def check_times(trace: Trace, log: LogLine, lags: Lags, slack: Slack) -> list[str]:
+    """Every violation as text; the lags are added to `lags`."""
+    violations = list(_check_order(trace, slack))
+    end_ms = round(float(log["msec"]) * 1000)
+    start_ms = end_ms - round(float(log["request_time"]) * 1000)
+    # Whole milliseconds first: a Unix time in nanoseconds does not fit in a float.
+    end_lag_ms = (trace.server.end_unix_ns - end_ms * 1_000_000) / 1e6
+    start_lag_ms = (trace.server.start_unix_ns - start_ms * 1_000_000) / 1e6
+    violations += lags.add("end", end_lag_ms, -inf if slack.end_early else -EARLY_MAX_MS, slack.late_max_ms)
+    violations += lags.add("start", start_lag_ms, -EARLY_MAX_MS, slack.late_max_ms)
+    for attempt, logged in pair_attempts(trace, log):
+        violations += _check_attempt(attempt, logged, slack, lags)
+    return violations

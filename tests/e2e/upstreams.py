@@ -1,0 +1,175 @@
+"""A real HTTP/1.1 upstream whose behaviour each request's query string asks for.
+
+Runs as a process of its own (`python upstreams.py DIRECTORY`), so that it shares no interpreter lock with
+the clients; `UpstreamProcess` starts it. Query parameters, all optional:
+
+    status=N  bytes=N  chunked=1   the response; `bytes` counts the body
+    delay_ms=N                     wait before the response's first byte
+    stall_ms=N                     wait between the response's header and its body
+    parts=N part_ms=N              the body in N pieces, with a wait before each
+    end=close|reset|truncate       close without answer, reset without answer, close in the middle of the body
+    keep_alive=0                   answer `Connection: close`, then close
+    etag=TEXT                      answer 304 to a matching If-None-Match
+    header=NAME:VALUE              one more response header, repeatable
+    early=1                        answer before reading the request's body
+
+A request with an `Upgrade` header gets 101 and then an echo until it closes.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+_PIECE_BYTES = 1 << 16
+
+
+def make_certificate(directory: Path) -> None:
+    """Writes the self-signed `certificate.pem` and `key.pem` for localhost."""
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    files = ["-keyout", str(directory / "key.pem"), "-out", str(directory / "certificate.pem")]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+
+
+class UpstreamProcess:
+    """The upstream on IPv4 (twice), IPv6, a unix socket and TLS, at ports of the kernel's choice."""
+
+    def __init__(self, directory: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, directory], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+        )
+        assert self._process.stdout is not None
+        self.addresses: dict[str, str] = json.loads(self._process.stdout.readline())
+        """In nginx's words: `127.0.0.1:80`, `[::1]:80`, `unix:/path`; keys ipv4, other, ipv6, unix, tls."""
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+async def _read_body(reader: asyncio.StreamReader, headers: dict[str, str]) -> int:
+    if headers.get("transfer-encoding") == "chunked":
+        total = 0
+        while size := int(await reader.readline(), 16):
+            await reader.readexactly(size + 2)
+            total += size
+        await reader.readline()
+        return total
+    total = left = int(headers.get("content-length", 0))
+    while left:
+        left -= len(await reader.readexactly(min(left, _PIECE_BYTES)))
+    return total
+
+
+async def _write_body(writer: asyncio.StreamWriter, query: dict[str, list[str]], total: int, chunked: bool) -> None:
+    parts = int(query.get("parts", ["1"])[0])
+    pause = int(query.get("part_ms", ["0"])[0]) / 1000
+    for index in range(parts):
+        if pause:
+            await writer.drain()
+            await asyncio.sleep(pause)
+        left = total * (index + 1) // parts - total * index // parts
+        while left:
+            piece = b"x" * min(left, _PIECE_BYTES)
+            left -= len(piece)
+            writer.write(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+            await writer.drain()
+    if chunked:
+        writer.write(b"0\r\n\r\n")
+
+
+async def _respond(
+    writer: asyncio.StreamWriter, method: str, headers: dict[str, str], query: dict[str, list[str]]
+) -> bool:
+    """Answers one request; says whether the connection stays open."""
+    await asyncio.sleep(int(query.get("delay_ms", ["0"])[0]) / 1000)
+    end = query.get("end", [""])[0]
+    if end == "reset":
+        # Lingering for zero seconds makes close() send RST instead of FIN.
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if end in ("close", "reset"):
+        return False
+    status, total = int(query.get("status", ["200"])[0]), int(query.get("bytes", ["5"])[0])
+    lines = [header.replace(":", ": ", 1) for header in query.get("header", [])]
+    if "etag" in query:
+        etag = f'"{query["etag"][0]}"'
+        lines.append(f"ETag: {etag}")
+        if headers.get("if-none-match") == etag:
+            status = 304
+    chunked = "chunked" in query
+    if status in (204, 304):
+        total = 0
+    else:
+        lines.append("Transfer-Encoding: chunked" if chunked else f"Content-Length: {total}")
+    # nginx speaks HTTP/1.0 to an upstream unless told otherwise, and then asks for a close.
+    keep = query.get("keep_alive") != ["0"] and headers.get("connection", "").lower() != "close"
+    lines.append(f"Connection: {'keep-alive' if keep else 'close'}")
+    writer.write("\r\n".join([f"HTTP/1.1 {status} Whatever", *lines, "", ""]).encode())
+    if stall := int(query.get("stall_ms", ["0"])[0]):
+        await writer.drain()
+        await asyncio.sleep(stall / 1000)
+    if method != "HEAD" and status not in (204, 304):
+        if end == "truncate":
+            writer.write(b"x" * (total // 2))
+            return False
+        await _write_body(writer, query, total, chunked)
+    return keep
+
+
+async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+        keep = True
+        while keep:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            method, target, _ = head[0].split(" ", 2)
+            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
+            if "upgrade" in headers:
+                writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: echo\r\nConnection: upgrade\r\n\r\n")
+                while data := await reader.read(_PIECE_BYTES):
+                    writer.write(data)
+                break
+            query = parse_qs(urlsplit(target).query)
+            if "early" not in query:
+                await _read_body(reader, headers)
+            keep = await _respond(writer, method, headers, query)
+            if "early" in query:
+                await _read_body(reader, headers)
+            await writer.drain()
+    with contextlib.suppress(OSError):
+        writer.close()
+        await writer.wait_closed()
+
+
+async def _main(directory: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(directory / "certificate.pem", directory / "key.pem")
+    path = directory / "upstream.sock"
+    servers = {
+        "ipv4": await asyncio.start_server(_serve, "127.0.0.1", 0),
+        "other": await asyncio.start_server(_serve, "127.0.0.1", 0),
+        "ipv6": await asyncio.start_server(_serve, "::1", 0),
+        "tls": await asyncio.start_server(_serve, "127.0.0.1", 0, ssl=context),
+        "unix": await asyncio.start_unix_server(_serve, path),
+    }
+    os.chmod(path, 0o666)  # nginx's workers are another user
+    addresses = {"unix": f"unix:{path}"}
+    for name, server in servers.items():
+        if name != "unix":
+            host, port = server.sockets[0].getsockname()[:2]
+            addresses[name] = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    print(json.dumps(addresses), flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(Path(sys.argv[1])))
