@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+# The harness asserts too, and its failures should show their values.
+pytest.register_assert_rewrite("e2e")
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:

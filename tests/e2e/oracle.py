@@ -19,6 +19,9 @@ KINDS = {
 }
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
 
+# HTTP/0.9 requests name no version.
+PROTOCOL_VERSIONS = {"HTTP/1.0": "1.0", "HTTP/1.1": "1.1", "HTTP/2.0": "2"}
+
 
 @dataclass(frozen=True)
 class LoggedAttempt:
@@ -90,18 +93,14 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("error.type", attributes.get("error.type"), str(status) if status >= 500 else None)
     yield from _differ("span status", server.status, "ERROR" if status >= 500 else "UNSET")
 
-    method = log["request_method"]
+    # A request line that nginx could not read has no method, no version and no URI.
+    method, route = log["request_method"], attributes.get("http.route")
     known = method if method in KNOWN_METHODS else "_OTHER"
-    yield from _differ("method", attributes.get("http.request.method"), known)
-    route = attributes.get("http.route")
-    name = known if method in KNOWN_METHODS else "HTTP"
+    yield from _differ("method", attributes.get("http.request.method"), known if method else None)
+    name = method if method in KNOWN_METHODS else "HTTP"
     yield from _differ("name", server.name, f"{name} {route}" if route else name)
-
-    if log["server_protocol"]:
-        version = (
-            log["server_protocol"].removeprefix("HTTP/").removesuffix(".0" if "2.0" in log["server_protocol"] else "")
-        )
-        yield from _differ("protocol", attributes.get("network.protocol.version"), version)
+    version = PROTOCOL_VERSIONS.get(log["server_protocol"]) or ("0.9" if method else None)
+    yield from _differ("protocol", attributes.get("network.protocol.version"), version)
     uri, cut = log["request_uri"], attributes.get("nginx.uri.cut_bytes", 0)
     traced = attributes.get("url.path", "") + (f"?{attributes['url.query']}" if attributes.get("url.query") else "")
     if cut:
@@ -141,18 +140,21 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iter
     """`logged` is None for a subrequest's attempt, which nginx's log does not show."""
     connect, exchange = attempt.connect, attempt.exchange
     for span in attempt.spans:
-        host, _, port = span.attributes["nginx.upstream.peer"].rpartition(":")
+        peer = span.attributes["nginx.upstream.peer"]
         address, number = span.attributes.get("server.address"), span.attributes.get("server.port")
-        if host == "unix":
-            yield from _differ("peer", (address, number), (port, None))
+        if peer.startswith("unix:"):
+            yield from _differ("peer", (address, number), (peer, None))
         else:
+            host, _, port = peer.rpartition(":")
             yield from _differ("peer", (address, number), (host.strip("[]"), int(port)))
         if logged:
-            yield from _differ(f"{span.name} peer", span.attributes["nginx.upstream.peer"], logged.peer)
+            yield from _differ(f"{span.name} peer", peer, logged.peer)
     if connect and not exchange and (connect.status != "ERROR" or not connect.attributes.get("error.type")):
         yield "a connect without an exchange must be an ERROR with error.type"
     if connect and exchange and connect.status != "UNSET":
         yield "the connect before an exchange is an ERROR"
+    if logged and logged.connect_time == "-" and exchange:
+        yield f"an exchange on a connection that nginx never had ready: {logged}"
     if not exchange:
         if logged and (logged.bytes_received not in ("0", "-") or logged.header_time != "-"):
             yield f"no exchange, but nginx logged {logged}"

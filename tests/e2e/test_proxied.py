@@ -6,7 +6,7 @@ import pytest
 
 from e2e.http1_client import request_bytes
 from e2e.stage import LARGE_BYTES, Stage
-from e2e.timing import Slack
+from e2e.timing import LONG_TURN_MS, Slack
 
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
 REUSED = ["downstream read", "upstream exchange", "downstream write"]
@@ -146,7 +146,7 @@ def test_large_response_through_a_temporary_file(stage: Stage) -> None:
         connection.send(request_bytes("GET", f"/?bytes={LARGE_BYTES}"))
         time.sleep(0.3)
         assert connection.read_response().body_bytes == LARGE_BYTES
-    trace = stage.exchange().trace
+    trace = stage.exchange(Slack(late_max_ms=LONG_TURN_MS)).trace
     assert trace.outline() == NEW
     assert "temporary file" in stage.site.nginx.error_log.read_text()
     assert trace.named("downstream write")[0].end_unix_ns > trace.named("upstream exchange")[0].end_unix_ns

@@ -6,7 +6,7 @@ import pytest
 
 from e2e.http1_client import request_bytes, trusting_tls
 from e2e.stage import LARGE_BYTES, Stage
-from e2e.timing import Slack
+from e2e.timing import LONG_TURN_MS, Slack
 
 READ_WRITE = ["downstream read", "downstream write"]
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
@@ -52,7 +52,7 @@ def test_tls_resumed_session_and_many_connections(stage: Stage) -> None:
 def test_tls_large_file(stage: Stage) -> None:
     with stage.connect(tls=trusting_tls()) as connection:
         assert connection.request("/large.bin").body_bytes == LARGE_BYTES
-    trace = stage.exchange().trace
+    trace = stage.exchange(Slack(late_max_ms=LONG_TURN_MS)).trace
     assert trace.outline() == READ_WRITE
     assert trace.named("downstream write")[0].seconds > 0.5 * trace.server.seconds
 

@@ -20,6 +20,8 @@ from e2e.oracle import LoggedAttempt, TracedAttempt, pair_attempts, traced_attem
 EARLY_MAX_MS = 2.0
 """How far a true time may lie before nginx's: both ends of a difference are cut to a millisecond."""
 LAG_MAX_MS = 25.0
+LONG_TURN_MS = 1000.0
+"""For responses so large that writing all that the client takes at once makes a single long turn."""
 MEDIAN_MAX_MS = 3.0
 MEDIAN_SAMPLES_MIN = 5
 """Below this one unlucky turn decides the median, and LAG_MAX_MS alone applies."""
