@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "otel-nginx-ebpf"
 
+_INTERRUPTED = 128 + signal.SIGINT
+
 _ABOUT = """
 OpenTelemetry traces of a running nginx, by eBPF.
 
@@ -198,22 +200,25 @@ def replay(
     settings = _settings(context)
     from otel_nginx_ebpf import agent
 
-    _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats, settings))
+    # A file can wait until the collector has taken what is queued; a running nginx cannot.
+    _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats, settings), wait_for_room=True)
 
 
-def _deliver(settings: config.Settings, work: "Callable[[Exporter, Stats], None]") -> None:
+def _deliver(
+    settings: config.Settings, work: Callable[["Exporter", Stats], None], *, wait_for_room: bool = False
+) -> None:
     """Runs `work` with an exporter, then delivers what the exporter still holds and prints the counts.
 
     Raises:
-        typer.Exit: With 1 where the input was damaged.
+        typer.Exit: With 1 where the input was damaged, with 130 where `work` was interrupted.
     """
     # The SDK is slow to import, which --help need not wait for.
     from otel_nginx_ebpf.export import make_exporter
     from otel_nginx_ebpf.export.resource import make_resource
 
     stats = Stats()
-    exporter = make_exporter(settings, stats, make_resource())
-    damaged = False
+    exporter = make_exporter(settings, stats, make_resource(), wait_for_room=wait_for_room)
+    code = 0
     try:
         work(exporter, stats)
     except BrokenPipeError:
@@ -221,15 +226,15 @@ def _deliver(settings: config.Settings, work: "Callable[[Exporter, Stats], None]
         stats.lose("lost_output_closed")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except CaptureError as error:
-        damaged = True
         _complain(str(error))
-    except UserError:
+        code = 1
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    finally:
         exporter.shutdown(settings.grace_seconds)
-        raise
-    exporter.shutdown(settings.grace_seconds)
     _complain(stats.summary())
-    if damaged:
-        raise typer.Exit(1)
+    if code:
+        raise typer.Exit(code)
 
 
 def _complain(text: str) -> None:
@@ -247,10 +252,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(prog_name=PROGRAM, standalone_mode=False)
-    except (UserError, typer.TyperException) as error:
-        if str(error):  # Without arguments there is only the help, which is out already.
-            _complain(str(error))
+    except UserError as error:
+        _complain(str(error))
+        code = 2
+    except typer.TyperException as error:
+        # Empty where no command was given: the help is out already.
+        if message := error.format_message():
+            _complain(message)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = _INTERRUPTED
     sys.exit(code)

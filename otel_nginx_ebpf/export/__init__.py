@@ -48,8 +48,8 @@ class Fanout:
             exporter.shutdown(timeout_s)
 
 
-def make_exporter(settings: Settings, stats: Stats, resource: Resource) -> Exporter:
-    """The exporter, or exporters, that `settings` ask for.
+def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_for_room: bool = False) -> Exporter:
+    """The exporter, or exporters, that `settings` ask for; with `wait_for_room` they rather block than drop.
 
     A trace counts as exported once: when the collector has it or, without a collector, when the first of
     the other exporters has written it.
@@ -71,11 +71,11 @@ def make_exporter(settings: Settings, stats: Stats, resource: Resource) -> Expor
     counting = "otlp" if "otlp" in names else names[0]
     uncounted = Stats()
     uncounted.lost = stats.lost
-    made = [_make(name, settings, stats if name == counting else uncounted, resource) for name in names]
+    made = [_make(name, settings, stats if name == counting else uncounted, resource, wait_for_room) for name in names]
     return made[0] if len(made) == 1 else Fanout(made)
 
 
-def _make(name: ExporterName, settings: Settings, stats: Stats, resource: Resource) -> Exporter:
+def _make(name: ExporterName, settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool) -> Exporter:
     # Imported where chosen: gRPC and its like cost 0.3 s and 20 MB that a text exporter has no use for.
     if name == "otlp":
         from otel_nginx_ebpf.export.otlp import OtlpExporter, make_sdk_exporter
@@ -87,6 +87,7 @@ def _make(name: ExporterName, settings: Settings, stats: Stats, resource: Resour
             queue_spans=settings.queue_size,
             batch_spans=settings.batch_size,
             delay_s=settings.batch_delay_ms / 1000,
+            wait_for_room=wait_for_room,
         )
     output = open_output(settings.output)
     if name == "console":

@@ -5,6 +5,7 @@ held; here a batch stays queued until the collector has it.
 """
 
 import logging
+import os
 import random
 import threading
 from collections import deque
@@ -73,6 +74,8 @@ def make_sdk_exporter(protocol: str) -> SpanExporter:
     Raises:
         UserError: One of them has a value that the exporter refuses.
     """
+    # gRPC's C library reports each lost connection on stderr by itself; we say it in one line.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         if protocol == "grpc":
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
@@ -136,13 +139,16 @@ class OtlpExporter:
         queue_spans: int,
         batch_spans: int,
         delay_s: float,
+        wait_for_room: bool = False,
     ) -> None:
+        """With `wait_for_room` a full queue makes `export` wait, else it drops the trace."""
         self._sdk_exporter = sdk_exporter
         self._resource = resource
         self._stats = stats
         self._queue_spans = queue_spans
         self._batch_spans = batch_spans
         self._delay_s = delay_s
+        self._wait_for_room = wait_for_room
         self._log = _ExporterLog()
         self._changed = threading.Condition()
         """Guards all below."""
@@ -156,29 +162,37 @@ class OtlpExporter:
 
     def export(self, trace: Trace) -> None:
         with self._changed:
-            if self._queued_spans + len(trace.spans) > self._queue_spans:
+            if not self._has_room(trace):
+                self._send_now = True
+                self._changed.notify_all()
+                if self._wait_for_room:
+                    self._changed.wait_for(lambda: self._has_room(trace) or not self._queue)
+            if not self._has_room(trace):
                 self._stats.lose("lost_queue_full")
                 return
             self._queue.append(trace)
             self._queued_spans += len(trace.spans)
             if self._queued_spans >= self._batch_spans or len(self._queue) == 1:
-                self._changed.notify()
+                self._changed.notify_all()
+
+    def _has_room(self, trace: Trace) -> bool:
+        return self._queued_spans + len(trace.spans) <= self._queue_spans
 
     def flush(self) -> None:
         with self._changed:
             self._send_now = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def shutdown(self, timeout_s: float) -> None:
         with self._changed:
             self._closing = True
-            self._changed.notify()
+            self._changed.notify_all()
         try:
             self._worker.join(timeout_s)
         finally:
             with self._changed:
                 self._abandoned = True
-                self._changed.notify()
+                self._changed.notify_all()
             self._sdk_exporter.shutdown()
             self._worker.join(_ABORT_S)
             with self._changed:
@@ -248,6 +262,7 @@ class OtlpExporter:
             for trace in batch:
                 self._queue.popleft()
                 self._queued_spans -= len(trace.spans)
+            self._changed.notify_all()
             if delivered:
                 self._stats.exported += len(batch)
             else:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sample_traces import RETRIED, STATIC
 
 from otel_nginx_ebpf import capture
 from otel_nginx_ebpf.capture import MAGIC, CaptureError, CaptureWriter, read_capture, read_header
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.record import LIMITS
+from unit.sample_traces import RETRIED, STATIC
 
 one_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 frames = st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.binary(max_size=300)), max_size=8)

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from sample_traces import retried_trace, static_trace
 
 from otel_nginx_ebpf.export.console import ConsoleExporter, _bar, duration, waterfall
 from otel_nginx_ebpf.export.output import Output
 from otel_nginx_ebpf.stats import Stats
+from unit.sample_traces import retried_trace, static_trace
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,11 @@ import io
 import json
 
 from opentelemetry.sdk.resources import Resource
-from sample_traces import retried_trace, static_trace
 
 from otel_nginx_ebpf.export.json_lines import JsonLinesExporter, to_json
 from otel_nginx_ebpf.export.output import Output
 from otel_nginx_ebpf.stats import Stats
+from unit.sample_traces import retried_trace, static_trace
 
 RESOURCE = Resource({"service.name": "nginx", "list": ["a", "b"]})
 

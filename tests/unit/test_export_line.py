@@ -4,11 +4,11 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_traces import MONO_NS, UNIX_OFFSET_NS, retried_trace, static_trace
 
 from otel_nginx_ebpf.export.line import LineExporter, to_line
 from otel_nginx_ebpf.export.output import Output
 from otel_nginx_ebpf.stats import Stats
+from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, retried_trace, static_trace
 
 
 def test_static_request() -> None:

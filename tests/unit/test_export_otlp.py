@@ -7,12 +7,12 @@ import pytest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as ProtoSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from opentelemetry.sdk.resources import Resource
-from otlp_receiver import GrpcReceiver, HttpReceiver, Received
-from sample_traces import MONO_NS, UNIX_OFFSET_NS, renumbered, retried_trace, static_trace
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.otlp import OtlpExporter, make_sdk_exporter
 from otel_nginx_ebpf.stats import Stats
+from unit.otlp_receiver import GrpcReceiver, HttpReceiver, Received
+from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, renumbered, retried_trace, static_trace
 
 RESOURCE = Resource({"service.name": "nginx"})
 
@@ -120,6 +120,21 @@ def test_what_does_not_fit_the_queue_is_dropped_whole_and_counted(monkeypatch: p
         subject.shutdown(10)
     assert receiver.trace_ids == [1, 2]
     assert (stats.exported, stats.lost) == (2, {"lost_queue_full": 1})
+
+
+def test_a_replay_waits_for_room_in_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = Stats()
+    with GrpcReceiver() as receiver:
+        to(receiver, monkeypatch)
+        subject = OtlpExporter(
+            make_sdk_exporter("grpc"), RESOURCE, stats, queue_spans=5, batch_spans=50, delay_s=600, wait_for_room=True
+        )
+        for trace_id in range(1, 101):
+            subject.export(renumbered(static_trace(), trace_id))
+        subject.export(retried_trace())
+        subject.shutdown(10)
+    assert receiver.trace_ids == list(range(1, 101))
+    assert (stats.exported, stats.lost) == (100, {"lost_queue_full": 1}), "the last has more spans than fit at all"
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
