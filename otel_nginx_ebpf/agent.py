@@ -106,7 +106,7 @@ def _plan(instances: tuple[Instance, ...]) -> Plan:
         else:
             if boundary.required:
                 raise UserError(
-                    f"{binary.path} (nginx {binary.version}) has no usable probe site for “{boundary.name}”: "
+                    f"{binary.name} (nginx {binary.version}) has no usable probe site for “{boundary.name}”: "
                     f"{'; '.join(reasons)}; a build that exports its functions (-Wl,-E) is needed"
                 )
             missing.append((boundary, "; ".join(reasons)))

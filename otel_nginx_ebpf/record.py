@@ -153,12 +153,13 @@ class _Strings:
             header = STRING_HEADER.unpack(raw, offset)
             offset += STRING_HEADER.size
             length = header["bytes"]
-            if offset + length > len(raw):
+            padded = -(-length // 8) * 8
+            if offset + padded > len(raw):
                 raise RecordError(f"string of {length} bytes at byte {offset} passes the record's end, {len(raw)}")
             key = header["kind"], header["attempt"]
             self._values[key] = bytes(raw[offset : offset + length])
             self._whole_bytes[key] = header["whole_bytes"]
-            offset += -(-length // 8) * 8
+            offset += padded
 
     def raw(self, kind: str, attempt: int = 0) -> bytes | None:
         return self._values.get((STRING_KINDS[kind], attempt))

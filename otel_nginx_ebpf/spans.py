@@ -178,8 +178,8 @@ def _phases(request: Request) -> Iterator[_Phase]:
 
 
 def _downstream_read(request: Request) -> Iterator[_Phase]:
-    """Ends where the request is known to be complete: at its last read, or, when one read brought it whole, where nginx begins
-    to work on it. A pipelined request whose bytes had come before has none."""
+    """Ends where the request is known to be complete: at its last read, or, when one read brought it whole, where nginx
+    begins to work on it. A pipelined request whose bytes had come before has none."""
     start = request.first_read_mono_ns
     end = max(request.last_read_mono_ns or 0, request.created_mono_ns)
     if start is None and request.last_read_mono_ns is not None:
@@ -316,8 +316,8 @@ def _host_and_port(request: Request, local: Address | None) -> tuple[str | None,
         return (local.host if local else None), port
     bare, colon, digits = host.rpartition(":")
     if colon and digits.isascii() and digits.isdigit() and len(digits) <= 5 and not bare.endswith(":"):
-        return bare, int(digits)
-    return host, port
+        host, port = bare, int(digits)
+    return host.removeprefix("[").removesuffix("]"), port
 
 
 def _server_attributes(request: Request, query: bool) -> dict[str, AttributeValue]:

@@ -64,8 +64,8 @@ def _import_bcc() -> Any:
             ) from error
     if not hasattr(bcc, "BPF"):
         raise _LoadError(
-            f"the package bcc at {os.path.dirname(bcc.__file__ or '?')} is not BCC but another project of that name on PyPI; "
-            "uninstall it (pip uninstall bcc) and install your distribution's python3-bpfcc"
+            f"the package bcc at {os.path.dirname(bcc.__file__ or '?')} is not BCC but another project of that name "
+            "on PyPI; uninstall it (pip uninstall bcc) and install your distribution's python3-bpfcc"
         )
     return bcc
 

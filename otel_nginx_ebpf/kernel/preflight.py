@@ -7,6 +7,7 @@ from pathlib import Path
 from otel_nginx_ebpf.errors import UserError
 
 _UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe/type")
+_BPF_SETTINGS = (Path("/proc/sys/kernel/unprivileged_bpf_disabled"), Path("/proc/sys/net/core/bpf_jit_enable"))
 
 # linux/capability.h
 _CAPABILITIES = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
@@ -42,12 +43,10 @@ def check() -> None:
     missing = missing_capabilities(_effective_capabilities())
     if missing:
         raise UserError(
-            f"not permitted to trace: {', '.join(missing)} missing; run as root, or grant CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE"
+            f"not permitted to trace: {', '.join(missing)} missing; "
+            "run as root, or grant CAP_BPF, CAP_PERFMON and CAP_SYS_PTRACE"
         )
-    if (
-        not Path("/proc/sys/kernel/unprivileged_bpf_disabled").exists()
-        and not Path("/proc/sys/net/core/bpf_jit_enable").exists()
-    ):
+    if not any(path.exists() for path in _BPF_SETTINGS):
         raise UserError("this kernel has no BPF (CONFIG_BPF_SYSCALL is off); use a kernel that has it")
     if not _UPROBE_PMU.exists():
         raise UserError(

@@ -1,5 +1,6 @@
 """What an nginx binary tells about itself, stripped or not: version, build, symbols and where a probe can sit."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ _ARGUMENT_REGISTERS = (
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An instruction that the kernel emulates for a uprobe instead of stepping over it (Linux arch/x86/kernel/uprobes.c)."""
+    """An instruction that the kernel emulates for a uprobe instead of single-stepping (arch/x86/kernel/uprobes.c)."""
 
     function: str
     address: int
@@ -48,7 +49,7 @@ class NoSiteError(Exception):
 
 
 class Binary:
-    """An nginx executable.
+    """An nginx executable. `path` may be a /proc/PID/exe link; `name` is then the path it leads to, for people.
 
     Raises:
         UserError: the file cannot be read, is not an ELF executable for x86-64, or is not nginx.
@@ -56,21 +57,25 @@ class Binary:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.name = str(path.readlink()) if path.is_symlink() else str(path)
         try:
             with path.open("rb") as file:
-                self._read(ELFFile(file))
+                self._read(ELFFile(file), os.fstat(file.fileno()).st_size)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        except (ELFError, ValueError, KeyError, OverflowError) as error:
-            raise UserError(f"{path} is not an executable this program understands: {error}") from error
+            raise UserError(f"cannot read {self.name}: {error.strerror}") from error
+        except UserError:
+            raise
+        except Exception as error:  # pyelftools raises whatever it stumbles over in a damaged file
+            raise UserError(f"{self.name} is not an executable this program understands: {error}") from error
 
-    def _read(self, elf: ELFFile) -> None:
+    def _read(self, elf: ELFFile, file_bytes: int) -> None:
         if elf.get_machine_arch() != "x64":
-            raise UserError(f"{self.path} is built for {elf.get_machine_arch()}; only x86-64 is supported so far")
-        self._segments = [
-            (segment["p_vaddr"], segment["p_filesz"], segment["p_offset"], segment.data())
-            for segment in elf.iter_segments("PT_LOAD")
-        ]
+            raise UserError(f"{self.name} is built for {elf.get_machine_arch()}; only x86-64 is supported so far")
+        self._segments: list[tuple[int, int, int, bytes]] = []
+        for segment in elf.iter_segments("PT_LOAD"):
+            if segment["p_offset"] + segment["p_filesz"] > file_bytes:
+                raise ELFError("a segment passes the file's end")
+            self._segments.append((segment["p_vaddr"], segment["p_filesz"], segment["p_offset"], segment.data()))
         self._symbols: dict[str, int] = {}
         for section in elf.iter_sections():
             if isinstance(section, SymbolTableSection):
@@ -80,7 +85,7 @@ class Binary:
         rodata = b"\0".join(data for _, _, _, data in self._segments)
         version = _VERSION.search(rodata)
         if version is None or "ngx_http_core_module" not in self._symbols:
-            raise UserError(f"{self.path} is not an nginx with the http module: give nginx's own binary or process")
+            raise UserError(f"{self.name} is not an nginx with the http module: give nginx's own binary or process")
         self.version = (version[1] or version[2]).decode()
         signature = _SIGNATURE.search(rodata)
         configure = _CONFIGURE.search(rodata)
@@ -119,7 +124,7 @@ class Binary:
                     yield instruction, offset + instruction.address - start
 
     def site(self, function: str, arguments: int) -> Site:
-        """The first instruction of `function` that is cheap to probe while its first `arguments` arguments are in place.
+        """The first instruction of `function` that is cheap to probe while its first arguments are in place.
 
         Raises:
             NoSiteError: the function is not exported, or has no such instruction.

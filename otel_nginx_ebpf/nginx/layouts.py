@@ -26,11 +26,11 @@ def layout_for(binary: Binary) -> Layout:
     releases: dict[str, dict[str, dict[str, int]]] = catalogue["releases"]
     if not binary.with_compat:
         raise UserError(
-            f"the struct layout of {binary.path} (nginx {binary.version}) is unknown: it was configured without "
+            f"the struct layout of {binary.name} (nginx {binary.version}) is unknown: it was configured without "
             "--with-compat, and its options move the members; use a build of a distribution or of nginx.org"
         )
     if binary.version not in releases:
         raise UserError(
-            f"the struct layout of nginx {binary.version} ({binary.path}) is unknown; known: {', '.join(releases)}"
+            f"the struct layout of nginx {binary.version} ({binary.name}) is unknown; known: {', '.join(releases)}"
         )
     return Layout(releases[binary.version], source="catalogue")

@@ -1,0 +1,55 @@
+"""Asks gcc, through the debug information it writes, how it lays structs out."""
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from elftools.dwarf.die import DIE
+from elftools.elf.elffile import ELFFile
+
+
+def compile_object(source: str, include: Sequence[Path] = ()) -> bytes:
+    """The object file of a C text, with debug information."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "object.o"
+        compiled = subprocess.run(
+            ["gcc", "-g", "-c", "-x", "c", *(f"-I{path}" for path in include), "-o", target, "-"],
+            input=source.encode(),
+            capture_output=True,
+            check=False,
+        )
+        assert compiled.returncode == 0, compiled.stderr.decode()
+        return target.read_bytes()
+
+
+class DebugInfo:
+    """Structs by name, as DWARF describes them."""
+
+    def __init__(self, object_file: bytes) -> None:
+        dwarf = ELFFile(BytesIO(object_file)).get_dwarf_info()
+        self._structs: dict[str, DIE] = {}
+        for unit in dwarf.iter_CUs():
+            for entry in unit.iter_DIEs():
+                if entry.tag == "DW_TAG_structure_type" and "DW_AT_byte_size" in entry.attributes:
+                    self._add(entry, entry)
+                if entry.tag == "DW_TAG_typedef" and "DW_AT_type" in entry.attributes:
+                    target = entry.get_DIE_from_attribute("DW_AT_type")
+                    if target.tag == "DW_TAG_structure_type" and "DW_AT_byte_size" in target.attributes:
+                        self._add(entry, target)
+
+    def _add(self, named: DIE, struct: DIE) -> None:
+        if "DW_AT_name" in named.attributes:
+            self._structs[named.attributes["DW_AT_name"].value.decode()] = struct
+
+    def size(self, name: str) -> int:
+        return int(self._structs[name].attributes["DW_AT_byte_size"].value)
+
+    def offsets(self, name: str) -> dict[str, int]:
+        """Members and their offsets in bytes, in order; bit-fields left out."""
+        return {
+            child.attributes["DW_AT_name"].value.decode(): child.attributes["DW_AT_data_member_location"].value
+            for child in self._structs[name].iter_children()
+            if child.tag == "DW_TAG_member" and "DW_AT_data_member_location" in child.attributes
+        }

@@ -1,0 +1,114 @@
+"""What is read from an nginx binary, on Debian's own, and on damaged copies of it."""
+
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
+from otel_nginx_ebpf.nginx.layouts import layout_for
+from otel_nginx_ebpf.sites import BOUNDARIES, Boundary
+from tests.unit.c_compiler import DebugInfo, compile_object
+
+NGINX = Path("/usr/sbin/nginx")
+# Debian's nginx-dev: the sources that the package was built from, configured as it was.
+NGINX_SOURCES = Path("/usr/share/nginx/src")
+
+
+@pytest.fixture(scope="module")
+def binary() -> Binary:
+    return Binary(NGINX)
+
+
+def test_version_and_build_are_those_nginx_prints(binary: Binary) -> None:
+    printed = subprocess.run([NGINX, "-V"], capture_output=True, text=True, check=True).stderr
+    assert f"nginx version: nginx/{binary.version}\n" in printed
+    assert f"configure arguments: {binary.configure_arguments}" in printed
+    assert binary.with_compat == ("--with-compat" in printed)
+    notes = subprocess.run(["readelf", "-n", NGINX], capture_output=True, text=True, check=True).stdout
+    assert f"Build ID: {binary.build_id}" in notes
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES, ids=lambda boundary: boundary.name)
+def test_a_site_is_an_emulated_instruction_before_any_call(binary: Binary, boundary: Boundary) -> None:
+    site = binary.site(boundary.functions[0], boundary.arguments)
+    assert site.address == binary.address(site.function) + site.displacement
+    listing = subprocess.run(
+        [
+            "objdump",
+            "-d",
+            f"--start-address={site.address - site.displacement}",
+            f"--stop-address={site.address + 8}",
+            NGINX,
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    before, at = [], None
+    for address, text in re.findall(r"^ +([0-9a-f]+):\t[0-9a-f ]+\t(.+)$", listing, re.MULTILINE):
+        if int(address, 16) == site.address:
+            at = text
+            break
+        before.append(text)
+    assert at is not None
+    assert at.startswith(("push ", "j", "call ", "nop"))
+    assert not any(text.startswith(("call", "j", "ret")) for text in before)
+
+
+def test_a_function_that_is_not_exported_has_no_site(binary: Binary) -> None:
+    with pytest.raises(NoSiteError, match="ngx_no_such_function is not exported"):
+        binary.site("ngx_no_such_function", 1)
+
+
+@pytest.fixture(scope="module")
+def configured_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Debian's nginx sources after a `./configure --with-compat`."""
+    sources = tmp_path_factory.mktemp("nginx") / "src"
+    shutil.copytree(NGINX_SOURCES, sources)
+    options = ["--with-compat", "--with-threads", "--with-http_ssl_module", "--with-http_v2_module"]
+    subprocess.run(["sh", "./configure", *options], cwd=sources, check=True, capture_output=True)
+    return sources
+
+
+def test_the_layout_is_what_the_compiler_makes_of_nginx_sources(binary: Binary, configured_sources: Path) -> None:
+    layout = layout_for(binary).structs
+    folders = ("objs", "src/core", "src/event", "src/event/modules", "src/os/unix", "src/http", "src/http/modules")
+    include = [configured_sources / folder for folder in (*folders, "src/http/v2")]
+    headers = "".join(f"#include <ngx_{name}.h>\n" for name in ("config", "core", "event", "http"))
+    uses = "".join(f"{name if name.endswith('_t') else 'struct ' + name} *used_{name};\n" for name in layout)
+    compiled = DebugInfo(compile_object(headers + uses, include))
+    measured = {struct: compiled.offsets(struct) | {"sizeof": compiled.size(struct)} for struct in layout}
+    for struct, members in layout.items():
+        assert {member: measured[struct][member] for member in members} == members, struct
+
+
+_DAMAGED_BYTES = 4096
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, _DAMAGED_BYTES - 1), damage=st.binary(min_size=1, max_size=64), whole=st.booleans())
+def test_a_damaged_binary_is_refused_or_read(tmp_path: Path, at: int, damage: bytes, whole: bool) -> None:
+    raw = NGINX.read_bytes()
+    raw = raw[:at] + damage + (raw[at + len(damage) :] if whole else b"")
+    path = tmp_path / "nginx"
+    path.write_bytes(raw)
+    with suppress(UserError, NoSiteError):
+        assert Binary(path).site(BOUNDARIES[0].functions[0], 1).displacement >= 0
+
+
+def test_what_is_no_nginx_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/sleep is not an nginx"):
+        Binary(Path("/usr/bin/sleep"))
+    with pytest.raises(UserError, match=r"cannot read .*No such file"):
+        Binary(tmp_path / "absent")
+    text = tmp_path / "script"
+    text.write_text("#!/bin/sh\n")
+    with pytest.raises(UserError, match="is not an executable"):
+        Binary(text)

@@ -1,0 +1,104 @@
+"""The record: both sides of the kernel boundary agree on it, and no bytes break its decoder."""
+
+import struct
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from otel_nginx_ebpf import record
+from otel_nginx_ebpf.stats import LOSS_CAUSES
+from tests.unit.c_compiler import DebugInfo, compile_object
+from tests.unit.sample_traces import RETRIED, STATIC
+
+
+@pytest.fixture(scope="module")
+def compiled() -> DebugInfo:
+    structs = (record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER)
+    uses = "\n".join(f"struct {layout.name} {layout.name}_used;" for layout in structs)
+    return DebugInfo(compile_object(f"#include <linux/types.h>\n{record.HEADER_TEXT}\n{uses}\n"))
+
+
+@pytest.mark.parametrize(
+    "layout", [record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER], ids=lambda layout: layout.name
+)
+def test_the_compiler_lays_the_record_out_as_the_decoder_reads_it(compiled: DebugInfo, layout: record.CStruct) -> None:
+    offset, expected = 0, {}
+    for kind, name in layout.fields:
+        expected[name] = offset
+        offset += struct.calcsize("<" + record._FORMATS[kind])
+    assert compiled.offsets(layout.name) == expected
+    assert compiled.size(layout.name) == layout.size
+
+
+def test_enums_are_whole() -> None:
+    losses = record.c_enum("loss")
+    assert losses.pop("LOSS_CAUSES") == len(LOSS_CAUSES)
+    assert sorted(losses.values()) == list(range(len(LOSS_CAUSES)))
+    assert len(set(record.STRING_KINDS.values())) == len(record.STRING_KINDS)
+    assert max(record.STRING_KINDS.values()) < 256
+    assert record.LIMITS["ATTEMPTS_MAX"] * record.UPSTREAM_ATTEMPT.size < record.LIMITS["RECORD_BYTES_MAX"]
+
+
+def test_a_record_with_attempts() -> None:
+    request = record.decode(RETRIED)
+    assert request.uri == "/api/users?id=1"
+    assert [attempt.peer for attempt in request.attempts] == ["127.0.0.1:9", "[::1]:8080"]
+    assert request.attempts[0].connect_errno == 111
+    assert request.attempts[0].first_write_mono_ns is None
+    assert request.attempts[1].received_bytes == 5300
+    assert request.host is None
+
+
+def test_a_truncated_record_is_refused_unless_it_ends_between_strings() -> None:
+    decoded = []
+    for length in range(len(RETRIED)):
+        with suppress(record.RecordError):
+            decoded.append((length, record.decode(RETRIED[:length])))
+    # The fixed parts alone, and then one more string each time.
+    assert decoded[0][0] == record.REQUEST_RECORD.size + 2 * record.UPSTREAM_ATTEMPT.size
+    assert [request.uri for _, request in decoded] == [
+        None,
+        None,
+        "/api/users?id=1",
+        "/api/users?id=1",
+        "/api/users?id=1",
+    ]
+    assert all(request.attempts[1].received_bytes == 5300 for _, request in decoded)
+
+
+@given(st.binary(max_size=600))
+def test_any_bytes_give_a_request_or_a_record_error(raw: bytes) -> None:
+    with suppress(record.RecordError):
+        request = record.decode(raw)
+        assert len(raw) >= record.REQUEST_RECORD.size + len(request.attempts) * record.UPSTREAM_ATTEMPT.size
+
+
+@given(st.binary(max_size=200), st.integers(0, len(STATIC) - 1))
+def test_damage_inside_a_record_never_raises_anything_else(damage: bytes, at: int) -> None:
+    raw = (STATIC[:at] + damage + STATIC[at + len(damage) :])[: record.LIMITS["RECORD_BYTES_MAX"]]
+    try:
+        request = record.decode(raw)
+    except record.RecordError:
+        return
+    assert request.status >= 0
+
+
+@pytest.mark.parametrize(
+    ("rc", "err_status", "out_status", "sent_bytes", "http_version", "status"),
+    [
+        (0, 0, 200, 900, 1001, 200),
+        (499, 0, 0, 0, 1001, 499),
+        (499, 0, 200, 512, 1001, 200),
+        (408, 0, 200, 0, 1001, 408),
+        (0, 404, 200, 300, 1001, 404),
+        (-1, 0, 502, 0, 1001, 502),
+        (0, 0, 0, 0, 9, 9),
+        (0, 0, 0, 0, 1001, 0),
+    ],
+)
+def test_the_status_is_what_nginx_logs(
+    rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int, status: int
+) -> None:
+    assert record._status(rc, err_status, out_status, sent_bytes, http_version) == status

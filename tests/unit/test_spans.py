@@ -1,0 +1,353 @@
+"""What a trace says about a request: whole traces, stated literally."""
+
+import socket
+import struct
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.trace import SpanKind
+
+from otel_nginx_ebpf.record import Attempt, Request
+from otel_nginx_ebpf.spans import RandomIds, build_trace, redact_query
+from otel_nginx_ebpf.trace import Span, Trace
+
+OFFSET_NS = 10**18
+CLIENT = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 51234) + bytes([192, 0, 2, 7]) + bytes(8)
+LISTENER = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 8080) + bytes([192, 0, 2, 1]) + bytes(8)
+
+REQUEST = Request(
+    accepted_mono_ns=900,
+    first_read_mono_ns=1_000,
+    created_mono_ns=1_100,
+    last_read_mono_ns=None,
+    first_write_mono_ns=5_000,
+    last_write_mono_ns=6_000,
+    ended_mono_ns=6_100,
+    rc=0,
+    connection=7,
+    connection_requests=3,
+    request_bytes=80,
+    sent_bytes=240,
+    nginx_start_unix_ms=0,
+    http_version=1001,
+    status=200,
+    worker_pid=4711,
+    upstream_states=0,
+    tls=False,
+    multiplexed=False,
+    attempts=(),
+    attempts_lost=0,
+    method="GET",
+    uri="/api/users?id=1",
+    uri_cut_bytes=0,
+    host="example.com",
+    user_agent="curl/8",
+    location="/api/",
+    server_name="example.com",
+    client_sockaddr=CLIENT,
+    local_sockaddr=LISTENER,
+)
+
+ATTEMPT = Attempt(
+    connect_start_mono_ns=1_200,
+    connected_mono_ns=1_500,
+    connect_failed_mono_ns=None,
+    first_write_mono_ns=1_500,
+    last_write_mono_ns=1_600,
+    first_read_mono_ns=3_000,
+    last_read_mono_ns=4_000,
+    ended_mono_ns=4_100,
+    connect_ms=0,
+    header_ms=0,
+    response_ms=0,
+    sent_bytes=70,
+    received_bytes=300,
+    status=200,
+    connect_errno=0,
+    tls=False,
+    subrequest=False,
+    peer="127.0.0.1:9000",
+    upstream="backend",
+    subrequest_uri=None,
+)
+
+
+class CountingIds:
+    """1, 2, 3, … in the order they are asked for."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def generate_span_id(self) -> int:
+        self._last += 1
+        return self._last
+
+    def generate_trace_id(self) -> int:
+        return 0xABC
+
+
+def build(request: Request, *, query: bool = True) -> Trace:
+    return build_trace(request, OFFSET_NS, CountingIds(), query=query)
+
+
+def children(request: Request) -> list[tuple[str, int, int, str | None]]:
+    """Name, start and end (monotonic) and error of each child span."""
+    return [
+        (span.name, span.start_unix_ns - OFFSET_NS, span.end_unix_ns - OFFSET_NS, span.error)
+        for span in build(request).spans[1:]
+    ]
+
+
+def test_a_proxied_request() -> None:
+    trace = build(replace(REQUEST, attempts=(ATTEMPT,), upstream_states=1))
+    upstream = {
+        "nginx.upstream.attempt": 1,
+        "nginx.upstream.peer": "127.0.0.1:9000",
+        "server.address": "127.0.0.1",
+        "server.port": 9000,
+        "nginx.upstream.name": "backend",
+        "nginx.upstream.status": 200,
+    }
+    assert trace.trace_id == 0xABC
+    assert trace.spans == (
+        Span(
+            name="GET /api/",
+            kind=SpanKind.SERVER,
+            span_id=1,
+            parent_span_id=None,
+            start_unix_ns=OFFSET_NS + 1_000,
+            end_unix_ns=OFFSET_NS + 6_000,
+            attributes={
+                "http.request.method": "GET",
+                "url.scheme": "http",
+                "url.path": "/api/users",
+                "url.query": "id=1",
+                "http.route": "/api/",
+                "http.response.status_code": 200,
+                "http.request.size": 80,
+                "http.response.size": 240,
+                "network.protocol.version": "1.1",
+                "user_agent.original": "curl/8",
+                "client.address": "192.0.2.7",
+                "client.port": 51234,
+                "server.address": "example.com",
+                "server.port": 8080,
+                "nginx.connection.id": 7,
+                "nginx.connection.requests": 3,
+                "nginx.server_name": "example.com",
+                "nginx.worker.pid": 4711,
+                "nginx.upstream.attempts": 1,
+            },
+        ),
+        Span("downstream read", SpanKind.INTERNAL, 2, 1, OFFSET_NS + 1_000, OFFSET_NS + 1_100, {}),
+        Span("upstream connect", SpanKind.INTERNAL, 3, 1, OFFSET_NS + 1_200, OFFSET_NS + 1_500, upstream),
+        Span(
+            "upstream exchange",
+            SpanKind.CLIENT,
+            4,
+            1,
+            OFFSET_NS + 1_500,
+            OFFSET_NS + 4_000,
+            upstream
+            | {
+                "http.request.method": "GET",
+                "http.response.status_code": 200,
+                "http.request.size": 70,
+                "http.response.size": 300,
+                "nginx.upstream.connection.reused": False,
+                "nginx.upstream.time_to_first_byte_ns": 1_500,
+            },
+        ),
+        Span("downstream write", SpanKind.INTERNAL, 5, 1, OFFSET_NS + 5_000, OFFSET_NS + 6_000, {}),
+    )
+
+
+def test_a_reused_upstream_connection_has_no_connect_span() -> None:
+    reused = replace(ATTEMPT, connect_start_mono_ns=None, connected_mono_ns=None)
+    trace = build(replace(REQUEST, attempts=(reused,)))
+    assert [span.name for span in trace.spans[1:]] == ["downstream read", "upstream exchange", "downstream write"]
+    assert trace.spans[2].attributes["nginx.upstream.connection.reused"] is True
+
+
+def test_a_pipelined_request_whose_bytes_had_come_before_has_no_downstream_read() -> None:
+    assert children(replace(REQUEST, first_read_mono_ns=None)) == [("downstream write", 5_000, 6_000, None)]
+
+
+def test_a_slow_request_body_belongs_to_downstream_read() -> None:
+    assert children(replace(REQUEST, last_read_mono_ns=4_800))[0] == ("downstream read", 1_000, 4_800, None)
+
+
+def test_a_refused_connection_is_a_failed_connect_and_no_exchange() -> None:
+    refused = replace(
+        ATTEMPT,
+        connected_mono_ns=None,
+        connect_failed_mono_ns=1_400,
+        connect_errno=111,
+        first_write_mono_ns=None,
+        last_write_mono_ns=None,
+        first_read_mono_ns=None,
+        last_read_mono_ns=None,
+        header_ms=None,
+        status=502,
+    )
+    request = replace(REQUEST, attempts=(refused, ATTEMPT), upstream_states=2)
+    assert children(request)[1:4] == [
+        ("upstream connect", 1_200, 1_400, "ECONNREFUSED"),
+        ("upstream connect", 1_200, 1_500, None),
+        ("upstream exchange", 1_500, 4_000, None),
+    ]
+
+
+def test_a_connect_that_never_ended_lasts_as_long_as_its_attempt() -> None:
+    timed_out = replace(ATTEMPT, connected_mono_ns=None, first_write_mono_ns=None, header_ms=None, status=504)
+    assert children(replace(REQUEST, attempts=(timed_out,)))[1] == ("upstream connect", 1_200, 4_100, "timeout")
+
+
+def test_an_upstream_timeout_ends_the_exchange_with_the_attempt() -> None:
+    silent = replace(ATTEMPT, first_read_mono_ns=None, last_read_mono_ns=None, header_ms=None, status=504)
+    trace = build(replace(REQUEST, status=504, attempts=(silent,)))
+    exchange = trace.spans[3]
+    assert (exchange.name, exchange.end_unix_ns, exchange.error) == ("upstream exchange", OFFSET_NS + 4_100, "timeout")
+    assert "http.response.status_code" not in exchange.attributes
+    assert exchange.attributes["nginx.upstream.status"] == 504
+    assert (trace.spans[0].error, trace.spans[0].attributes["error.type"]) == ("504", "504")
+
+
+@pytest.mark.parametrize(("status", "server_error", "client_error"), [(404, None, "404"), (503, "503", "503")])
+def test_errors_are_the_servers_from_500_and_the_clients_from_400(
+    status: int, server_error: str | None, client_error: str
+) -> None:
+    trace = build(replace(REQUEST, status=status, attempts=(replace(ATTEMPT, status=status),)))
+    assert (trace.spans[0].error, trace.spans[3].error) == (server_error, client_error)
+
+
+def test_where_nothing_was_written_the_request_ends_when_nginx_ends_it() -> None:
+    aborted = replace(
+        REQUEST, status=499, rc=499, first_write_mono_ns=None, last_write_mono_ns=None, ended_mono_ns=9_000
+    )
+    server = build(aborted).spans[0]
+    assert server.end_unix_ns == OFFSET_NS + 9_000
+    assert server.attributes["nginx.termination"] == "client_closed_request"
+
+
+def test_a_tunnel_ends_when_nginx_ends_it() -> None:
+    tunnel = replace(
+        REQUEST, status=101, ended_mono_ns=9_000, attempts=(replace(ATTEMPT, status=101, ended_mono_ns=8_900),)
+    )
+    trace = build(tunnel)
+    assert trace.spans[0].end_unix_ns == OFFSET_NS + 9_000
+    assert trace.spans[3].end_unix_ns == OFFSET_NS + 8_900
+
+
+def test_a_mirror_that_outlasts_the_response_extends_the_server_span() -> None:
+    mirror = replace(ATTEMPT, subrequest=True, subrequest_uri="/mirror", last_read_mono_ns=7_000, ended_mono_ns=7_100)
+    trace = build(replace(REQUEST, attempts=(ATTEMPT, mirror), upstream_states=1))
+    assert trace.spans[0].end_unix_ns == OFFSET_NS + 7_000
+    upstream = [span for span in trace.spans if span.name.startswith("upstream")]
+    assert [span.attributes.get("nginx.subrequest.uri") for span in upstream] == [None, "/mirror", None, "/mirror"]
+
+
+def test_session_tickets_are_not_taken_for_the_response() -> None:
+    tls = replace(ATTEMPT, tls=True, header_ms=300, first_read_mono_ns=2_000, last_read_mono_ns=300_000_000)
+    exchange = build(replace(REQUEST, attempts=(tls,))).spans[3]
+    assert "nginx.upstream.time_to_first_byte_ns" not in exchange.attributes
+    assert exchange.end_unix_ns == OFFSET_NS + 300_000_000
+
+
+def test_no_live_peer_is_said_where_no_attempt_could_be_made() -> None:
+    server = build(replace(REQUEST, status=502, upstream_states=1)).spans[0]
+    assert server.attributes["nginx.upstream.no_live_peers"] == 1
+    assert "nginx.upstream.attempts" not in server.attributes
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "attribute"),
+    [("GET", "GET /api/", "GET"), ("BREW", "HTTP /api/", "_OTHER"), (None, "HTTP /api/", None)],
+)
+def test_unknown_methods_do_not_make_span_names(method: str | None, name: str, attribute: str | None) -> None:
+    server = build(replace(REQUEST, method=method)).spans[0]
+    assert (server.name, server.attributes.get("http.request.method")) == (name, attribute)
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "port"),
+    [
+        ("example.com:8443", "example.com", 8443),
+        ("example.com", "example.com", 8080),
+        ("[::1]:8443", "::1", 8443),
+        ("[::1]", "::1", 8080),
+        (None, "192.0.2.1", 8080),
+    ],
+)
+def test_the_server_is_the_one_the_client_named(host: str | None, address: str, port: int) -> None:
+    attributes = build(replace(REQUEST, host=host)).spans[0].attributes
+    assert (attributes["server.address"], attributes["server.port"]) == (address, port)
+
+
+@pytest.mark.parametrize(
+    ("query", "redacted"),
+    [
+        ("a=1&sig=secret&b=2", "a=1&sig=REDACTED&b=2"),
+        ("AWSAccessKeyId=AK&Signature=s%3D", "AWSAccessKeyId=REDACTED&Signature=REDACTED"),
+        ("X-Goog-Signature=x", "X-Goog-Signature=REDACTED"),
+        ("SIG=1&sig&signature=2", "SIG=1&sig&signature=2"),
+        ("", ""),
+    ],
+)
+def test_sensitive_query_parameters_are_redacted(query: str, redacted: str) -> None:
+    assert redact_query(query) == redacted
+
+
+def test_without_query() -> None:
+    attributes = build(REQUEST, query=False).spans[0].attributes
+    assert attributes["url.path"] == "/api/users"
+    assert "url.query" not in attributes
+
+
+def test_a_cut_uri_says_so() -> None:
+    assert build(replace(REQUEST, uri_cut_bytes=2_000)).spans[0].attributes["nginx.uri.cut_bytes"] == 2_000
+
+
+times = st.none() | st.integers(1_000, 9_000)
+
+
+@given(
+    st.tuples(times, times, times, times),
+    st.tuples(times, times, times, times, times, times),
+    st.sampled_from([0, 408, 499, -1]),
+    st.sampled_from([0, 101, 200, 404, 502, 504]),
+)
+def test_whatever_was_seen_no_span_is_empty_or_leaves_its_parent(
+    own: tuple[int | None, ...], upstream: tuple[int | None, ...], rc: int, status: int
+) -> None:
+    first_read, last_read, first_write, last_write = own
+    start, connected, failed, sent, first, last = upstream
+    attempt = replace(
+        ATTEMPT,
+        connect_start_mono_ns=start,
+        connected_mono_ns=connected,
+        connect_failed_mono_ns=failed,
+        first_write_mono_ns=sent,
+        first_read_mono_ns=first,
+        last_read_mono_ns=last,
+        ended_mono_ns=9_500,
+    )
+    request = replace(
+        REQUEST,
+        first_read_mono_ns=1_000 if first_read else None,
+        created_mono_ns=1_000 if first_read is None else 1_001,
+        last_read_mono_ns=last_read,
+        first_write_mono_ns=first_write,
+        last_write_mono_ns=last_write,
+        ended_mono_ns=10_000,
+        rc=rc,
+        status=status,
+        attempts=(attempt,),
+    )
+    server, *others = build_trace(request, OFFSET_NS, RandomIds()).spans
+    assert len({span.span_id for span in (server, *others)}) == 1 + len(others)
+    for span in others:
+        assert server.start_unix_ns <= span.start_unix_ns < span.end_unix_ns <= server.end_unix_ns
+        assert span.parent_span_id == server.span_id
