@@ -1,0 +1,39 @@
+# Debian 12, as root. Needs nothing but make, /usr/bin/python3 and apt; sets up the rest by itself, once.
+
+PYTHON ?= /usr/bin/python3
+BIN := .venv/bin
+PACKAGES := nginx openssl python3-bpfcc python3-venv
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .cache/packages .venv/installed ## install the packages below and this program to .venv/bin/otel-nginx-ebpf
+
+demo: setup ## trace a private nginx and show its requests as waterfalls
+	@$(BIN)/python examples/demo.py
+
+test: setup ## all tests, on the real kernel and a real nginx
+	$(BIN)/pytest
+
+check: .venv/installed ## format, lint, types, layers and unit tests; needs no root
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/pytest tests/unit
+
+clean: ## forget the virtual environment and everything built
+	rm -rf .venv .cache build dist *.egg-info
+
+.venv/installed: pyproject.toml
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || .ci/install-packages python3-venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+.cache/packages: .ci/install-packages Makefile
+	@.ci/install-packages $(PACKAGES)
+	@mkdir -p $(@D) && touch $@
