@@ -4,6 +4,7 @@ import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ _log = logging.getLogger(__name__)
 
 # Records wait in the ring buffer for so long at most; the kernel wakes nobody, which keeps the cost out of nginx.
 _POLL_S = 0.02
+
+# How often to look for workers that are gone.
+_SWEEP_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +159,15 @@ def _trace(settings: Settings, stats: Stats, take: Callable[[bytes], None], idle
             )
         for plan in planned:
             print(plan.ready_line(), file=sys.stderr, flush=True)
+        next_sweep_s = 0.0
         while not stop.wait(_POLL_S):
             if _take_all(attachments, stats, take):
                 idle()
             _refuse_mismatch(attachments)
+            if time.monotonic() >= next_sweep_s:
+                next_sweep_s = time.monotonic() + _SWEEP_S
+                for attachment in attachments:
+                    stats.lose("lost_worker_gone", attachment.forget_dead_workers())
         for attachment in attachments:
             attachment.detach()
         _take_all(attachments, stats, take)

@@ -45,15 +45,16 @@ struct socket {
     u16 reserved;
 };
 
+/* Every key begins with the process: the agent finds by it what a dead worker left behind. */
 struct socket_key {
     u32 tgid;
     s32 fd;
 };
 
 struct request_key {
-    u64 connection;           /* the client's ngx_connection_t *; a stream of HTTP/2 has its own */
     u32 tgid;
     u32 reserved;
+    u64 connection;           /* the client's ngx_connection_t *; a stream of HTTP/2 has its own */
 };
 
 struct active_request {
@@ -68,9 +69,9 @@ struct active_request {
 };
 
 struct attempt_key {
-    u64 connection;
     u32 tgid;
     u32 index;
+    u64 connection;
 };
 
 struct attempt_state {

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Self
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.kernel.loader import ANSWER_SOCKET, LOSS_COUNTS_MAP, RECORDS_MAP, LoadRequest
+from otel_nginx_ebpf.kernel.loader import ANSWER_SOCKET, HANDED_OVER_MAPS, LoadRequest
+from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
 from otel_nginx_ebpf.stats import LOSS_CAUSES
 
@@ -18,8 +19,8 @@ from otel_nginx_ebpf.stats import LOSS_CAUSES
 _DESCRIPTORS_MAX = 253
 
 
-def _answer(request: LoadRequest) -> tuple[dict[str, object], list[int]]:
-    """Runs the loader to its end; its answer and the descriptors it handed over."""
+def _load(request: LoadRequest) -> list[int]:
+    """Runs the loader to its end; the descriptors it handed over."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
@@ -44,7 +45,9 @@ def _answer(request: LoadRequest) -> tuple[dict[str, object], list[int]]:
     answer = json.loads(message)
     if "error" in answer:
         raise UserError(f"{answer['error']}\n{_last_lines(messages)}".strip())
-    return answer, descriptors
+    if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"]:
+        raise UserError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
+    return descriptors
 
 
 def _last_lines(text: bytes, count: int = 12) -> str:
@@ -59,13 +62,16 @@ class Attachment:
     """
 
     def __init__(self, request: LoadRequest, ring_buffer_bytes: int) -> None:
-        answer, descriptors = _answer(request)
-        names = answer["maps"]
-        assert isinstance(names, list)
-        maps = dict(zip(names, descriptors, strict=False))
-        self._probes = descriptors[len(names) :]
-        self._records = RingBuffer(maps[RECORDS_MAP], ring_buffer_bytes)
-        self._loss_counts = CounterArray(maps[LOSS_COUNTS_MAP], len(LOSS_CAUSES))
+        descriptors = _load(request)
+        self._probes = descriptors[len(HANDED_OVER_MAPS) :]
+        maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
+        self._records = RingBuffer(maps["records"], ring_buffer_bytes)
+        self._loss_counts = CounterArray(maps["loss_counts"], len(LOSS_CAUSES))
+        self._processes = HashMap(maps["processes"], key_bytes=4)
+        self._sockets = HashMap(maps["sockets"], key_bytes=8)
+        self._active_requests = HashMap(maps["active_requests"], key_bytes=16)
+        self._attempts = HashMap(maps["attempts"], key_bytes=16)
+        self._known_processes: set[bytes] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -76,6 +82,8 @@ class Attachment:
         self.detach()
         self._records.close()
         self._loss_counts.close()
+        for state in (self._processes, self._sockets, self._active_requests, self._attempts):
+            state.close()
 
     def records(self) -> Iterator[bytes]:
         """The records that have come since the last call."""
@@ -84,6 +92,16 @@ class Attachment:
     def losses(self) -> dict[str, int]:
         """The kernel's loss counters since the probes went live, by cause."""
         return dict(zip(LOSS_CAUSES, self._loss_counts.read(), strict=True))
+
+    def forget_dead_workers(self) -> int:
+        """Removes what workers that have ended left in the kernel's maps; how many requests were in flight in them."""
+        alive = set(self._processes.keys())
+        gone, self._known_processes = self._known_processes - alive, alive
+        if not gone:
+            return 0
+        for state in (self._sockets, self._attempts):
+            state.delete_where(lambda key: key[:4] not in alive)
+        return self._active_requests.delete_where(lambda key: key[:4] not in alive)
 
     def detach(self) -> None:
         """Removes the probes; records that are already in the ring buffer stay readable."""

@@ -16,8 +16,7 @@ from typing import Any
 
 _DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
 
-RECORDS_MAP, LOSS_COUNTS_MAP = "records", "loss_counts"
-_HANDED_OVER_MAPS = (RECORDS_MAP, LOSS_COUNTS_MAP)
+HANDED_OVER_MAPS = ("records", "loss_counts", "processes", "sockets", "active_requests", "attempts")
 
 ANSWER_SOCKET = 3
 
@@ -85,7 +84,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     for pid in request["pids"]:
         processes[ctypes.c_uint(pid)] = processes.Leaf()
 
-    maps = [program[name.encode()].map_fd for name in _HANDED_OVER_MAPS]
+    maps = [program[name.encode()].map_fd for name in HANDED_OVER_MAPS]
     probes: list[int] = []
     for name in request["tracepoints"]:
         handler = program.load_func(f"raw_tracepoint__{name}".encode(), bcc.BPF.RAW_TRACEPOINT)
@@ -105,7 +104,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
                 f"cannot attach {probe['handler']} to {request['executable']} at offset {probe['file_offset']:#x}"
             )
         probes.append(descriptor)
-    return {"maps": list(_HANDED_OVER_MAPS), "probes": len(probes)}, maps + probes
+    return {"probes": len(probes)}, maps + probes
 
 
 def main() -> None:
