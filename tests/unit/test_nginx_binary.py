@@ -14,7 +14,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
 from otel_nginx_ebpf.nginx.layouts import layout_for
 from otel_nginx_ebpf.sites import BOUNDARIES, Boundary
-from tests.unit.c_compiler import DebugInfo, compile_object
+from unit.c_compiler import DebugInfo, compile_object
 
 NGINX = Path("/usr/sbin/nginx")
 # Debian's nginx-dev: the sources that the package was built from, configured as it was.

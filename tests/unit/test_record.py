@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from otel_nginx_ebpf import record
 from otel_nginx_ebpf.stats import LOSS_CAUSES
-from tests.unit.c_compiler import DebugInfo, compile_object
-from tests.unit.sample_traces import RETRIED, STATIC
+from unit.c_compiler import DebugInfo, compile_object
+from unit.sample_traces import RETRIED, STATIC
 
 
 @pytest.fixture(scope="module")
