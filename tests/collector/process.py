@@ -9,12 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from e2e.agent_process import Span, Trace
+from e2e.nginx_server import wait_until
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status, TracesData
-
-from e2e.agent_process import Span, Trace
-from e2e.nginx_server import wait_until
 
 
 def build() -> Path:

@@ -1,0 +1,292 @@
+"""Traces of a real nginx, through the standard variables, into real collectors: what those write out is read."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from collector.process import CollectorProcess, build, collected, official, rotel
+
+from e2e.agent_process import PROGRAM, AgentProcess, Trace
+from e2e.http1_client import Http1Connection
+from e2e.nginx_server import AccessLog, LogLine, NginxServer, free_ports, wait_until
+from e2e.oracle import check_facts
+from e2e.timing import NO_SLACK, Lags, check_times
+
+TOKEN = "a-token-of-these-tests"
+
+OFFICIAL = """\
+extensions:
+  bearertokenauth: { token: "@TOKEN@" }
+receivers:
+  otlp:
+    protocols:
+      grpc: { endpoint: "127.0.0.1:@GRPC@" }
+      http: { endpoint: "127.0.0.1:@HTTP@" }
+  otlp/secure:
+    protocols:
+      grpc:
+        endpoint: "127.0.0.1:@SECURE_GRPC@"
+        tls: { cert_file: "@CERTIFICATE@", key_file: "@KEY@" }
+        auth: { authenticator: bearertokenauth }
+      http:
+        endpoint: "127.0.0.1:@SECURE_HTTP@"
+        tls: { cert_file: "@CERTIFICATE@", key_file: "@KEY@" }
+        auth: { authenticator: bearertokenauth }
+        compression_algorithms: [gzip]  # and nothing uncompressed
+exporters:
+  file: { path: "@OUTPUT@", format: proto, flush_interval: 50ms }
+service:
+  extensions: [bearertokenauth]
+  telemetry: { metrics: { level: none } }
+  pipelines:
+    traces: { receivers: [otlp, otlp/secure], exporters: [file] }
+"""
+
+NGINX_HTTP = """
+    upstream app { server @UP@; keepalive 4; }
+    upstream retried { server @DEAD1@ max_fails=0; server @UP@ backup; }
+    upstream dead { server @DEAD1@ max_fails=0; server @DEAD2@ max_fails=0; }
+    server {
+        listen 127.0.0.1:@NGINX@;
+        access_log logs/all.log json;
+        location / { root @HTML@; }
+        location /app/ { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }
+        location /retried/ { proxy_pass http://retried; }
+        location /dead/ { proxy_pass http://dead; }
+    }
+"""
+
+# What to ask for, and the upstream spans that must come of it, in the order of time.
+REQUESTS = {
+    "/hello.txt": [],
+    "/missing": [],
+    "/app/new?bytes=3000&delay_ms=20": ["upstream connect", "upstream exchange"],
+    "/app/kept": ["upstream exchange"],
+    "/app/broken?status=503&keep_alive=0": ["upstream exchange ERROR"],
+    "/retried/": ["upstream connect ERROR", "upstream connect", "upstream exchange"],
+    "/dead/": ["upstream connect ERROR", "upstream connect ERROR"],
+}
+
+
+class OtlpAgent(AgentProcess):
+    """`otel-nginx-ebpf run` with its default exporter, and no OTEL_* variables but these.
+
+    Nor those that make `requests` ignore OTEL_EXPORTER_OTLP_CERTIFICATE (its merge_environment_settings).
+    """
+
+    def __init__(self, nginx_pid: int, directory: Path, variables: dict[str, str]) -> None:
+        foreign = re.compile("OTEL_|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE")
+        inherited = {name: value for name, value in os.environ.items() if not foreign.match(name)}
+        self.output = directory / "none"
+        self.traces = []
+        self._stderr_path = directory / "agent.log"
+        with self._stderr_path.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [PROGRAM, "run", "--pid", str(nginx_pid)],
+                env={**inherited, **variables},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+        try:
+            wait_until(self._is_ready, "the agent's `ready` line", 30)
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+
+def fill(template: str, words: dict[str, str]) -> str:
+    return re.sub(r"@(\w+)@", lambda match: words[match[1]], template)
+
+
+@dataclass(frozen=True)
+class Stand:
+    """nginx, and the collectors that wait for its traces."""
+
+    directory: Path
+    ports: dict[str, int]
+    words: dict[str, str]
+    output: Path
+    """The official collector's file; what rotel sends on ends up there too."""
+    nginx: NginxServer
+    log: AccessLog
+
+    def request_all(self) -> list[LogLine]:
+        """Sends REQUESTS on one connection and returns nginx's lines about them."""
+        before = len(self.log.poll())
+        with Http1Connection(("127.0.0.1", self.ports["NGINX"])) as connection:
+            for target in REQUESTS:
+                connection.request(target)
+        wait_until(lambda: len(self.log.poll()) == before + len(REQUESTS), "nginx's log lines")
+        return self.log.lines[before:]
+
+    def agent(self, service: str, protocol: str, endpoint: str, **variables: str) -> OtlpAgent:
+        environment = {
+            "OTEL_SERVICE_NAME": service,
+            "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test,tier=edge%20one",
+            "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+            **variables,
+        }
+        return OtlpAgent(self.nginx.pid, self.directory, environment)
+
+    def run(self, service: str, protocol: str, endpoint: str, **variables: str) -> tuple[list[LogLine], str]:
+        """Sends the requests while the program exports them; returns what nginx logged, the program's stderr."""
+        agent = self.agent(service, protocol, endpoint, **variables)
+        try:
+            lines = self.request_all()
+        finally:
+            agent.stop()
+        return lines, agent.stderr()
+
+    def collected(self, service: str, count: int) -> list[Trace]:
+        """Waits until the collector has written `count` traces of the service."""
+
+        def traces() -> list[Trace]:
+            if not self.output.exists():
+                return []
+            return collected(self.output, lambda resource: resource["service.name"] == service)
+
+        wait_until(lambda: len(traces()) >= count, f"{count} traces in the collector's file")
+        return traces()
+
+
+@pytest.fixture(scope="module")
+def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Stand]:
+    directory = public_directory / "collector"
+    html = directory / "html"
+    html.mkdir(parents=True)
+    (html / "hello.txt").write_text("Hello!\n")
+    names = ("NGINX", "GRPC", "HTTP", "SECURE_GRPC", "SECURE_HTTP", "ROTEL_GRPC", "ROTEL_HTTP")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    output = directory / "collected.bin"
+    words = {
+        **{name: str(port) for name, port in ports.items()},
+        "UP": upstream_addresses["ipv4"],
+        "DEAD1": upstream_addresses["dead1"],
+        "DEAD2": upstream_addresses["dead2"],
+        "HTML": str(html),
+        "TOKEN": TOKEN,
+        "CERTIFICATE": str(public_directory / "certificate.pem"),
+        "KEY": str(public_directory / "key.pem"),
+        "OUTPUT": str(output),
+    }
+    nginx = NginxServer(directory, fill(NGINX_HTTP, words))
+    running: list[NginxServer | CollectorProcess] = []
+    try:
+        nginx.start([("127.0.0.1", ports["NGINX"])])
+        running.append(nginx)
+        running.append(official(fill(OFFICIAL, words), [ports[name] for name in names[1:5]], directory))
+        forward_to = f"http://127.0.0.1:{ports['HTTP']}"
+        running.append(rotel(ports["ROTEL_GRPC"], ports["ROTEL_HTTP"], forward_to, directory))
+        yield Stand(directory, ports, words, output, nginx, AccessLog(directory / "logs" / "all.log"))
+    finally:
+        for each in reversed(running):
+            each.stop()
+    assert nginx.problems() == []
+
+
+def check(traces: list[Trace], lines: list[LogLine], resource: dict[str, str]) -> None:
+    """Each log line has its trace and no trace is without one; they agree in every fact and time."""
+    assert len(traces) == len(lines) == len(REQUESTS)
+    by_uri = {trace.server.attributes["nginx.connection.requests"]: trace for trace in traces}
+    lags = Lags()
+    for number, (line, expected) in enumerate(zip(lines, REQUESTS.values(), strict=True), start=1):
+        trace = by_uri[number]
+        assert check_facts(trace, line) == []
+        assert check_times(trace, line, lags, NO_SLACK) == []
+        upstream = [span for span in trace.children if span.name.startswith("upstream")]
+        outline = [f"{span.name} ERROR" if span.status == "ERROR" else span.name for span in upstream]
+        assert outline == expected, line["request_uri"]
+        assert {**trace.resource, **resource} == trace.resource
+    assert lags.check_medians() == []
+
+
+RESOURCE = {
+    "deployment.environment.name": "test",
+    "tier": "edge one",
+    "telemetry.distro.name": "otel-nginx-ebpf",
+    "telemetry.sdk.language": "python",
+}
+
+
+@pytest.mark.parametrize(("protocol", "port"), [("grpc", "GRPC"), ("http/protobuf", "HTTP")])
+def test_official_collector(stand: Stand, protocol: str, port: str) -> None:
+    service = f"plain {port}"
+    lines, counts = stand.run(service, protocol, f"http://127.0.0.1:{stand.ports[port]}")
+    check(stand.collected(service, len(lines)), lines, {**RESOURCE, "service.name": service})
+    assert f"received {len(lines)}, exported {len(lines)}, lost 0" in counts
+
+
+@pytest.mark.parametrize(("protocol", "port"), [("grpc", "SECURE_GRPC"), ("http/protobuf", "SECURE_HTTP")])
+def test_tls_with_token_and_gzip(stand: Stand, protocol: str, port: str) -> None:
+    service = f"secure {port}"
+    lines, stderr = stand.run(
+        service,
+        protocol,
+        f"https://127.0.0.1:{stand.ports[port]}",
+        OTEL_EXPORTER_OTLP_CERTIFICATE=str(stand.directory.parent / "certificate.pem"),
+        OTEL_EXPORTER_OTLP_HEADERS=f"authorization={quote(f'Bearer {TOKEN}')}",
+        OTEL_EXPORTER_OTLP_COMPRESSION="gzip",
+    )
+    assert f"exported {len(lines)}, lost 0" in stderr
+    check(stand.collected(service, len(lines)), lines, {**RESOURCE, "service.name": service})
+
+
+@pytest.mark.parametrize(("protocol", "port"), [("grpc", "SECURE_GRPC"), ("http/protobuf", "SECURE_HTTP")])
+def test_refused_without_token(stand: Stand, protocol: str, port: str) -> None:
+    """The token above was needed; and the program says what was lost and why."""
+    service = f"refused {port}"
+    lines, stderr = stand.run(
+        service,
+        protocol,
+        f"https://127.0.0.1:{stand.ports[port]}",
+        OTEL_EXPORTER_OTLP_CERTIFICATE=str(stand.directory.parent / "certificate.pem"),
+        OTEL_EXPORTER_OTLP_COMPRESSION="gzip",
+    )
+    assert re.search("UNAUTHENTICATED|Unauthorized", stderr), stderr
+    assert f"received {len(lines)}, exported 0, lost {len(lines)}" in stderr
+    assert stand.collected(service, 0) == []
+
+
+@pytest.mark.parametrize(("protocol", "port"), [("grpc", "ROTEL_GRPC"), ("http/protobuf", "ROTEL_HTTP")])
+def test_rotel(stand: Stand, protocol: str, port: str) -> None:
+    service = f"rotel {port}"
+    lines, _ = stand.run(service, protocol, f"http://127.0.0.1:{stand.ports[port]}")
+    check(stand.collected(service, len(lines)), lines, {**RESOURCE, "service.name": service, "relay": "rotel"})
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_collector_that_comes_late(stand: Stand, protocol: str, tmp_path: Path) -> None:
+    """What happened while there was no collector is delivered when there is one."""
+    names = ("GRPC", "HTTP", "SECURE_GRPC", "SECURE_HTTP")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    late = replace(stand, output=tmp_path / "collected.bin")
+    words = {**stand.words, **{name: str(port) for name, port in ports.items()}, "OUTPUT": str(late.output)}
+    endpoint = f"http://127.0.0.1:{ports['GRPC' if protocol == 'grpc' else 'HTTP']}"
+    agent = stand.agent("late", protocol, endpoint, OTEL_BSP_SCHEDULE_DELAY="0")
+    collector = None
+    try:
+        lines = stand.request_all()
+        wait_until(lambda: "otel-nginx-ebpf: collector:" in agent.stderr(), "the program to miss its collector")
+        collector = official(fill(OFFICIAL, words), ports.values(), tmp_path)
+        traces = late.collected("late", len(lines))
+    finally:
+        agent.stop()
+        if collector:
+            collector.stop()
+    check(traces, lines, {**RESOURCE, "service.name": "late"})
+    assert f"exported {len(lines)}, lost 0" in agent.stderr()
+
+
+def test_example_configuration() -> None:
+    """The official collector accepts examples/collector/."""
+    config = Path(__file__).parents[2] / "examples" / "collector" / "otel-collector.yaml"
+    result = subprocess.run([build(), "validate", "--config", config], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
