@@ -1,16 +1,19 @@
 """The program under test, as a user runs it, and the traces that it writes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from e2e.nginx_server import wait_until
 
+EMPTY: Mapping[str, str] = {}
 PROGRAM = Path(sys.executable).with_name("otel-nginx-ebpf")
 
 
@@ -62,14 +65,26 @@ class Trace:
 
 
 class AgentProcess:
-    """`otel-nginx-ebpf run` on one nginx. Ready when the constructor returns."""
+    """The program attached to one nginx, ready when the constructor returns.
 
-    def __init__(self, nginx_pid: int, directory: Path) -> None:
+    `arguments` are instead of `run` with the JSON exporter. No OTEL_* variables but those in `environment`.
+    """
+
+    def __init__(
+        self,
+        nginx_pid: int,
+        directory: Path,
+        arguments: Sequence[str | Path] = (),
+        environment: Mapping[str, str] = EMPTY,
+    ) -> None:
         self.output = directory / "traces.jsonl"
+        default = ["run", "--pid", str(nginx_pid), "--exporter", "json", "--output", self.output]
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
         self._stderr_path = directory / "agent.log"
         with self._stderr_path.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [PROGRAM, "run", "--pid", str(nginx_pid), "--exporter", "json", "--output", self.output],
+                [PROGRAM, *(arguments or default)],
+                env={**inherited, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -79,8 +94,7 @@ class AgentProcess:
         try:
             wait_until(self._is_ready, "the agent's `ready` line", 30)
         except BaseException:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             sys.stderr.write(self.stderr())
             raise
 
@@ -102,17 +116,21 @@ class AgentProcess:
             self.traces += [Trace.parse(line) for line in whole.splitlines() if newline]
         return self.traces
 
-    def stop(self) -> None:
+    def kill(self) -> None:
+        """Without a chance to detach anything."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> None:
         """As Ctrl-C does: the agent drains, flushes and exits with 0."""
         if self._process.poll() is not None:
             raise AssertionError(f"the agent ended early with {self._process.returncode}: {self.stderr()}")
-        self._process.send_signal(signal.SIGINT)
+        self._process.send_signal(number)
         started = time.monotonic()
         try:
             code = self._process.wait(30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             raise
         assert code == 0, f"exit code {code} after {time.monotonic() - started:.1f} s: {self.stderr()}"
         self.poll()

@@ -11,7 +11,8 @@ import pytest
 
 from e2e.agent_process import PROGRAM
 from e2e.nginx_server import NGINX
-from e2e.stage import Scenario, Site, Stage, peers_that_fail
+from e2e.scenario import Scenario, peers_that_fail
+from e2e.stage import Site, Stage
 from e2e.upstreams import UpstreamProcess, make_certificate
 
 FORCE = "run them with `sudo make test` (Debian 12; sets everything up)"
@@ -21,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "nginx(server, http, listen): configuration of the scenario's own server {}, text beside it"
-        ", and its `listen` directives if not the default one; @NAME@ stands for what stage.py lists",
+        ", and its `listen` directives if not the default one; @NAME@ stands for what scenario.py lists",
     )
 
 

@@ -22,6 +22,9 @@ KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "
 # HTTP/0.9 requests name no version.
 PROTOCOL_VERSIONS = {"HTTP/1.0": "1.0", "HTTP/1.1": "1.1", "HTTP/2.0": "2"}
 
+URI_BYTES_MAX = 4096
+"""Longer ones are cut, and say so."""
+
 
 @dataclass(frozen=True)
 class LoggedAttempt:
@@ -101,11 +104,11 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("name", server.name, f"{name} {route}" if route else name)
     version = PROTOCOL_VERSIONS.get(log["server_protocol"]) or ("0.9" if method else None)
     yield from _differ("protocol", attributes.get("network.protocol.version"), version)
-    uri, cut = log["request_uri"], attributes.get("nginx.uri.cut_bytes", 0)
+    uri, truncated = log["request_uri"], set(attributes.get("nginx.truncated_attributes", ()))
     traced = attributes.get("url.path", "") + (f"?{attributes['url.query']}" if attributes.get("url.query") else "")
-    if cut:
-        # What was cut off is counted in bytes, and so are these ASCII URIs.
-        yield from _differ("cut URI", (traced, len(traced) + cut), (uri[: len(traced)], len(uri)))
+    if truncated & {"url.path", "url.query"}:
+        yield from _differ("cut URI", traced, uri[:URI_BYTES_MAX])
+        yield from _differ("URI was cut", True, len(uri) > URI_BYTES_MAX)
     else:
         yield from _differ("URI", traced, uri.removesuffix("?"))
 

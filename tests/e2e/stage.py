@@ -1,100 +1,22 @@
-"""The stage of a scenario: its own nginx server with its own access log, its clients, its traces.
-
-In a scenario's configuration these words stand for what the machine gave:
-
-    @NAME@                                   unique to the scenario; fit for an upstream's or a cache's name
-    @UP@ @OTHER@ @UP6@ @UP_UNIX@ @UP_TLS@    the live upstream, at several addresses
-    @DEAD1@ @DEAD2@                          peers that refuse the connection
-    @DEAF@                                   a peer whose listen queue is full: connecting takes for ever
-    @LISTEN@                                 a free address on 127.0.0.1; @LISTEN6@ on ::1; @LISTEN_UNIX@
-    @PREFIX@ @HTML@ @CERTIFICATE@ @KEY@      paths
-"""
+"""The stage of a scenario: its own nginx server with its own access log, its clients, its traces."""
 
 import re
 import shutil
-import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import pytest
-
 from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import Address, Http1Connection, Response
-from e2e.nginx_server import AccessLog, LogLine, NginxServer, free_ports, wait_until
+from e2e.nginx_server import AccessLog, LogLine, NginxServer, wait_until
 from e2e.oracle import check_facts
+from e2e.scenario import Scenario
 from e2e.timing import NO_SLACK, Lags, Slack, check_times
 
 FILES = {"hello.txt": b"Hello, file!\n", "page.html": b"<p>repeat</p>\n" * 2000, "index.html": b"index\n"}
 LARGE_BYTES = 100 * 1024 * 1024
-
-
-def peers_that_fail(sockets: list[socket.socket]) -> dict[str, str]:
-    """Addresses that refuse (dead1, dead2) or never answer (deaf) a connect, while `sockets` stay open."""
-    addresses = {}
-    for name in ("dead1", "dead2", "deaf"):
-        peer = socket.socket()
-        sockets.append(peer)
-        peer.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else gets the port
-        addresses[name] = "{}:{}".format(*peer.getsockname())
-    deaf = sockets[-1]
-    deaf.listen(0)
-    for _ in range(3):  # the kernel drops further SYNs once the queue is full
-        filler = socket.socket()
-        filler.setblocking(False)
-        filler.connect_ex(deaf.getsockname())
-        sockets.append(filler)
-    return addresses
-
-
-@dataclass
-class Scenario:
-    """One test's nginx configuration, from its `nginx` marker."""
-
-    name: str
-    server: str
-    http: str
-    listen: str
-    addresses: dict[str, Address] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, item: pytest.Item) -> "Scenario | None":
-        marker = item.get_closest_marker("nginx")
-        if marker is None:
-            return None
-        listen = marker.kwargs.get("listen", "listen @LISTEN@;")
-        return cls(item.name, marker.kwargs.get("server", ""), marker.kwargs.get("http", ""), listen)
-
-    @property
-    def identifier(self) -> str:
-        return re.sub(r"\W+", "_", self.name).strip("_")
-
-    def text(self, words: dict[str, str]) -> str:
-        def word(match: re.Match[str]) -> str:
-            return self.identifier if match[1] == "NAME" else self._listen(match[1]) or words[match[1]]
-
-        config = f"""
-{self.http}
-server {{
-    {self.listen}
-    access_log logs/@NAME@.log json;
-    {self.server}
-}}"""
-        text = re.sub(r"@(LISTEN_UNIX)@", lambda match: f"unix:{words['PREFIX']}/{self.identifier}.sock", config)
-        if text != config:
-            self.addresses["unix"] = f"{words['PREFIX']}/{self.identifier}.sock"
-        return re.sub(r"@(\w+)@", word, text)
-
-    def _listen(self, word: str) -> str | None:
-        if word not in ("LISTEN", "LISTEN6"):
-            return None
-        kind, host = ("ipv4", "127.0.0.1") if word == "LISTEN" else ("ipv6", "::1")
-        if kind not in self.addresses:
-            self.addresses[kind] = (host, free_ports(1, host)[0])
-        port = self.addresses[kind][1]
-        return f"[{host}]:{port}" if kind == "ipv6" else f"{host}:{port}"
 
 
 class Site:
@@ -222,42 +144,51 @@ class Stage:
         for connection in self._connections:
             connection.close()
 
+    def lines(self, count: int, seconds: float = 10) -> list[LogLine]:
+        """Waits for the scenario's log lines; there must be exactly `count`."""
+        wait_until(lambda: len(self.log.poll()) >= count, f"{count} log lines", seconds)
+        assert len(self.log.lines) == count, f"{len(self.log.lines)} log lines, not {count}"
+        return self.log.lines
+
     def exchanges(
-        self,
-        count: int,
-        slack: Slack | Callable[[LogLine], Slack] = NO_SLACK,
-        seconds: float = 10,
+        self, count: int, slack: Slack | Callable[[LogLine], Slack] = NO_SLACK, seconds: float = 10
     ) -> list[Exchange]:
         """Waits for `count` requests' log lines and traces, and holds each trace against its line.
 
         In the log's order, which is the order of the requests' ends. `slack` may depend on the line.
         """
-        log = self.log
-        wait_until(lambda: len(log.poll()) >= count, f"{count} log lines", seconds)
-        assert len(log.lines) == count, f"{len(log.lines)} log lines, not {count}"
-        wanted = [_key_of_log(line) for line in log.lines]
-        assert len(set(wanted)) == count, "log lines share a connection and request number"
+        return self.match(self.lines(count, seconds), self.site.agent.poll, slack, seconds)
 
+    def match(
+        self,
+        lines: list[LogLine],
+        poll: Callable[[], list[Trace]],
+        slack: Slack | Callable[[LogLine], Slack] = NO_SLACK,
+        seconds: float = 10,
+    ) -> list[Exchange]:
+        """Waits until `poll` has the trace of every line, and holds each against its line."""
+        wanted = [_key_of_log(line) for line in lines]
+        assert len(set(wanted)) == len(wanted), "log lines share a connection and request number"
         by_key: dict[Key, Trace] = {}
 
         def all_traced() -> bool:
-            by_key.update({key_of_trace(trace): trace for trace in self.site.agent.poll()[len(by_key) :]})
+            by_key.update({key_of_trace(trace): trace for trace in poll()[len(by_key) :]})
             return by_key.keys() >= set(wanted)
 
         try:
-            wait_until(all_traced, f"{count} traces", seconds)
+            wait_until(all_traced, f"{len(lines)} traces", seconds)
         except TimeoutError:
-            missing = [line for line in log.lines if _key_of_log(line) not in by_key]
-            raise AssertionError(f"{len(missing)} of {count} requests have no trace, first {missing[0]}") from None
-        exchanges = [Exchange(line, by_key[key]) for line, key in zip(log.lines, wanted, strict=True)]
+            missing = [line for line in lines if _key_of_log(line) not in by_key]
+            raise AssertionError(f"{len(missing)} of {len(lines)} requests have no trace: {missing[0]}, …") from None
+        exchanges = [Exchange(line, by_key[key]) for line, key in zip(lines, wanted, strict=True)]
         violations = []
         for each in exchanges:
             allowed = slack if isinstance(slack, Slack) else slack(each.log)
             found = check_facts(each.trace, each.log)
             found += check_times(each.trace, each.log, self.lags, allowed)
             if found:
-                violations.append((found, each.log, _readable(each.trace)))
-        assert not violations, "\n".join(f"{found}\n  log {log}\n{trace}" for found, log, trace in violations[:5])
+                violations.append(f"{found}\n  log {each.log}\n{_readable(each.trace)}")
+        assert not violations, f"{len(violations)} of {len(lines)} are wrong:\n" + "\n".join(violations[:5])
         assert self.lags.check_medians() == []
         for name, values in self.lags.values_ms.items():
             self.site.lags.values_ms.setdefault(name, []).extend(values)

@@ -119,7 +119,8 @@ def test_long_uris(stage: Stage) -> None:
             assert connection.request(target).status == 200
     servers = [each.trace.server for each in stage.exchanges(4)]
     assert [server.attributes["url.path"] for server in servers] == [target[:4096] for target in targets]
-    assert [server.attributes.get("nginx.uri.cut_bytes") for server in servers] == [None, None, 1, 2048]
+    cut = [server.attributes.get("nginx.truncated_attributes") for server in servers]
+    assert cut == [None, None, ["url.path"], ["url.path"]]
 
 
 @pytest.mark.nginx(server="location / { return 200 ok; }")
