@@ -126,8 +126,8 @@ class Request:
     method: str | None
     uri: str | None
     """The original request target with its query, as in $request_uri."""
-    uri_cut_bytes: int
-    """How many bytes the kernel program left out at the end of `uri`."""
+    cut: tuple[str, ...]
+    """The kinds of strings (`STRING_URI`, …) whose end the kernel program left out."""
     host: str | None
     user_agent: str | None
     location: str | None
@@ -169,9 +169,9 @@ class _Strings:
         value = self.raw(kind, attempt)
         return value.decode("utf-8", "backslashreplace") if value else None
 
-    def cut_bytes(self, kind: str) -> int:
-        key = STRING_KINDS[kind], 0
-        return self._whole_bytes.get(key, 0) - len(self._values.get(key, b""))
+    def cut(self) -> tuple[str, ...]:
+        cut = {kind for (kind, attempt), whole in self._whole_bytes.items() if whole > len(self._values[kind, attempt])}
+        return tuple(name for name, kind in STRING_KINDS.items() if kind in cut)
 
 
 def _attempt(raw: dict[str, int], strings: _Strings, index: int) -> Attempt:
@@ -246,7 +246,7 @@ def decode(raw: bytes | memoryview) -> Request:
         attempts_lost=fixed["attempts_lost"],
         method=strings.text("STRING_METHOD"),
         uri=strings.text("STRING_URI"),
-        uri_cut_bytes=strings.cut_bytes("STRING_URI"),
+        cut=strings.cut(),
         host=strings.text("STRING_HOST"),
         user_agent=strings.text("STRING_USER_AGENT"),
         location=strings.text("STRING_LOCATION"),

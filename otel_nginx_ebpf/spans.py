@@ -38,6 +38,7 @@ NGINX_CONNECTION_REQUESTS = "nginx.connection.requests"
 NGINX_NO_LIVE_PEERS = "nginx.upstream.no_live_peers"
 NGINX_SERVER_NAME = "nginx.server_name"
 NGINX_TERMINATION = "nginx.termination"
+NGINX_TRUNCATED = "nginx.truncated_attributes"
 NGINX_UPSTREAM_ATTEMPT = "nginx.upstream.attempt"
 NGINX_UPSTREAM_NAME = "nginx.upstream.name"
 NGINX_UPSTREAM_PEER = "nginx.upstream.peer"
@@ -45,7 +46,6 @@ NGINX_UPSTREAM_REUSED = "nginx.upstream.connection.reused"
 NGINX_UPSTREAM_STATUS = "nginx.upstream.status"
 NGINX_UPSTREAM_TTFB = "nginx.upstream.time_to_first_byte_ns"
 NGINX_SUBREQUEST_URI = "nginx.subrequest.uri"
-NGINX_URI_CUT = "nginx.uri.cut_bytes"
 NGINX_WORKER_PID = "nginx.worker.pid"
 
 # Semantic conventions, http.request.method: RFC 9110, PATCH (RFC 5789) and QUERY.
@@ -72,6 +72,22 @@ _TERMINATIONS = {408: "timeout", 499: "client_closed_request"}
 
 # How far nginx's cached clock can lie behind when it notes that a response's header is complete.
 _HEADER_CLOCK_SLACK_NS = 10_000_000
+
+
+# Which attribute lacks its end where the kernel program cut a string.
+_ATTRIBUTE_OF = {
+    "STRING_METHOD": http_attributes.HTTP_REQUEST_METHOD,
+    "STRING_URI": url_attributes.URL_PATH,
+    "STRING_HOST": server_attributes.SERVER_ADDRESS,
+    "STRING_USER_AGENT": user_agent_attributes.USER_AGENT_ORIGINAL,
+    "STRING_LOCATION": http_attributes.HTTP_ROUTE,
+    "STRING_SERVER_NAME": NGINX_SERVER_NAME,
+    "STRING_CLIENT_SOCKADDR": client_attributes.CLIENT_ADDRESS,
+    "STRING_LOCAL_SOCKADDR": server_attributes.SERVER_ADDRESS,
+    "STRING_PEER": NGINX_UPSTREAM_PEER,
+    "STRING_UPSTREAM": NGINX_UPSTREAM_NAME,
+    "STRING_SUBREQUEST_URI": NGINX_SUBREQUEST_URI,
+}
 
 
 class IdGenerator(Protocol):
@@ -339,15 +355,19 @@ def _server_attributes(request: Request, query: bool) -> dict[str, AttributeValu
         attributes[url_attributes.URL_PATH] = path
         if question and query:
             attributes[url_attributes.URL_QUERY] = redact_query(arguments)
-        if request.uri_cut_bytes:
-            attributes[NGINX_URI_CUT] = request.uri_cut_bytes
+    if request.cut:
+        attributes[NGINX_TRUNCATED] = tuple(
+            url_attributes.URL_QUERY if string == "STRING_URI" and "?" in (request.uri or "") else _ATTRIBUTE_OF[string]
+            for string in request.cut
+        )
     if request.location:
         attributes[http_attributes.HTTP_ROUTE] = request.location
     if request.user_agent:
         attributes[user_agent_attributes.USER_AGENT_ORIGINAL] = request.user_agent
     if request.server_name:
         attributes[NGINX_SERVER_NAME] = request.server_name
-    if request.http_version in _HTTP_VERSIONS:
+    if request.method is not None and request.http_version in _HTTP_VERSIONS:
+        # Without a method nginx could not parse the request line, and the version is its default.
         attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = _HTTP_VERSIONS[request.http_version]
     if request.status >= 500:
         attributes[error_attributes.ERROR_TYPE] = str(request.status)

@@ -149,6 +149,7 @@ static __always_inline void append_str_at(struct process *process, u8 kind, u8 a
 }
 
 #define SHORT_STRING_BYTES_MAX 512
+#define USER_AGENT_BYTES_MAX 1024
 
 #define REQUEST_STR(member) ((struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__##member))
 
@@ -173,7 +174,7 @@ static __always_inline void append_request_strings(struct process *process)
     if (host)
         append_str_at(process, STRING_HOST, 0, host + OFFSET_ngx_table_elt_t__value, SHORT_STRING_BYTES_MAX);
     if (user_agent)
-        append_str_at(process, STRING_USER_AGENT, 0, user_agent + OFFSET_ngx_table_elt_t__value, SHORT_STRING_BYTES_MAX);
+        append_str_at(process, STRING_USER_AGENT, 0, user_agent + OFFSET_ngx_table_elt_t__value, USER_AGENT_BYTES_MAX);
 
     if (process->core_module_index_known) {
         append_core_conf_name(process, STRING_LOCATION, MEMBER(process->request, u64, ngx_http_request_s, loc_conf),

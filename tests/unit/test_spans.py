@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import SpanKind
 
-from otel_nginx_ebpf.record import Attempt, Request
+from otel_nginx_ebpf.record import STRING_KINDS, Attempt, Request
 from otel_nginx_ebpf.spans import RandomIds, build_trace, redact_query
 from otel_nginx_ebpf.trace import Span, Trace
 
@@ -41,7 +41,7 @@ REQUEST = Request(
     attempts_lost=0,
     method="GET",
     uri="/api/users?id=1",
-    uri_cut_bytes=0,
+    cut=(),
     host="example.com",
     user_agent="curl/8",
     location="/api/",
@@ -307,7 +307,9 @@ def test_without_query() -> None:
 
 
 def test_a_cut_uri_says_so() -> None:
-    assert build(replace(REQUEST, uri_cut_bytes=2_000)).spans[0].attributes["nginx.uri.cut_bytes"] == 2_000
+    assert build(replace(REQUEST, cut=("STRING_URI",))).spans[0].attributes["nginx.truncated_attributes"] == (
+        "url.query",
+    )
 
 
 times = st.none() | st.integers(1_000, 9_000)
@@ -351,3 +353,8 @@ def test_whatever_was_seen_no_span_is_empty_or_leaves_its_parent(
     for span in others:
         assert server.start_unix_ns <= span.start_unix_ns < span.end_unix_ns <= server.end_unix_ns
         assert span.parent_span_id == server.span_id
+
+
+def test_every_string_that_can_be_cut_has_an_attribute_to_name() -> None:
+    trace = build(replace(REQUEST, cut=tuple(STRING_KINDS)))
+    assert len(trace.spans[0].attributes["nginx.truncated_attributes"]) == len(STRING_KINDS)
