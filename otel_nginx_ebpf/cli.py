@@ -223,7 +223,6 @@ def _deliver(
         work(exporter, stats)
     except BrokenPipeError:
         # Whoever read stdout has seen enough (`| head`). Python's own flush at exit must not fail again.
-        stats.lose("lost_output_closed")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except CaptureError as error:
         _complain(str(error))
@@ -232,7 +231,8 @@ def _deliver(
         code = _INTERRUPTED
     finally:
         exporter.shutdown(settings.grace_seconds)
-    _complain(stats.summary())
+        if stats.received or sys.exception() is None:
+            _complain(stats.summary())
     if code:
         raise typer.Exit(code)
 

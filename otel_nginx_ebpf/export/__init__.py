@@ -7,7 +7,7 @@ from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.config import ExporterName, Settings
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.export.output import open_output
+from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import Trace
 
@@ -19,7 +19,8 @@ class Exporter(Protocol):
         """Takes one trace; returns at once, but for the time that writing a line to stdout takes.
 
         Raises:
-            OSError: The output cannot be written; BrokenPipeError where its reader is gone.
+            BrokenPipeError: The reader of the output is gone.
+            UserError: The output cannot be written.
         """
 
     def flush(self) -> None:
@@ -89,15 +90,15 @@ def _make(name: ExporterName, settings: Settings, stats: Stats, resource: Resour
             delay_s=settings.batch_delay_ms / 1000,
             wait_for_room=wait_for_room,
         )
-    output = open_output(settings.output)
+    stream = open_output(settings.output)
     if name == "console":
-        from otel_nginx_ebpf.export.console import ConsoleExporter
+        from otel_nginx_ebpf.export.console import make_renderer
 
-        return ConsoleExporter(output, stats, color=settings.color)
+        return TextExporter(stream, stats, make_renderer(stream, settings.color))
     if name == "line":
-        from otel_nginx_ebpf.export.line import LineExporter
+        from otel_nginx_ebpf.export.line import to_line
 
-        return LineExporter(output, stats)
-    from otel_nginx_ebpf.export.json_lines import JsonLinesExporter
+        return TextExporter(stream, stats, to_line)
+    from otel_nginx_ebpf.export.json_lines import to_json
 
-    return JsonLinesExporter(output, stats, resource)
+    return TextExporter(stream, stats, lambda trace: to_json(trace, resource))

@@ -1,8 +1,8 @@
 """Waterfalls in the terminal: each trace as a tree of spans with bars on one time axis."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from typing import Literal
+from typing import Literal, TextIO
 
 from opentelemetry.semconv.attributes.client_attributes import CLIENT_ADDRESS, CLIENT_PORT
 from opentelemetry.semconv.attributes.http_attributes import HTTP_REQUEST_METHOD, HTTP_RESPONSE_STATUS_CODE
@@ -11,10 +11,8 @@ from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
-from otel_nginx_ebpf.export.output import Output
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.sockaddr import Address
-from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
 
 UPSTREAM_PEER = "nginx.upstream.peer"
@@ -180,31 +178,22 @@ def waterfall(trace: Trace, width: int) -> Text:
     return Text("\n").join(lines)
 
 
-class ConsoleExporter:
-    def __init__(self, output: Output, stats: Stats, *, color: Literal["auto", "always", "never"]) -> None:
-        self._output = output
-        self._stats = stats
-        console = Console(
-            file=output.stream,
-            force_terminal={"auto": None, "always": True, "never": False}[color],
-            no_color=False if color == "always" else None,
-            highlight=False,
-        )
-        if color == "never" or console.no_color or not console.is_terminal:
-            # NO_COLOR lets rich keep bold and dim; whoever wants no colours wants no escape sequences.
-            console = Console(file=output.stream, color_system=None, force_terminal=False, highlight=False)
-        self._console = console
+def make_renderer(stream: TextIO, color: Literal["auto", "always", "never"]) -> Callable[[Trace], str]:
+    """What writes a trace as a waterfall and an empty line, as wide as the terminal behind `stream` is then."""
+    console = Console(
+        file=stream,
+        force_terminal={"auto": None, "always": True, "never": False}[color],
+        no_color=False if color == "always" else None,
+        highlight=False,
+    )
+    if color == "never" or console.no_color or not console.is_terminal:
+        # NO_COLOR lets rich keep bold and dim; whoever wants no colours wants no escape sequences.
+        console = Console(file=stream, color_system=None, force_terminal=False, highlight=False)
 
-    def export(self, trace: Trace) -> None:
+    def render(trace: Trace) -> str:
         # Rendered apart from writing: on a broken pipe rich itself would end the program.
-        with self._console.capture() as capture:
-            self._console.print(waterfall(trace, self._console.width), overflow="crop", no_wrap=True, crop=False)
-            self._console.print()
-        self._output.write(capture.get())
-        self._stats.exported += 1
+        with console.capture() as capture:
+            console.print(waterfall(trace, console.width), end="\n\n", overflow="ignore", no_wrap=True, crop=False)
+        return capture.get()
 
-    def flush(self) -> None:
-        """Every trace is written when it is exported."""
-
-    def shutdown(self, timeout_s: float) -> None:
-        self._output.close()
+    return render

@@ -4,14 +4,12 @@ import json
 
 from opentelemetry.sdk.resources import Resource
 
-from otel_nginx_ebpf.export.output import Output
-from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import Trace
 
 
 def to_json(trace: Trace, resource: Resource) -> str:
-    """Ids are lower-case hexadecimal, times Unix nanoseconds; plain ASCII, without a line end."""
-    return json.dumps(
+    """Ids are lower-case hexadecimal, times Unix nanoseconds; plain ASCII in one line."""
+    text = json.dumps(
         {
             "trace_id": f"{trace.trace_id:032x}",
             "resource": dict(resource.attributes),
@@ -32,20 +30,4 @@ def to_json(trace: Trace, resource: Resource) -> str:
         },
         separators=(",", ":"),
     )
-
-
-class JsonLinesExporter:
-    def __init__(self, output: Output, stats: Stats, resource: Resource) -> None:
-        self._output = output
-        self._stats = stats
-        self._resource = resource
-
-    def export(self, trace: Trace) -> None:
-        self._output.write(to_json(trace, self._resource) + "\n")
-        self._stats.exported += 1
-
-    def flush(self) -> None:
-        """Every line is written when it is exported."""
-
-    def shutdown(self, timeout_s: float) -> None:
-        self._output.close()
+    return text + "\n"

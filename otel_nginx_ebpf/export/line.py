@@ -13,11 +13,9 @@ from collections.abc import Iterable
 
 from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
 
-from otel_nginx_ebpf.export.output import Output
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.record import Attempt, Request
 from otel_nginx_ebpf.sockaddr import parse
-from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import Trace
 
 
@@ -43,7 +41,7 @@ def _connected(attempt: Attempt) -> int | None:
 
 
 def to_line(trace: Trace) -> str:
-    """The line of one trace, without a line end."""
+    """The line of one trace."""
     request = trace.request
     base_mono_ns = request.accepted_mono_ns or request.first_read_mono_ns or request.created_mono_ns
 
@@ -54,34 +52,20 @@ def to_line(trace: Trace) -> str:
         return ",".join(map(since, times_mono_ns)) or "-"
 
     attempts = request.attempts
+    # A request that was read at once has no later read.
+    last_read_mono_ns = request.last_read_mono_ns or request.first_read_mono_ns
     accepted_unix_ns = base_mono_ns + trace.unix_offset_ns
     upstream = ",".join(_field(attempt.peer) for attempt in attempts) or "-"
     return (
         f"{accepted_unix_ns}, {_client(request)}=>{upstream}, {_uri(trace)}, {request.status}, "
         f"request_size={request.request_bytes}, response_size={request.sent_bytes}, "
         f"downstream_request_first_byte_time={since(request.first_read_mono_ns)}, "
-        f"downstream_request_last_byte_time={since(request.last_read_mono_ns)}, "
+        f"downstream_request_last_byte_time={since(last_read_mono_ns)}, "
         f"upstream_connect_time={each(map(_connected, attempts))}, "
         f"upstream_request_first_byte_time={each(attempt.first_write_mono_ns for attempt in attempts)}, "
         f"upstream_request_last_byte_time={each(attempt.last_write_mono_ns for attempt in attempts)}, "
         f"upstream_response_first_byte_time={each(attempt.first_read_mono_ns for attempt in attempts)}, "
         f"upstream_response_last_byte_time={each(attempt.last_read_mono_ns for attempt in attempts)}, "
         f"downstream_response_first_byte_time={since(request.first_write_mono_ns)}, "
-        f"downstream_response_last_byte_time={since(request.last_write_mono_ns)}"
+        f"downstream_response_last_byte_time={since(request.last_write_mono_ns)}\n"
     )
-
-
-class LineExporter:
-    def __init__(self, output: Output, stats: Stats) -> None:
-        self._output = output
-        self._stats = stats
-
-    def export(self, trace: Trace) -> None:
-        self._output.write(to_line(trace) + "\n")
-        self._stats.exported += 1
-
-    def flush(self) -> None:
-        """Every line is written when it is exported."""
-
-    def shutdown(self, timeout_s: float) -> None:
-        self._output.close()

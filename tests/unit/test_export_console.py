@@ -7,9 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from otel_nginx_ebpf.export.console import ConsoleExporter, _bar, duration, waterfall
-from otel_nginx_ebpf.export.output import Output
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.export.console import _bar, duration, make_renderer, waterfall
 from unit.sample_traces import retried_trace, static_trace
 
 
@@ -79,9 +77,8 @@ def test_hostile_text_prints_nothing_but_text(path: str, error: str) -> None:
 
 
 def test_markup_is_not_interpreted() -> None:
-    stream = io.StringIO()
-    ConsoleExporter(Output(stream), Stats(), color="never").export(static_trace(url__path="/[bold]:smile:[/]\x1b[2J"))
-    assert "/[bold]:smile:[/]\\x1b[2J" in stream.getvalue()
+    trace = static_trace(url__path="/[bold]:smile:[/]\x1b[2J")
+    assert "/[bold]:smile:[/]\\x1b[2J" in make_renderer(io.StringIO(), "never")(trace)
 
 
 @given(st.floats(0, 1), st.floats(0, 1), st.integers(1, 200))
@@ -137,8 +134,7 @@ def test_colour_only_where_it_is_wanted(
         def isatty(self) -> bool:
             return terminal
 
-    stream, stats = Stream(), Stats()
-    ConsoleExporter(Output(stream), stats, color=color).export(retried_trace())  # type: ignore[arg-type]
-    assert ("\x1b[" in stream.getvalue()) == coloured
-    assert "upstream exchange" in stream.getvalue()
-    assert stats.exported == 1
+    text = make_renderer(Stream(), color)(retried_trace())  # type: ignore[arg-type]
+    assert ("\x1b[" in text) == coloured
+    assert "upstream exchange" in text
+    assert text.endswith("\n\n")

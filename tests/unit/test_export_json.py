@@ -1,10 +1,13 @@
 import io
 import json
+from pathlib import Path
 
+import pytest
 from opentelemetry.sdk.resources import Resource
 
-from otel_nginx_ebpf.export.json_lines import JsonLinesExporter, to_json
-from otel_nginx_ebpf.export.output import Output
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.json_lines import to_json
+from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.stats import Stats
 from unit.sample_traces import retried_trace, static_trace
 
@@ -55,10 +58,19 @@ def test_an_error_has_status_and_description() -> None:
 
 def test_a_trace_is_one_ascii_line_whatever_it_holds() -> None:
     stream, stats = io.StringIO(), Stats()
-    exporter = JsonLinesExporter(Output(stream), stats, RESOURCE)
+    exporter = TextExporter(stream, stats, lambda trace: to_json(trace, RESOURCE))
     path = '/"\n\r\x1b[31m\u2028é'
     exporter.export(static_trace(url__path=path))
     (line,) = stream.getvalue().splitlines()
     assert line.isascii()
     assert json.loads(line)["spans"][0]["attributes"]["url.path"] == path
     assert stats.exported == 1
+
+
+def test_an_output_that_fails_is_the_users_to_put_right_and_its_trace_counted_as_lost() -> None:
+    stats = Stats()
+    exporter = TextExporter(open_output(Path("/dev/full")), stats, lambda trace: "text\n")
+    with pytest.raises(UserError, match="cannot write to /dev/full: No space left"):
+        exporter.export(static_trace())
+    exporter.shutdown(0)
+    assert (stats.exported, stats.lost) == (0, {"lost_output_failed": 1})

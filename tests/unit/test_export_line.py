@@ -5,8 +5,8 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf.export.line import LineExporter, to_line
-from otel_nginx_ebpf.export.output import Output
+from otel_nginx_ebpf.export.line import to_line
+from otel_nginx_ebpf.export.text import TextExporter
 from otel_nginx_ebpf.stats import Stats
 from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, retried_trace, static_trace
 
@@ -17,7 +17,7 @@ def test_static_request() -> None:
         "downstream_request_first_byte_time=40000, downstream_request_last_byte_time=40000, "
         "upstream_connect_time=-, upstream_request_first_byte_time=-, upstream_request_last_byte_time=-, "
         "upstream_response_first_byte_time=-, upstream_response_last_byte_time=-, "
-        "downstream_response_first_byte_time=90000, downstream_response_last_byte_time=130000"
+        "downstream_response_first_byte_time=90000, downstream_response_last_byte_time=130000\n"
     )
 
 
@@ -29,7 +29,7 @@ def test_a_retried_request_has_one_element_for_each_attempt() -> None:
         "upstream_connect_time=-,450000, upstream_request_first_byte_time=-,460000, "
         "upstream_request_last_byte_time=-,470000, upstream_response_first_byte_time=-,9000000, "
         "upstream_response_last_byte_time=-,12000000, "
-        "downstream_response_first_byte_time=9050000, downstream_response_last_byte_time=12100000"
+        "downstream_response_first_byte_time=9050000, downstream_response_last_byte_time=12100000\n"
     )
 
 
@@ -41,13 +41,19 @@ def test_a_reused_connection_has_no_connect_time() -> None:
     assert ", upstream_connect_time=-, upstream_request_first_byte_time=460000, " in line
 
 
+def test_a_request_that_was_read_at_once_ended_with_its_first_read() -> None:
+    trace = static_trace()
+    line = to_line(replace(trace, request=replace(trace.request, last_read_mono_ns=None)))
+    assert "downstream_request_first_byte_time=40000, downstream_request_last_byte_time=40000, " in line
+
+
 def test_without_an_accept_times_count_from_the_first_byte() -> None:
     trace = static_trace()
     trace = replace(trace, request=replace(trace.request, accepted_mono_ns=None))
     line = to_line(trace)
     assert line.startswith(f"{MONO_NS + UNIX_OFFSET_NS + 40_000}, ")
     assert "downstream_request_first_byte_time=0, " in line
-    assert line.endswith("downstream_response_last_byte_time=90000")
+    assert line.endswith("downstream_response_last_byte_time=90000\n")
 
 
 def test_without_accept_and_first_byte_times_count_from_nginx_s_own_beginning() -> None:
@@ -71,15 +77,16 @@ def test_an_unreadable_client_and_request_line_are_absent() -> None:
 @given(st.text(max_size=60))
 def test_hostile_uris_stay_one_field_of_one_line(path: str) -> None:
     line = to_line(static_trace(url__path=path))
-    assert line.isprintable()
+    assert line.endswith("\n")
+    assert line[:-1].isprintable()
     assert len(line.split(", ")) == 15
     assert re.search(r"=>-, \S+, 200, ", line)
 
 
 def test_every_line_is_written_at_once_and_counted() -> None:
     stream, stats = io.StringIO(), Stats()
-    exporter = LineExporter(Output(stream), stats)
+    exporter = TextExporter(stream, stats, to_line)
     exporter.export(static_trace())
     exporter.export(retried_trace())
-    assert stream.getvalue() == to_line(static_trace()) + "\n" + to_line(retried_trace()) + "\n"
+    assert stream.getvalue() == to_line(static_trace()) + to_line(retried_trace())
     assert stats.exported == 2

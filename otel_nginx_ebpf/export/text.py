@@ -1,0 +1,59 @@
+"""Traces as text, to stdout or a file, each written at once."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.trace import Trace
+
+
+class TextExporter:
+    """Writes what `render` makes of a trace, line ends included."""
+
+    def __init__(self, stream: TextIO, stats: Stats, render: Callable[[Trace], str]) -> None:
+        self._stream = stream
+        self._stats = stats
+        self._render = render
+
+    def export(self, trace: Trace) -> None:
+        try:
+            self._stream.write(self._render(trace))
+            self._stream.flush()
+        except BrokenPipeError:
+            self._stats.lose("lost_output_closed")
+            raise
+        except OSError as error:
+            self._stats.lose("lost_output_failed")
+            name = getattr(self._stream, "name", "output")
+            raise UserError(f"cannot write to {name}: {error.strerror}; it ends here") from error
+        self._stats.exported += 1
+
+    def flush(self) -> None:
+        """Every trace is written when it is exported."""
+
+    def shutdown(self, timeout_s: float) -> None:
+        if self._stream is not sys.stdout:
+            with contextlib.suppress(OSError):  # What a failed write left behind; it was reported then.
+                self._stream.close()
+
+
+def open_output(path: Path | None) -> TextIO:
+    """stdout without a path, else the file, to whose end is written.
+
+    Raises:
+        UserError: The file cannot be opened for writing.
+    """
+    if path is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A terminal that is not UTF-8 gets escapes rather than a traceback.
+            sys.stdout.reconfigure(errors="backslashreplace")
+        return sys.stdout
+    try:
+        return path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise UserError(f"--output (OTEL_NGINX_EBPF_OUTPUT): {path}: {error.strerror}") from error
