@@ -206,8 +206,10 @@ def _downstream_read(request: Request) -> Iterator[_Phase]:
 
 def _attempt_phases(request: Request, attempt: Attempt, number: int) -> Iterator[_Phase]:
     shared = _peer_attributes(attempt, number)
+    # nginx notes a connect time when it is about to send: with TLS not before the handshake has succeeded.
+    ready = attempt.connect_ms is not None
     if attempt.connect_start_mono_ns is not None:
-        if attempt.connected_mono_ns is not None:
+        if ready and attempt.connected_mono_ns is not None:
             yield _Phase(
                 "upstream connect",
                 attempt.connect_start_mono_ns,
@@ -223,7 +225,7 @@ def _attempt_phases(request: Request, attempt: Attempt, number: int) -> Iterator
                 attributes=shared | {error_attributes.ERROR_TYPE: error},
                 error=error,
             )
-    if attempt.first_write_mono_ns is not None:
+    if ready and attempt.first_write_mono_ns is not None:
         yield _exchange(request, attempt, attempt.first_write_mono_ns, shared)
 
 

@@ -216,16 +216,14 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
         (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
     *attempt = ended->attempt;
     u8 *state = process->upstream_state;
-    if (ended->state && bpf_probe_read_user(state, SIZEOF_ngx_http_upstream_state_t, (void *)ended->state) == 0) {
-        attempt->status = MEMBER(state, u64, ngx_http_upstream_state_t, status);
-        attempt->connect_msec = MEMBER(state, u64, ngx_http_upstream_state_t, connect_time);
-        attempt->header_msec = MEMBER(state, u64, ngx_http_upstream_state_t, header_time);
-        attempt->response_msec = MEMBER(state, u64, ngx_http_upstream_state_t, response_time);
-        attempt->bytes_sent = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_sent);
-        attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
-    } else {
-        attempt->connect_msec = attempt->header_msec = attempt->response_msec = -1;
-    }
+    if (bpf_probe_read_user(state, SIZEOF_ngx_http_upstream_state_t, (void *)ended->state) != 0)
+        return false;
+    attempt->status = MEMBER(state, u64, ngx_http_upstream_state_t, status);
+    attempt->connect_msec = MEMBER(state, u64, ngx_http_upstream_state_t, connect_time);
+    attempt->header_msec = MEMBER(state, u64, ngx_http_upstream_state_t, header_time);
+    attempt->response_msec = MEMBER(state, u64, ngx_http_upstream_state_t, response_time);
+    attempt->bytes_sent = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_sent);
+    attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
     return true;
 }
 
@@ -235,8 +233,7 @@ static __always_inline void append_attempt_strings(struct process *process, stru
     u64 peer = 0;
     if (!ended)
         return;
-    if (ended->state)
-        bpf_probe_read_user(&peer, sizeof(peer), (void *)(ended->state + OFFSET_ngx_http_upstream_state_t__peer));
+    bpf_probe_read_user(&peer, sizeof(peer), (void *)(ended->state + OFFSET_ngx_http_upstream_state_t__peer));
     append_str_at(process, STRING_PEER, key->index, peer, SHORT_STRING_BYTES_MAX);
     if (ended->upstream)
         append_str_at(process, STRING_UPSTREAM, key->index, ended->upstream + OFFSET_ngx_http_upstream_srv_conf_s__host,
@@ -339,8 +336,10 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->attempts = 0;
     for (u32 i = 0; i < ATTEMPTS_MAX && i < active.attempts; i++) {
         attempt_key.index = i;
-        if (!take_attempt(process, &attempt_key))
-            break;
+        if (!take_attempt(process, &attempt_key)) {
+            count_loss(LOST_READ_FAILED);
+            return 0;
+        }
         record->attempts = i + 1;
     }
     asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */

@@ -33,8 +33,8 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
         return 0;
     ended.state = state;
     u64 connect_msec = -1;
-    if (state)
-        read_pointer(&connect_msec, state + OFFSET_ngx_http_upstream_state_t__connect_time);
+    if (!read_pointer(&connect_msec, state + OFFSET_ngx_http_upstream_state_t__connect_time))
+        return 0;
 
     /* Whose attempt: the request nginx is at work for, or, when another's event ends it, the main one. */
     u64 owner_upstream = 0;

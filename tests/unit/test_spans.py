@@ -201,8 +201,18 @@ def test_a_refused_connection_is_a_failed_connect_and_no_exchange() -> None:
 
 
 def test_a_connect_that_never_ended_lasts_as_long_as_its_attempt() -> None:
-    timed_out = replace(ATTEMPT, connected_mono_ns=None, first_write_mono_ns=None, header_ms=None, status=504)
+    never = {"connect_ms": None, "header_ms": None, "status": 504}
+    timed_out = replace(ATTEMPT, connected_mono_ns=None, first_write_mono_ns=None, **never)
     assert children(replace(REQUEST, attempts=(timed_out,)))[1] == ("upstream connect", 1_200, 4_100, "timeout")
+
+
+def test_a_failed_tls_handshake_is_a_failed_connect() -> None:
+    """Its bytes were sent upstream, and no request was."""
+    refused = replace(ATTEMPT, tls=True, connect_ms=None, header_ms=None, status=502)
+    assert children(replace(REQUEST, attempts=(refused,)))[1:] == [
+        ("upstream connect", 1_200, 4_100, "_OTHER"),
+        ("downstream write", 5_000, 6_000, None),
+    ]
 
 
 def test_an_upstream_timeout_ends_the_exchange_with_the_attempt() -> None:
