@@ -32,6 +32,13 @@ _RETRY_MAX_S = 5.0
 _ABORT_S = 1.0
 """How long the SDK's exporter gets to notice that its shutdown interrupts an export."""
 
+# gRPC's exporter would log a traceback and go on without the file, HTTP's would fail at every export.
+_FILE_VARIABLES = [
+    f"OTEL_EXPORTER_OTLP_{signal}{file}"
+    for signal in ("TRACES_", "")
+    for file in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+]
+
 # What the protocol's specification says to retry; every other answer refuses the batch for good.
 _RETRYABLE_HTTP = {429, 502, 503, 504}
 _RETRYABLE_GRPC = {
@@ -72,8 +79,12 @@ def make_sdk_exporter(protocol: str) -> SpanExporter:
     """The official exporter for `grpc` or `http/protobuf`, configured by the $OTEL_EXPORTER_OTLP_* variables.
 
     Raises:
-        UserError: One of them has a value that the exporter refuses.
+        UserError: One of them has a value that the exporter refuses, or names a file that cannot be read.
     """
+    for variable in _FILE_VARIABLES:
+        path = os.environ.get(variable)
+        if path and not os.access(path, os.R_OK):
+            raise UserError(f"{variable}: cannot read the file {path}")
     # gRPC's C library reports each lost connection on stderr by itself; we say it in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:

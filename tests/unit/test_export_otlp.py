@@ -216,3 +216,13 @@ def test_a_value_the_official_exporter_refuses_is_the_users_error(
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "zip")
     with pytest.raises(UserError, match="OTEL_EXPORTER_OTLP_COMPRESSION"):
         make_sdk_exporter("grpc")
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+@pytest.mark.parametrize("variable", ["OTEL_EXPORTER_OTLP_CERTIFICATE", "OTEL_EXPORTER_OTLP_TRACES_CLIENT_KEY"])
+def test_a_certificate_that_cannot_be_read_is_named(
+    protocol: str, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "/none/ca.pem")
+    with pytest.raises(UserError, match=f"^{variable}: cannot read the file /none/ca.pem$"):
+        make_sdk_exporter(protocol)
