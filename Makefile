@@ -3,6 +3,8 @@
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
 PACKAGES := nginx openssl python3-bpfcc python3-venv
+# For tests only: nginx's own sources and a compiler to hold our struct layouts against.
+PACKAGES += binutils gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check clean
@@ -18,7 +20,7 @@ demo: setup ## trace a private nginx and show its requests as waterfalls
 test: setup ## all tests, on the real kernel and a real nginx
 	$(BIN)/pytest
 
-check: .venv/installed ## format, lint, types, layers and unit tests; needs no root
+check: setup ## format, lint, types, layers and unit tests; needs no root once set up
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
