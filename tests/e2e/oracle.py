@@ -22,8 +22,8 @@ KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "
 # HTTP/0.9 requests name no version.
 PROTOCOL_VERSIONS = {"HTTP/1.0": "1.0", "HTTP/1.1": "1.1", "HTTP/2.0": "2"}
 
-URI_BYTES_MAX = 4096
-"""Longer ones are cut, and say so."""
+URI_BYTES_MAX, USER_AGENT_BYTES_MAX = 4096, 1024
+"""Longer ones are cut, and named in nginx.truncated_attributes."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,17 @@ class TracedAttempt:
 def traced_attempts(trace: Trace, subrequests: bool = False) -> list[TracedAttempt]:
     """The main request's attempts, or the subrequests', in the order of their numbers."""
     numbered: dict[int, dict[str, Span]] = {}
-    for span in trace.named("upstream connect") + trace.named("upstream exchange"):
+    for span in _attempt_spans(trace):
         if ("nginx.subrequest.uri" in span.attributes) == subrequests:
-            attempt = numbered.setdefault(span.attributes["nginx.upstream.attempt"], {})
-            assert span.name not in attempt, f"attempt has two spans {span.name}"
-            attempt[span.name] = span
+            numbered.setdefault(span.attributes["nginx.upstream.attempt"], {})[span.name] = span
     return [
         TracedAttempt(spans.get("upstream connect"), spans.get("upstream exchange"))
         for _, spans in sorted(numbered.items())
     ]
+
+
+def _attempt_spans(trace: Trace) -> list[Span]:
+    return trace.named("upstream connect") + trace.named("upstream exchange")
 
 
 def _differ(what: str, traced: Any, logged: Any) -> Iterator[str]:
@@ -92,7 +94,6 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
         "connection requests", attributes.get("nginx.connection.requests"), int(log["connection_requests"])
     )
     yield from _differ("worker", attributes.get("nginx.worker.pid"), int(log["pid"]))
-    yield from _differ("user agent", attributes.get("user_agent.original", ""), log["http_user_agent"])
     yield from _differ("error.type", attributes.get("error.type"), str(status) if status >= 500 else None)
     yield from _differ("span status", server.status, "ERROR" if status >= 500 else "UNSET")
 
@@ -104,13 +105,18 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("name", server.name, f"{name} {route}" if route else name)
     version = PROTOCOL_VERSIONS.get(log["server_protocol"]) or ("0.9" if method else None)
     yield from _differ("protocol", attributes.get("network.protocol.version"), version)
-    uri, truncated = log["request_uri"], set(attributes.get("nginx.truncated_attributes", ()))
-    traced = attributes.get("url.path", "") + (f"?{attributes['url.query']}" if attributes.get("url.query") else "")
-    if truncated & {"url.path", "url.query"}:
-        yield from _differ("cut URI", traced, uri[:URI_BYTES_MAX])
-        yield from _differ("URI was cut", True, len(uri) > URI_BYTES_MAX)
-    else:
-        yield from _differ("URI", traced, uri.removesuffix("?"))
+    path, query = attributes.get("url.path", ""), attributes.get("url.query", "")
+    agent, truncated = attributes.get("user_agent.original", ""), set(attributes.get("nginx.truncated_attributes", ()))
+    texts = (
+        ("url.query" if query else "url.path", f"{path}?{query}" if query else path, "request_uri", URI_BYTES_MAX),
+        ("user_agent.original", agent, "http_user_agent", USER_AGENT_BYTES_MAX),
+    )
+    for name, traced, logged, bytes_max in texts:
+        whole = log[logged].encode()
+        # A query that is empty is absent.
+        kept = whole[:bytes_max].decode("utf-8", "backslashreplace").removesuffix("?")
+        yield from _differ(name, traced, kept)
+        yield from _differ(f"{name} truncated", name in truncated, len(whole) > bytes_max)
 
     if log["remote_addr"] == "unix:":
         yield from _differ("client port", attributes.get("client.port"), None)
@@ -135,27 +141,35 @@ def _check_tree(trace: Trace) -> Iterator[str]:
         yield from _differ(f"{span.name} kind", span.kind, KINDS.get(span.name))
         yield from _differ(f"{span.name} parent", span.parent_span_id, trace.server.span_id)
     for span in trace.spans:
-        if (span.status == "ERROR") != (span.error is not None):
-            yield f"{span.name}: status {span.status} with description {span.error!r}"
+        error = span.attributes.get("error.type")
+        if span.error != error or span.status != ("ERROR" if error else "UNSET"):
+            yield f"{span.name}: status {span.status} {span.error!r}, error.type {error!r}"
+
+
+def _check_attempt_numbers(trace: Trace) -> Iterator[str]:
+    """1, 2, … over the whole trace, each with one connect at most and one exchange at most."""
+    spans = _attempt_spans(trace)
+    numbers = {span.attributes.get("nginx.upstream.attempt") for span in spans}
+    count = trace.server.attributes.get("nginx.upstream.attempts", 0)
+    yield from _differ("attempt numbers", numbers, set(range(1, count + 1)))
+    if len({(span.name, span.attributes.get("nginx.upstream.attempt")) for span in spans}) != len(spans):
+        yield "an attempt has two spans of one name"
 
 
 def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iterator[str]:
     """`logged` is None for a subrequest's attempt, which nginx's log does not show."""
     connect, exchange = attempt.connect, attempt.exchange
     for span in attempt.spans:
-        peer = span.attributes["nginx.upstream.peer"]
-        address, number = span.attributes.get("server.address"), span.attributes.get("server.port")
-        if peer.startswith("unix:"):
-            yield from _differ("peer", (address, number), (peer, None))
-        else:
-            host, _, port = peer.rpartition(":")
-            yield from _differ("peer", (address, number), (host.strip("[]"), int(port)))
+        peer = span.attributes.get("nginx.upstream.peer", "")
+        host, _, port = peer.rpartition(":")
+        expected = (peer, None) if peer.startswith("unix:") else (host.strip("[]"), port)
+        number = span.attributes.get("server.port")
+        traced = span.attributes.get("server.address"), None if number is None else str(number)
+        yield from _differ(f"{span.name} server address", traced, expected)
         if logged:
             yield from _differ(f"{span.name} peer", peer, logged.peer)
-    if connect and not exchange and (connect.status != "ERROR" or not connect.attributes.get("error.type")):
-        yield "a connect without an exchange must be an ERROR with error.type"
-    if connect and exchange and connect.status != "UNSET":
-        yield "the connect before an exchange is an ERROR"
+    if connect and (connect.status == "ERROR") != (exchange is None):
+        yield f"connect is {connect.status}, {'with' if exchange else 'without'} an exchange"
     if logged and logged.connect_time == "-" and exchange:
         yield f"an exchange on a connection that nginx never had ready: {logged}"
     if not exchange:
@@ -164,9 +178,7 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iter
         return
     yield from _differ("reused", exchange.attributes.get("nginx.upstream.connection.reused"), connect is None)
     status = exchange.attributes.get("http.response.status_code")
-    failed = status is None or status >= 400
-    if failed and (exchange.status != "ERROR" or not exchange.attributes.get("error.type")):
-        yield f"exchange with status {status} is {exchange.status}, {exchange.attributes.get('error.type')}"
+    yield from _differ("exchange fails", exchange.status, "ERROR" if status is None or status >= 400 else "UNSET")
     if logged:
         answered = logged.header_time != "-"
         yield from _differ("exchange status", status, int(logged.status) if answered else None)
@@ -185,20 +197,15 @@ def pair_attempts(trace: Trace, log: LogLine) -> list[tuple[TracedAttempt, Logge
 
 def check_facts(trace: Trace, log: LogLine) -> list[str]:
     """Everything but the times. An empty list: the trace tells what nginx logged."""
-    violations = [*_check_tree(trace), *_check_server(trace.server, log)]
+    violations = [*_check_tree(trace), *_check_server(trace.server, log), *_check_attempt_numbers(trace)]
+    if violations:
+        return violations
     tried = [each.peer for each in logged_attempts(log) if ":" in each.peer]
-    traced = [attempt.spans[0].attributes["nginx.upstream.peer"] for attempt in traced_attempts(trace)]
+    traced = [attempt.spans[0].attributes.get("nginx.upstream.peer") for attempt in traced_attempts(trace)]
     if traced != tried:
-        return [*violations, f"peers: trace says {traced}, nginx logged {log['upstream_addr']!r}"]
+        return [f"peers: trace says {traced}, nginx logged {log['upstream_addr']!r}"]
     for attempt, logged in pair_attempts(trace, log):
         violations += _check_attempt(attempt, logged)
-    subrequests = traced_attempts(trace, subrequests=True)
-    for attempt in subrequests:
+    for attempt in traced_attempts(trace, subrequests=True):
         violations += _check_attempt(attempt, None)
-    # Absent where no peer was tried.
-    violations += _differ(
-        "attempt count",
-        trace.server.attributes.get("nginx.upstream.attempts", 0),
-        len(traced) + len(subrequests),
-    )
     return violations

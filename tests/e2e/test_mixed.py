@@ -16,7 +16,7 @@ REQUESTS_PER_CONNECTION = 100
 
 # The clients, the upstream, four workers and the agent share two cores, all of them busy: a worker that is
 # off the processor in the middle of a turn waits for several others' time slices. The median is still short.
-LATE_MAX_MS = 250.0
+LATE_MAX_MS = 100.0
 
 KINDS: list[tuple[str, str, bytes, int]] = [
     # method, target, body, status

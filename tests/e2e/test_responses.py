@@ -115,12 +115,13 @@ def test_close_without_answer(stage: Stage) -> None:
 def test_long_uris(stage: Stage) -> None:
     targets = ["/" + "a" * (length - 1) for length in (3 * 1024, 4096, 4097, 6 * 1024)]
     with stage.connect() as connection:
-        for target in targets:
+        for target in [*targets, "/path?" + "q" * 5000]:
             assert connection.request(target).status == 200
-    servers = [each.trace.server for each in stage.exchanges(4)]
-    assert [server.attributes["url.path"] for server in servers] == [target[:4096] for target in targets]
-    cut = [server.attributes.get("nginx.truncated_attributes") for server in servers]
-    assert cut == [None, None, ["url.path"], ["url.path"]]
+    *without_query, with_query = (each.trace.server.attributes for each in stage.exchanges(5))
+    assert [each["url.path"] for each in without_query] == [target[:4096] for target in targets]
+    truncated = [each.get("nginx.truncated_attributes") for each in without_query]
+    assert truncated == [None, None, ["url.path"], ["url.path"]]
+    assert with_query["nginx.truncated_attributes"] == ["url.query"]
 
 
 @pytest.mark.nginx(server="location / { return 200 ok; }")
@@ -153,9 +154,9 @@ def test_unusual_requests(stage: Stage) -> None:
 @pytest.mark.nginx(server="location / { return 200 ok; }")
 def test_user_agents(stage: Stage) -> None:
     with stage.connect() as connection:
-        for length in (1, 100, 500, 1000):
+        for length in (1, 100, 1024, 1025, 6000):
             assert connection.request("/", headers={"User-Agent": "u" * length}).status == 200
-    stage.exchanges(4)
+    stage.exchanges(5)
 
 
 @pytest.mark.nginx(server="location / { return 200 ok; }")

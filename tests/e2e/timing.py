@@ -35,11 +35,14 @@ class Slack:
     """nginx logs later than the response's last byte: it lingers for the request's body, or a mirror."""
     header_early: bool = False
     """The upstream's first byte comes long before its header is complete."""
+    first_byte_unseen: bool = False
+    """A TLS upstream may have sent a session ticket ahead of its answer: which bytes are which, no socket says."""
     response_early: bool = False
     """nginx gives the upstream up later than its last byte came: a timeout, a gone client."""
     write_early: bool = False
     """The client got bytes before the upstream answered: 100 Continue, or a page put together of several."""
     late_max_ms: float = LAG_MAX_MS
+    median_max_ms: float = MEDIAN_MAX_MS
 
 
 NO_SLACK = Slack()
@@ -58,11 +61,11 @@ class Lags:
         if not low_ms <= lag_ms <= high_ms:
             yield f"{name}: {lag_ms:+.3f} ms from nginx's, not within {low_ms} to {high_ms}"
 
-    def check_medians(self) -> list[str]:
+    def check_medians(self, max_ms: float = MEDIAN_MAX_MS) -> list[str]:
         return [
             f"{name}: median lag {median(map(abs, lags)):.3f} ms over {len(lags)}"
             for name, lags in self.values_ms.items()
-            if len(lags) >= MEDIAN_SAMPLES_MIN and median(map(abs, lags)) > MEDIAN_MAX_MS
+            if len(lags) >= MEDIAN_SAMPLES_MIN and median(map(abs, lags)) > max_ms
         ]
 
 
@@ -92,13 +95,18 @@ def _check_order(trace: Trace, slack: Slack) -> Iterator[str]:
         for attempt in traced_attempts(trace)
         if attempt.exchange and "http.response.status_code" in attempt.exchange.attributes
     ]
+    for exchange in answered:
+        if _first_byte_unix_ns(exchange) is None and not slack.first_byte_unseen:
+            yield "an answered exchange has no time to its first byte"
+    first_byte_unix_ns = _first_byte_unix_ns(answered[-1]) if answered and not slack.write_early else None
     for write in trace.named("downstream write"):
-        if answered and not slack.write_early and write.start_unix_ns < _first_byte_unix_ns(answered[-1]):
+        if first_byte_unix_ns is not None and write.start_unix_ns < first_byte_unix_ns:
             yield "downstream write starts before the upstream's answer"
 
 
-def _first_byte_unix_ns(exchange: Span) -> int:
-    return exchange.start_unix_ns + int(exchange.attributes["nginx.upstream.time_to_first_byte_ns"])
+def _first_byte_unix_ns(exchange: Span) -> int | None:
+    after_ns: int | None = exchange.attributes.get("nginx.upstream.time_to_first_byte_ns")
+    return None if after_ns is None else exchange.start_unix_ns + after_ns
 
 
 def _milliseconds(seconds: str) -> float | None:
@@ -119,8 +127,9 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt, slack: Slack, 
         yield from compare("connect", attempt.connect.end_unix_ns, connect_ms)
     elif connect_ms is not None and connect_ms > slack.late_max_ms:
         yield f"reused connection, but nginx took {connect_ms} ms to connect"
-    if attempt.exchange and header_ms is not None:
-        yield from compare("header", _first_byte_unix_ns(attempt.exchange), header_ms, slack.header_early)
+    first_byte_unix_ns = _first_byte_unix_ns(attempt.exchange) if attempt.exchange else None
+    if first_byte_unix_ns is not None and header_ms is not None:
+        yield from compare("header", first_byte_unix_ns, header_ms, slack.header_early)
     if response_ms is not None:
         yield from compare("response", attempt.spans[-1].end_unix_ns, response_ms, slack.response_early)
 
