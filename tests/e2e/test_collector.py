@@ -1,6 +1,5 @@
 """Traces of a real nginx, through the standard variables, into real collectors: what those write out is read."""
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from urllib.parse import quote
 import pytest
 from collector.process import CollectorProcess, build, collected, official, rotel
 
-from e2e.agent_process import PROGRAM, AgentProcess, Trace
+from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import AccessLog, LogLine, NginxServer, free_ports, wait_until
 from e2e.oracle import check_facts
@@ -73,34 +72,6 @@ REQUESTS = {
 }
 
 
-class OtlpAgent(AgentProcess):
-    """`otel-nginx-ebpf run` with its default exporter, and no OTEL_* variables but these.
-
-    Nor those that make `requests` ignore OTEL_EXPORTER_OTLP_CERTIFICATE (its merge_environment_settings).
-    """
-
-    def __init__(self, nginx_pid: int, directory: Path, variables: dict[str, str]) -> None:
-        foreign = re.compile("OTEL_|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE")
-        inherited = {name: value for name, value in os.environ.items() if not foreign.match(name)}
-        self.output = directory / "none"
-        self.traces = []
-        self._stderr_path = directory / "agent.log"
-        with self._stderr_path.open("wb") as stderr:
-            self._process = subprocess.Popen(
-                [PROGRAM, "run", "--pid", str(nginx_pid)],
-                env={**inherited, **variables},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-            )
-        try:
-            wait_until(self._is_ready, "the agent's `ready` line", 30)
-        except BaseException:
-            self._process.kill()
-            self._process.wait()
-            raise
-
-
 def fill(template: str, words: dict[str, str]) -> str:
     return re.sub(r"@(\w+)@", lambda match: words[match[1]], template)
 
@@ -126,15 +97,18 @@ class Stand:
         wait_until(lambda: len(self.log.poll()) == before + len(REQUESTS), "nginx's log lines")
         return self.log.lines[before:]
 
-    def agent(self, service: str, protocol: str, endpoint: str, **variables: str) -> OtlpAgent:
+    def agent(self, service: str, protocol: str, endpoint: str, **variables: str) -> AgentProcess:
         environment = {
             "OTEL_SERVICE_NAME": service,
             "OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test,tier=edge%20one",
             "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,
             "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
+            # With a value `requests` prefers them to OTEL_EXPORTER_OTLP_CERTIFICATE (merge_environment_settings).
+            "REQUESTS_CA_BUNDLE": "",
+            "CURL_CA_BUNDLE": "",
             **variables,
         }
-        return OtlpAgent(self.nginx.pid, self.directory, environment)
+        return AgentProcess(self.nginx.pid, self.directory, ["run", "--pid", str(self.nginx.pid)], environment)
 
     def run(self, service: str, protocol: str, endpoint: str, **variables: str) -> tuple[list[LogLine], str]:
         """Sends the requests while the program exports them; returns what nginx logged, the program's stderr."""
