@@ -6,7 +6,7 @@ import pytest
 
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.stage import FILES, Stage
-from e2e.timing import Slack
+from e2e.timing import LONG_TURN_MS, Slack
 
 READ_WRITE = ["downstream read", "downstream write"]
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
@@ -82,7 +82,7 @@ def test_large_bodies_both_ways(stage: Stage, tls: bool) -> None:
     requests = [Http2Request(f"/app/{i}?bytes=3000000", "POST", body=b"b" * 700_000) for i in range(4)]
     assert [each.body_bytes for each in connection.exchange(requests)] == [3_000_000] * 4
     connection.close()
-    for each in stage.exchanges(4):
+    for each in stage.exchanges(4, Slack(late_max_ms=LONG_TURN_MS)):
         assert sorted(each.trace.outline()) == sorted(NEW)
 
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from e2e.http1_client import request_bytes
-from e2e.stage import LARGE_BYTES, Stage
+from e2e.stage import FILES, LARGE_BYTES, Stage
 from e2e.timing import LONG_TURN_MS, Slack
 
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
@@ -83,6 +83,29 @@ def test_unbuffered_body(stage: Stage) -> None:
     assert sorted(trace.outline()) == sorted(NEW)
 
 
+@pytest.mark.nginx(server="location / { proxy_pass http://@UP@; proxy_request_buffering off; proxy_http_version 1.1; }")
+def test_upstream_answers_before_the_body_is_there(stage: Stage) -> None:
+    """The client has its answer while it still sends; nginx then takes what comes, and closes."""
+    with stage.connect() as connection:
+        connection.send(request_bytes("POST", "/?early=1", {"Content-Length": "2000"}) + b"a" * 1000)
+        assert connection.read_response().status == 200
+        time.sleep(0.1)
+        connection.send(b"b" * 1000)
+    each = stage.exchange(Slack(end_early=True))
+    assert float(each.log["request_time"]) > 0.09
+    assert sorted(each.trace.outline()) == sorted(NEW)
+    assert each.trace.named("upstream exchange")[0].seconds < 0.09
+
+
+@pytest.mark.nginx(server="location / { proxy_pass http://@UP@; } location /files/ { internal; alias @HTML@/; }")
+def test_upstream_has_nginx_send_a_file(stage: Stage) -> None:
+    assert stage.get("/?header=X-Accel-Redirect:/files/hello.txt").body == FILES["hello.txt"]
+    trace = stage.exchange().trace
+    assert trace.outline() == NEW
+    assert trace.server.name == "GET /files/"
+    assert trace.server.attributes["url.path"] == "/"
+
+
 @pytest.mark.nginx(server="location / { proxy_pass http://@UP@; proxy_http_version 1.1; }")
 def test_chunked_request_body(stage: Stage) -> None:
     body = b"5\r\nhello\r\n3\r\nyou\r\n0\r\n\r\n"
@@ -112,6 +135,17 @@ def test_slow_upstream(stage: Stage) -> None:
     assert exchange.seconds > 0.29
     assert exchange.attributes["nginx.upstream.time_to_first_byte_ns"] > 0.29e9
     assert trace.named("downstream write")[0].seconds < 0.1
+
+
+@pytest.mark.nginx(server="location / { proxy_pass http://@UP@; }")
+def test_upstream_stalls_inside_its_header(stage: Stage) -> None:
+    """The time to the first byte is that, and not nginx's $upstream_header_time."""
+    assert stage.get("/?head_ms=300").status == 200
+    each = stage.exchange(Slack(header_early=True))
+    assert float(each.log["upstream_header_time"]) > 0.29
+    exchange = each.trace.named("upstream exchange")[0]
+    assert exchange.attributes["nginx.upstream.time_to_first_byte_ns"] < 0.1e9
+    assert exchange.seconds > 0.29
 
 
 @pytest.mark.nginx(server="location / { proxy_pass http://@UP@; }")
@@ -233,3 +267,29 @@ def test_cache(stage: Stage) -> None:
     stale = exchanges[3].trace
     assert stale.server.attributes["http.response.status_code"] == 200
     assert stale.named("upstream exchange")[0].attributes["http.response.status_code"] == 500
+
+
+@pytest.mark.nginx(
+    http="proxy_cache_path @PREFIX@/temp/@NAME@ keys_zone=@NAME@:1m;",
+    server="""
+    location / {
+        proxy_pass http://@UP@;
+        proxy_cache @NAME@;
+        proxy_cache_key $uri;
+        proxy_cache_use_stale updating;
+        proxy_cache_background_update on;
+    }
+    """,
+)
+def test_cache_updated_in_the_background(stage: Stage) -> None:
+    """The stale answer goes out at once; the update's exchange is in that request's trace, a subrequest's."""
+    with stage.connect() as connection:
+        assert connection.request("/short?header=Cache-Control:max-age=1").status == 200
+        time.sleep(2.1)
+        assert connection.request("/short?delay_ms=200&bytes=7").body_bytes == 5
+    _, stale = stage.exchanges(2, Slack(end_early=True))
+    assert stale.log["upstream_cache_status"] == "STALE"
+    update = stale.trace.named("upstream exchange")
+    assert [span.attributes["nginx.subrequest.uri"] for span in update] == ["/short"]
+    assert update[0].seconds > 0.19
+    assert stale.trace.named("downstream write")[0].end_unix_ns < update[0].end_unix_ns

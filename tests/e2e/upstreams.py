@@ -5,6 +5,7 @@ the clients; `UpstreamProcess` starts it. Query parameters, all optional:
 
     status=N  bytes=N  chunked=1   the response; `bytes` counts the body
     delay_ms=N                     wait before the response's first byte
+    head_ms=N                      wait inside the response's header
     stall_ms=N                     wait between the response's header and its body
     parts=N part_ms=N              the body in N pieces, with a wait before each
     end=close|reset|truncate       close without answer, reset without answer, close in the middle of the body
@@ -114,7 +115,11 @@ async def _respond(
     # nginx speaks HTTP/1.0 to an upstream unless told otherwise, and then asks for a close.
     keep = query.get("keep_alive") != ["0"] and headers.get("connection", "").lower() != "close"
     lines.append(f"Connection: {'keep-alive' if keep else 'close'}")
-    writer.write("\r\n".join([f"HTTP/1.1 {status} Whatever", *lines, "", ""]).encode())
+    writer.write(f"HTTP/1.1 {status} Whatever\r\n".encode())
+    if head := int(query.get("head_ms", ["0"])[0]):
+        await writer.drain()
+        await asyncio.sleep(head / 1000)
+    writer.write("\r\n".join([*lines, "", ""]).encode())
     if stall := int(query.get("stall_ms", ["0"])[0]):
         await writer.drain()
         await asyncio.sleep(stall / 1000)
