@@ -37,6 +37,8 @@ class Http2Connection:
         # A large window, so that a response waits for this client only where a test wants it to.
         self._h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 1 << 20})
         self._h2.increment_flow_control_window(1 << 26)
+        self._responses: dict[int, Http2Response] = {}
+        self._unsent: dict[int, bytes] = {}
         self._flush()
 
     def _flush(self) -> None:
@@ -51,8 +53,6 @@ class Http2Connection:
 
         Held bodies wait for `release_bodies`.
         """
-        self._responses: dict[int, Http2Response] = {}
-        self._unsent: dict[int, bytes] = {}
         for request in requests:
             stream = self._h2.get_next_available_stream_id()
             pseudo = [(":method", request.method), (":scheme", "https"), (":authority", "localhost")]
@@ -89,7 +89,7 @@ class Http2Connection:
         self._flush()
 
     def finish(self) -> list[Http2Response]:
-        """Reads until every stream has ended; the responses are in the requests' order."""
+        """Reads until every stream has ended. The responses since the last call, in the requests' order."""
         while not all(response.ended for response in self._responses.values()):
             data = self.transport.socket.recv(1 << 18)
             if not data:
@@ -97,7 +97,8 @@ class Http2Connection:
             for event in self._h2.receive_data(data):
                 self._handle(event)
             self.release_bodies()
-        return list(self._responses.values())
+        responses, self._responses = self._responses, {}
+        return list(responses.values())
 
     def _handle(self, event: h2.events.Event) -> None:
         response = self._responses.get(getattr(event, "stream_id", None) or 0)

@@ -22,6 +22,8 @@ KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "
 # HTTP/0.9 requests name no version.
 PROTOCOL_VERSIONS = {"HTTP/1.0": "1.0", "HTTP/1.1": "1.1", "HTTP/2.0": "2"}
 
+ATTEMPTS_MAX = 32
+"""Further ones have no spans, and are counted in nginx.upstream.attempts_lost."""
 URI_BYTES_MAX, USER_AGENT_BYTES_MAX = 4096, 1024
 """Longer ones are cut, and named in nginx.truncated_attributes."""
 
@@ -191,7 +193,7 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iter
 def pair_attempts(trace: Trace, log: LogLine) -> list[tuple[TracedAttempt, LoggedAttempt]]:
     """Each of the main request's attempts with its log element. Elements that are an upstream's own name,
     which nginx logs where no peer is live, have no spans: nothing was sent."""
-    tried = [each for each in logged_attempts(log) if ":" in each.peer]
+    tried = [each for each in logged_attempts(log) if ":" in each.peer][:ATTEMPTS_MAX]
     return list(zip(traced_attempts(trace), tried, strict=True))
 
 
@@ -201,8 +203,10 @@ def check_facts(trace: Trace, log: LogLine) -> list[str]:
     if violations:
         return violations
     tried = [each.peer for each in logged_attempts(log) if ":" in each.peer]
+    lost = trace.server.attributes.get("nginx.upstream.attempts_lost", 0)
+    violations += _differ("attempts without spans", lost, len(tried[ATTEMPTS_MAX:]))
     traced = [attempt.spans[0].attributes.get("nginx.upstream.peer") for attempt in traced_attempts(trace)]
-    if traced != tried:
+    if traced != tried[:ATTEMPTS_MAX]:
         return [f"peers: trace says {traced}, nginx logged {log['upstream_addr']!r}"]
     for attempt, logged in pair_attempts(trace, log):
         violations += _check_attempt(attempt, logged)

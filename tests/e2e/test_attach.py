@@ -9,7 +9,7 @@ import pytest
 
 from e2e.agent_process import PROGRAM, AgentProcess, Trace
 from e2e.http1_client import Http1Connection, request_bytes
-from e2e.nginx_server import NGINX
+from e2e.nginx_server import NGINX, NginxServer, free_ports
 from e2e.stage import Stage
 
 WORKERS = 2
@@ -128,3 +128,27 @@ def test_record_and_replay(stage: Stage, tmp_path: Path) -> None:
     for one, other in zip(again, at_once, strict=True):
         assert one.trace.outline() == other.trace.outline()
         assert json.dumps(one.trace.server.attributes) == json.dumps(other.trace.server.attributes)
+
+
+@pytest.mark.nginx(http=HTTP, server=SERVER)
+def test_other_nginx_of_the_same_binary(stage: Stage, public_directory: Path) -> None:
+    """Its workers hit the same probes, but it was not named: the agent has no trace of it."""
+    prefix = public_directory / "other"
+    prefix.mkdir()
+    port = free_ports(1)[0]
+    other = NginxServer(
+        prefix,
+        f"server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://{stage.site.upstreams['ipv4']}; }} }}",
+    )
+    other.start([("127.0.0.1", port)])
+    try:
+        with Http1Connection(("127.0.0.1", port)) as connection:
+            for index in range(10):
+                assert connection.request(f"/{index}").status == 200
+                assert stage.get(f"/{index}").status == 200
+        workers = other.worker_pids()
+    finally:
+        other.stop()
+    stage.exchanges(10)
+    traced = {trace.server.attributes["nginx.worker.pid"] for trace in stage.site.agent.poll()}
+    assert not traced & set(workers)

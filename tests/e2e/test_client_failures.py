@@ -150,3 +150,17 @@ def test_client_stops_reading(stage: Stage) -> None:
     each = stage.exchange(Slack(end_early=True))
     assert each.log["status"] == "200"
     assert each.trace.outline() == READ_WRITE
+
+
+@pytest.mark.nginx(server="location / { proxy_pass http://@UP@; proxy_request_buffering off; proxy_http_version 1.1; }")
+def test_client_leaves_inside_an_unbuffered_body(stage: Stage) -> None:
+    """The upstream has half of the request, and gives no answer."""
+    connection = stage.connect()
+    connection.send(request_bytes("POST", "/", {"Content-Length": "100"}) + b"half")
+    time.sleep(0.1)
+    connection.close()
+    each = stage.exchange(Slack(response_early=True))
+    assert each.log["status"] in ("400", "499")
+    assert sorted(each.trace.outline()) == ["downstream read", "upstream connect", "upstream exchange"]
+    assert each.trace.named("upstream exchange")[0].status == "ERROR"
+    assert each.trace.server.seconds > 0.09

@@ -6,6 +6,7 @@ import pytest
 
 from e2e.http1_client import request_bytes
 from e2e.stage import Stage
+from e2e.timing import Slack
 
 READ_WRITE = ["downstream read", "downstream write"]
 PROXIED = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
@@ -140,3 +141,17 @@ def test_connections_without_a_request_have_no_trace(stage: Stage) -> None:
         stage.connect().close()
     stage.get("/")
     stage.exchange()
+
+
+@pytest.mark.nginx(server=RETURN)
+def test_unwanted_body_comes_slowly(stage: Stage) -> None:
+    """Answered at once, while the body that nobody wants still comes: the read is longer than the write."""
+    head = request_bytes("POST", "/", {"Content-Length": "2000"})
+    with stage.connect() as connection:
+        connection.send_slowly([head, b"a" * 1000, b"b" * 1000], PAUSE)
+        assert connection.read_response().status == 200
+        assert connection.request("/next").status == 200
+    discarding, following = stage.exchanges(2, Slack(end_early=True))
+    assert sorted(discarding.trace.outline()) == READ_WRITE
+    assert discarding.trace.named("downstream write")[0].seconds < PAUSE
+    assert following.trace.server.seconds < PAUSE

@@ -128,3 +128,27 @@ def test_connection_closed_with_streams_open(stage: Stage) -> None:
     exchanges = stage.exchanges(20, Slack(response_early=True))
     assert {each.log["status"] for each in exchanges} == {"499"}
     assert all("downstream write" not in each.trace.outline() for each in exchanges)
+
+
+@LISTEN
+@pytest.mark.nginx(listen=BOTH, server=SERVER, http=HTTP)
+def test_streams_do_not_share_their_times(stage: Stage, tls: bool) -> None:
+    """One waits for its upstream while another's body and a third's whole exchange go over the same socket."""
+    connection = connect(stage, tls)
+    connection.start(
+        [Http2Request("/app/slow?delay_ms=400"), Http2Request("/app/body", "POST", body=b"b" * 2000)],
+        hold_bodies=True,
+    )
+    time.sleep(0.15)
+    connection.release_bodies()
+    connection.start([Http2Request("/hello.txt")])
+    assert [each.status for each in connection.finish()] == [200, 200, 200]
+    connection.close()
+    by_path = {each.trace.server.attributes["url.path"]: each.trace for each in stage.exchanges(3)}
+    slow, body, static = (by_path[path] for path in ("/app/slow", "/app/body", "/hello.txt"))
+    assert all(read.seconds < 0.1 for read in slow.named("downstream read"))
+    assert slow.named("downstream write")[0].seconds < 0.1
+    assert slow.server.seconds > 0.39
+    assert body.named("downstream read")[0].seconds > 0.14
+    assert body.server.seconds < 0.3
+    assert static.server.seconds < 0.1

@@ -181,3 +181,43 @@ def test_post_to_a_static_file(stage: Stage) -> None:
     with stage.connect() as connection:
         assert connection.request("/page.html", "POST", body=b"x" * 20_000).status == 200
     assert stage.exchange(Slack(end_early=True)).trace.server.attributes["url.path"] == "/page.html"
+
+
+@pytest.mark.parametrize("sendfile", ["on", "off"])
+@pytest.mark.nginx(
+    server="""
+    aio threads;
+    root @HTML@;
+    location /on/ { alias @HTML@/; sendfile on; }
+    location /off/ { alias @HTML@/; sendfile off; }
+    """
+)
+def test_thread_pool(stage: Stage, sendfile: str) -> None:
+    """Other threads of the worker read the file, or even send it."""
+    with stage.connect() as connection:
+        assert connection.request(f"/{sendfile}/large.bin").body_bytes == LARGE_BYTES
+        assert connection.request(f"/{sendfile}/hello.txt").body == FILES["hello.txt"]
+    large, small = stage.exchanges(2, Slack(late_max_ms=LONG_TURN_MS))
+    assert large.trace.outline() == small.trace.outline() == READ_WRITE
+    assert large.trace.named("downstream write")[0].seconds > 0.5 * large.trace.server.seconds
+
+
+@pytest.mark.nginx(
+    server=r"""
+    server_name example.test;
+    root @HTML@;
+    location = /exact { return 200; }
+    location ~ \.txt$ { }
+    location /outer/ { location /outer/inner/ { return 200; } }
+    location /named { error_page 418 = @elsewhere; return 418; }
+    location @elsewhere { return 200; }
+    """
+)
+def test_route_is_the_locations_name(stage: Stage) -> None:
+    routes = {"/exact": "/exact", "/hello.txt": "\\.txt$", "/outer/inner/x": "/outer/inner/", "/named": "@elsewhere"}
+    with stage.connect() as connection:
+        for target in [*routes, "/none"]:
+            connection.request(target)
+    servers = [each.trace.server.attributes for each in stage.exchanges(5)]
+    assert [each.get("http.route") for each in servers] == [*routes.values(), None]
+    assert {each["nginx.server_name"] for each in servers} == {"example.test"}

@@ -156,3 +156,54 @@ def test_error_page_hides_the_failure(stage: Stage) -> None:
     each = stage.exchange()
     assert each.trace.server.status == "UNSET"
     assert each.trace.named("upstream exchange")[0].status == "ERROR"
+
+
+@pytest.mark.nginx(
+    http="upstream @NAME@ { server unix:@PREFIX@/none1; server unix:@PREFIX@/none2; server @UP_UNIX@; }",
+    server="location / { proxy_pass http://@NAME@; }",
+)
+def test_connects_that_fail_at_once(stage: Stage) -> None:
+    """connect() itself says no: nginx never waits, and the failed connects have a length all the same."""
+    assert stage.get("/").status == 200
+    each = stage.exchange()
+    assert each.trace.outline() == [
+        "downstream read",
+        *["upstream connect"] * 3,
+        "upstream exchange",
+        "downstream write",
+    ]
+    assert errors(each, "upstream connect") == ["ENOENT", "ENOENT"]
+    stage.site.expected_problems += ["/none1 failed (2: No such file", "/none2 failed (2: No such file"]
+
+
+@pytest.mark.nginx(
+    http="upstream @NAME@ { server @UP@; keepalive 2; }",
+    server="location / { proxy_pass http://@NAME@; proxy_http_version 1.1; proxy_set_header Connection ''; }",
+)
+def test_kept_alive_connection_is_reset(stage: Stage) -> None:
+    """nginx blames the old connection and tries the peer again on a new one, in vain."""
+    with stage.connect() as connection:
+        assert connection.request("/").status == 200
+        assert connection.request("/?end=reset").status == 502
+    failed = stage.exchanges(2)[1]
+    assert failed.log["upstream_status"] == "502, 502"
+    assert failed.trace.outline() == [
+        "downstream read",
+        "upstream exchange",
+        "upstream connect",
+        "upstream exchange",
+        "downstream write",
+    ]
+    assert [span.status for span in failed.trace.named("upstream exchange")] == ["ERROR", "ERROR"]
+
+
+@pytest.mark.nginx(
+    http="upstream @NAME@ { " + "server @DEAD1@ max_fails=0; " * 40 + "}",
+    server="location / { proxy_pass http://@NAME@; }",
+)
+def test_more_attempts_than_a_trace_holds(stage: Stage) -> None:
+    """The first 32 have their spans, the rest is counted."""
+    assert stage.get("/").status == 502
+    each = stage.exchange()
+    assert len(each.trace.named("upstream connect")) == 32
+    assert each.trace.server.attributes["nginx.upstream.attempts_lost"] == 8

@@ -1,10 +1,12 @@
 """Several workers at once, and workers that come and go."""
 
+import os
+import signal
 import threading
 
 import pytest
 
-from e2e.http1_client import Http1Connection
+from e2e.http1_client import Http1Connection, request_bytes
 from e2e.nginx_server import wait_until
 from e2e.stage import Stage
 
@@ -66,7 +68,6 @@ def test_reload_under_light_load(stage: Stage) -> None:
     seen = {each.trace.server.attributes["nginx.worker.pid"] for each in exchanges}
     assert len(answered) == 4
     assert len(seen - before) >= RELOADS
-    assert stage.site.nginx.problems() == []
 
 
 def run_all(threads: list[threading.Thread]) -> None:
@@ -74,3 +75,21 @@ def run_all(threads: list[threading.Thread]) -> None:
         each.start()
     for each in threads:
         each.join()
+
+
+@pytest.mark.nginx(server="location / { return 200 ok; } location /app { proxy_pass http://@UP@; }")
+def test_worker_that_dies(stage: Stage) -> None:
+    """Its requests are in no log and no trace; those of its successor are."""
+    nginx = stage.site.nginx
+    before = nginx.worker_pids()
+    with stage.connect() as connection:
+        assert connection.request("/").status == 200
+        connection.send(request_bytes("GET", "/app?delay_ms=500"))
+        worker = int(stage.lines(1)[0]["pid"])
+        os.kill(worker, signal.SIGKILL)
+        assert connection.read_until_closed() == b""
+    wait_until(lambda: len(set(nginx.worker_pids()) - set(before)) == 1, "the worker's successor")
+    for index in range(20):
+        assert stage.get(f"/app/{index}").status == 200
+    assert len(stage.exchanges(21)) == 21
+    stage.site.expected_problems.append(f"worker process {worker} exited on signal 9")
