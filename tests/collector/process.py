@@ -65,7 +65,7 @@ def official(config: str, ports: Iterable[int], directory: Path) -> CollectorPro
 
 
 def rotel(grpc_port: int, http_port: int, forward_to: str, directory: Path) -> CollectorProcess:
-    """rotel writes no files: it sends on, over OTLP, what it has decoded and encoded again.
+    """rotel writes no files: it sends on, over OTLP, what it has decoded and encoded again. It needs libpython3.11.
 
     Every resource gets the attribute `relay=rotel`, which shows that it came this way.
     """

@@ -137,7 +137,7 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
     html = directory / "html"
     html.mkdir(parents=True)
     (html / "hello.txt").write_text("Hello!\n")
-    names = ("NGINX", "GRPC", "HTTP", "SECURE_GRPC", "SECURE_HTTP", "ROTEL_GRPC", "ROTEL_HTTP")
+    names = ("NGINX", "GRPC", "HTTP", "SECURE_GRPC", "SECURE_HTTP")
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     output = directory / "collected.bin"
     words = {
@@ -156,14 +156,20 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
     try:
         nginx.start([("127.0.0.1", ports["NGINX"])])
         running.append(nginx)
-        running.append(official(fill(OFFICIAL, words), [ports[name] for name in names[1:5]], directory))
-        forward_to = f"http://127.0.0.1:{ports['HTTP']}"
-        running.append(rotel(ports["ROTEL_GRPC"], ports["ROTEL_HTTP"], forward_to, directory))
+        running.append(official(fill(OFFICIAL, words), [ports[name] for name in names[1:]], directory))
         yield Stand(directory, ports, words, output, nginx, AccessLog(directory / "logs" / "all.log"))
     finally:
         for each in reversed(running):
             each.stop()
     assert nginx.problems() == []
+
+
+@pytest.fixture(scope="module")
+def rotel_ports(stand: Stand) -> Iterator[dict[str, int]]:
+    ports = dict(zip(("GRPC", "HTTP"), free_ports(2), strict=True))
+    collector = rotel(ports["GRPC"], ports["HTTP"], f"http://127.0.0.1:{stand.ports['HTTP']}", stand.directory)
+    yield ports
+    collector.stop()
 
 
 def check(traces: list[Trace], lines: list[LogLine], resource: dict[str, str]) -> None:
@@ -229,10 +235,10 @@ def test_refused_without_token(stand: Stand, protocol: str, port: str) -> None:
     assert stand.collected(service, 0) == []
 
 
-@pytest.mark.parametrize(("protocol", "port"), [("grpc", "ROTEL_GRPC"), ("http/protobuf", "ROTEL_HTTP")])
-def test_rotel(stand: Stand, protocol: str, port: str) -> None:
+@pytest.mark.parametrize(("protocol", "port"), [("grpc", "GRPC"), ("http/protobuf", "HTTP")])
+def test_rotel(stand: Stand, rotel_ports: dict[str, int], protocol: str, port: str) -> None:
     service = f"rotel {port}"
-    lines, _ = stand.run(service, protocol, f"http://127.0.0.1:{stand.ports[port]}")
+    lines, _ = stand.run(service, protocol, f"http://127.0.0.1:{rotel_ports[port]}")
     check(stand.collected(service, len(lines)), lines, {**RESOURCE, "service.name": service, "relay": "rotel"})
 
 
