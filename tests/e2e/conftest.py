@@ -21,8 +21,9 @@ FORCE = "run them with `sudo make test` (Debian 12; sets everything up)"
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "nginx(server, http, listen): configuration of the scenario's own server {}, text beside it"
-        ", and its `listen` directives if not the default one; @NAME@ stands for what scenario.py lists",
+        "nginx(server, http, listen, main): configuration of the scenario's own server {}, text beside it"
+        ", its `listen` directives if not the default one, and text at the top of nginx.conf"
+        "; @NAME@ stands for what scenario.py lists",
     )
 
 

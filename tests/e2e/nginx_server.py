@@ -80,9 +80,10 @@ class NginxServer:
     """nginx under `prefix`, which must be readable and searchable by everyone.
 
     `http` is the text inside `http {}`; each of its servers writes `access_log logs/NAME.log json;`.
+    `main` is the text at the top of the file.
     """
 
-    def __init__(self, prefix: Path, http: str, workers: int = 1) -> None:
+    def __init__(self, prefix: Path, http: str, workers: int = 1, main: str = "") -> None:
         self.prefix = prefix
         self.error_log = prefix / "error.log"
         (prefix / "logs").mkdir()
@@ -94,6 +95,7 @@ class NginxServer:
         )
         (prefix / "nginx.conf").write_text(
             f"""\
+{main}
 daemon off;
 worker_processes {workers};
 pid {prefix}/nginx.pid;

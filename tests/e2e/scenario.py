@@ -5,7 +5,9 @@
 @DEAD1@ @DEAD2@                          peers that refuse the connection
 @DEAF@                                   a peer whose listen queue is full: connecting takes for ever
 @LISTEN@                                 a free address on 127.0.0.1; @LISTEN6@ on ::1; @LISTEN_UNIX@
+@LISTEN_ANYTHING@                        one more address on 127.0.0.1, `anything` in the stage's addresses
 @PREFIX@ @HTML@ @CERTIFICATE@ @KEY@      paths
+and every further upstream that the module's `upstream_addresses` name, in capitals
 """
 
 import re
@@ -44,6 +46,7 @@ class Scenario:
     server: str
     http: str
     listen: str
+    main: str
     addresses: dict[str, Address] = field(default_factory=dict)
 
     @classmethod
@@ -52,16 +55,14 @@ class Scenario:
         if marker is None:
             return None
         listen = marker.kwargs.get("listen", "listen @LISTEN@;")
-        return cls(item.name, marker.kwargs.get("server", ""), marker.kwargs.get("http", ""), listen)
+        server, http, main = (marker.kwargs.get(name, "") for name in ("server", "http", "main"))
+        return cls(item.name, server, http, listen, main)
 
     @property
     def identifier(self) -> str:
         return re.sub(r"\W+", "_", self.name).strip("_")
 
-    def text(self, words: dict[str, str]) -> str:
-        def word(match: re.Match[str]) -> str:
-            return self.identifier if match[1] == "NAME" else self._listen(match[1]) or words[match[1]]
-
+    def http_text(self, words: dict[str, str]) -> str:
         config = f"""
 {self.http}
 server {{
@@ -69,16 +70,26 @@ server {{
     access_log logs/@NAME@.log json;
     {self.server}
 }}"""
+        return self._filled(config, words)
+
+    def main_text(self, words: dict[str, str]) -> str:
+        return self._filled(self.main, words)
+
+    def _filled(self, config: str, words: dict[str, str]) -> str:
+        def word(match: re.Match[str]) -> str:
+            return self.identifier if match[1] == "NAME" else self._listen(match[1]) or words[match[1]]
+
         text = re.sub(r"@(LISTEN_UNIX)@", lambda match: f"unix:{words['PREFIX']}/{self.identifier}.sock", config)
         if text != config:
             self.addresses["unix"] = f"{words['PREFIX']}/{self.identifier}.sock"
         return re.sub(r"@(\w+)@", word, text)
 
     def _listen(self, word: str) -> str | None:
-        if word not in ("LISTEN", "LISTEN6"):
+        if not word.startswith("LISTEN"):
             return None
-        kind, host = ("ipv4", "127.0.0.1") if word == "LISTEN" else ("ipv6", "::1")
+        host = "::1" if word == "LISTEN6" else "127.0.0.1"
+        kind = {"LISTEN": "ipv4", "LISTEN6": "ipv6"}.get(word) or word.removeprefix("LISTEN_").lower()
         if kind not in self.addresses:
             self.addresses[kind] = (host, free_ports(1, host)[0])
         port = self.addresses[kind][1]
-        return f"[{host}]:{port}" if kind == "ipv6" else f"{host}:{port}"
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

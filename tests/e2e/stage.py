@@ -45,10 +45,12 @@ class Site:
             "HTML": str(html),
             "CERTIFICATE": str(certificates / "certificate.pem"),
             "KEY": str(certificates / "key.pem"),
+            **{kind.upper(): address for kind, address in upstreams.items()},
         }
         self._scenarios = {each.name: each for each in scenarios}
-        http = "\n".join(each.text(words) for each in scenarios)
-        self.nginx = NginxServer(prefix, http, workers)
+        http = "\n".join(each.http_text(words) for each in scenarios)
+        main = "\n".join(each.main_text(words) for each in scenarios)
+        self.nginx = NginxServer(prefix, http, workers, main)
         self.logs = {each.name: AccessLog(prefix / "logs" / f"{each.identifier}.log") for each in scenarios}
         self.expected_problems: list[str] = []
         """Text of each [alert], [crit] or [emerg] line that a scenario is meant to cause."""
