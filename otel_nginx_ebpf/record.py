@@ -37,6 +37,11 @@ class CStruct:
         self.struct = struct.Struct("<" + "".join(_FORMATS[kind] for kind, _ in self.fields))
         self.size = self.struct.size
 
+    def offset(self, field: str) -> int:
+        """Where a field begins, bytes."""
+        names = [name for _, name in self.fields]
+        return struct.calcsize("<" + "".join(_FORMATS[kind] for kind, _ in self.fields[: names.index(field)]))
+
     def unpack(self, buffer: bytes | memoryview, offset: int) -> dict[str, int]:
         """Fields by name. Raises `RecordError` when the buffer ends inside the struct."""
         try:
@@ -60,7 +65,10 @@ STRING_HEADER = CStruct("string_header")
 STRING_KINDS = c_enum("string_kind")
 LIMITS = c_enum("limit")
 
-_NO_MSEC = 2**64 - 1
+_WORKER_PID = struct.Struct("<I")
+_WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
+
+_NONE = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +88,8 @@ class Attempt:
     """nginx's own $upstream_connect_time, $upstream_header_time and $upstream_response_time, milliseconds."""
     header_ms: int | None
     response_ms: int | None
-    sent_bytes: int
+    sent_bytes: int | None
+    """None where this nginx does not count them (before 1.15.8)."""
     received_bytes: int
     status: int | None
     """None when the peer gave no response."""
@@ -123,6 +132,8 @@ class Request:
     multiplexed: bool
     attempts: tuple[Attempt, ...]
     attempts_lost: int
+    method_bit: int
+    """nginx's number of the method (ngx_http_request.h, NGX_HTTP_GET and so on); 0: not read."""
     method: str | None
     uri: str | None
     """The original request target with its query, as in $request_uri."""
@@ -175,8 +186,8 @@ class _Strings:
 
 
 def _attempt(raw: dict[str, int], strings: _Strings, index: int) -> Attempt:
-    def msec(name: str) -> int | None:
-        return None if raw[name] == _NO_MSEC else raw[name]
+    def counted(name: str) -> int | None:
+        return None if raw[name] == _NONE else raw[name]
 
     return Attempt(
         connect_start_mono_ns=raw["connect_start_ns"] or None,
@@ -187,10 +198,10 @@ def _attempt(raw: dict[str, int], strings: _Strings, index: int) -> Attempt:
         first_read_mono_ns=raw["first_read_ns"] or None,
         last_read_mono_ns=raw["last_read_ns"] or None,
         ended_mono_ns=raw["ended_ns"],
-        connect_ms=msec("connect_msec"),
-        header_ms=msec("header_msec"),
-        response_ms=msec("response_msec"),
-        sent_bytes=raw["bytes_sent"],
+        connect_ms=counted("connect_msec"),
+        header_ms=counted("header_msec"),
+        response_ms=counted("response_msec"),
+        sent_bytes=counted("bytes_sent"),
         received_bytes=raw["bytes_received"],
         status=raw["status"] or None,
         connect_errno=raw["connect_errno"],
@@ -200,6 +211,14 @@ def _attempt(raw: dict[str, int], strings: _Strings, index: int) -> Attempt:
         upstream=strings.text("STRING_UPSTREAM", index),
         subrequest_uri=strings.text("STRING_SUBREQUEST_URI", index),
     )
+
+
+def worker_pid(raw: bytes | memoryview) -> int:
+    """The process a record is from, without decoding the rest. Raises `RecordError` for truncated bytes."""
+    try:
+        return int(_WORKER_PID.unpack_from(raw, _WORKER_PID_OFFSET)[0])
+    except struct.error as error:
+        raise RecordError(f"a record of {len(raw)} bytes is cut short") from error
 
 
 def decode(raw: bytes | memoryview) -> Request:
@@ -244,6 +263,7 @@ def decode(raw: bytes | memoryview) -> Request:
             for index in range(fixed["attempts"])
         ),
         attempts_lost=fixed["attempts_lost"],
+        method_bit=fixed["method"],
         method=strings.text("STRING_METHOD"),
         uri=strings.text("STRING_URI"),
         cut=strings.cut(),

@@ -21,6 +21,13 @@ class Boundary:
 
 BOUNDARIES: tuple[Boundary, ...] = (
     Boundary(
+        name="worker starts",
+        functions=("ngx_setproctitle",),
+        arguments=0,
+        required=False,
+        without="the accept and the first read of a new worker's first request",
+    ),
+    Boundary(
         name="request begins",
         functions=("ngx_http_create_request",),
         arguments=1,

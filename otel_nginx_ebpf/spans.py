@@ -12,7 +12,7 @@ once (a response written by one system call) begins where the worker was last se
 
 import errno
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
@@ -111,7 +111,14 @@ class RandomIds:
         return self._bits(64) or 1
 
 
-def build_trace(request: Request, unix_offset_ns: int, ids: IdGenerator, *, query: bool = True) -> Trace:
+def build_trace(
+    request: Request,
+    unix_offset_ns: int,
+    ids: IdGenerator,
+    *,
+    query: bool = True,
+    resource: Mapping[str, AttributeValue] | None = None,
+) -> Trace:
     """The trace of one request.
 
     Args:
@@ -119,6 +126,7 @@ def build_trace(request: Request, unix_offset_ns: int, ids: IdGenerator, *, quer
         unix_offset_ns: Unix time minus monotonic time, for all times of this request.
         ids: Makes the trace's and the spans' ids.
         query: Whether to keep the URI's query string; sensitive values in it are redacted.
+        resource: Resource attributes of the nginx it is from.
     """
     server_id = ids.generate_span_id()
 
@@ -154,6 +162,7 @@ def build_trace(request: Request, unix_offset_ns: int, ids: IdGenerator, *, quer
         spans=(server, *map(span, phases)),
         request=request,
         unix_offset_ns=unix_offset_ns,
+        resource=resource or {},
     )
 
 
@@ -232,9 +241,10 @@ def _attempt_phases(request: Request, attempt: Attempt, number: int) -> Iterator
 def _exchange(request: Request, attempt: Attempt, start_mono_ns: int, shared: dict[str, AttributeValue]) -> _Phase:
     attributes = shared | {
         NGINX_UPSTREAM_REUSED: attempt.connect_start_mono_ns is None,
-        incubating_http.HTTP_REQUEST_SIZE: attempt.sent_bytes,
         incubating_http.HTTP_RESPONSE_SIZE: attempt.received_bytes,
     }
+    if attempt.sent_bytes is not None:
+        attributes[incubating_http.HTTP_REQUEST_SIZE] = attempt.sent_bytes
     if request.method is not None and not attempt.subrequest:
         attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(request.method)
     answered = attempt.header_ms is not None and attempt.status is not None

@@ -1,7 +1,7 @@
 """The neutral trace model: what span building returns and every exporter takes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from opentelemetry.trace import SpanKind
 
@@ -36,3 +36,5 @@ class Trace:
     request: Request
     unix_offset_ns: int
     """Unix time minus monotonic time, as used for every time of this trace."""
+    resource: Mapping[str, AttributeValue] = field(default_factory=dict)
+    """Resource attributes of the nginx the request is from; one object for all requests of an instance."""

@@ -69,10 +69,10 @@ struct request_record {
     __u32 worker_pid;
     __u32 upstream_states;    /* $upstream_addr's elements; more than the main request's attempts: no live peer */
     __u8 tls;                 /* the client connection is encrypted */
-    __u8 multiplexed;         /* an HTTP/2 stream */
+    __u8 multiplexed;         /* a stream of HTTP/2 or HTTP/3: its socket is shared */
     __u8 attempts;
     __u8 attempts_lost;
-    __u32 reserved;
+    __u32 method;             /* r->method, a bit of NGX_HTTP_GET, …; 0: not read. Must agree with STRING_METHOD */
 };
 
 struct upstream_attempt {
@@ -87,7 +87,7 @@ struct upstream_attempt {
     __u64 connect_msec;       /* nginx's own: ngx_http_upstream_state_t; all ones: none */
     __u64 header_msec;
     __u64 response_msec;
-    __u64 bytes_sent;
+    __u64 bytes_sent;         /* all ones: this nginx does not count them */
     __u64 bytes_received;
     __u32 status;             /* 0: no response */
     __s32 connect_errno;

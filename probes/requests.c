@@ -18,7 +18,8 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
         count_loss(LOST_READ_FAILED);
         return 0;
     }
-    struct socket *socket = find_or_add_socket(&socket_key);
+    /* A stream of HTTP/3 has no descriptor of its own (ngx_quic_create_stream). */
+    struct socket *socket = socket_key.fd >= 0 ? find_or_add_socket(&socket_key) : NULL;
     if (socket) {
         active.read_ns = socket->last_read_ns;
         active.unclaimed_read = socket->unclaimed_read;
@@ -222,7 +223,11 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     attempt->connect_msec = MEMBER(state, u64, ngx_http_upstream_state_t, connect_time);
     attempt->header_msec = MEMBER(state, u64, ngx_http_upstream_state_t, header_time);
     attempt->response_msec = MEMBER(state, u64, ngx_http_upstream_state_t, response_time);
+#ifdef OFFSET_ngx_http_upstream_state_t__bytes_sent
     attempt->bytes_sent = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_sent);
+#else
+    attempt->bytes_sent = -1; /* before 1.15.8 */
+#endif
     attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
     return true;
 }
@@ -253,6 +258,7 @@ static __always_inline void learn_core_module_index(struct process *process, u64
 }
 
 #define HTTP_MODULE 0x50545448 /* "HTTP", r->signature */
+#define HTTP_VERSION_3 3000
 
 /* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
 int enter_ngx_http_free_request(struct pt_regs *ctx)
@@ -293,7 +299,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 
     struct socket_key socket_key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
     struct socket *socket = sockets.lookup(&socket_key);
-    u64 multiplexed = MEMBER(process->request, u64, ngx_http_request_s, stream) != 0;
+    u64 http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
+    u64 multiplexed = MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || http_version == HTTP_VERSION_3;
     struct request_record *record = (struct request_record *)process->record;
 
     record->accepted_ns = 0;
@@ -322,7 +329,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->bytes_sent = MEMBER(process->connection, u64, ngx_connection_s, sent);
     record->nginx_start_sec = MEMBER(process->request, u64, ngx_http_request_s, start_sec);
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
-    record->http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
+    record->http_version = http_version;
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
     record->worker_pid = tgid;
@@ -330,7 +337,11 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->tls = MEMBER(process->connection, u64, ngx_connection_s, ssl) != 0;
     record->multiplexed = multiplexed;
     record->attempts_lost = active.attempts_lost > 255 ? 255 : active.attempts_lost;
-    record->reserved = 0;
+#ifdef OFFSET_ngx_http_request_s__method
+    record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
+#else
+    record->method = 0;
+#endif
 
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     record->attempts = 0;

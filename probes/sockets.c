@@ -99,7 +99,7 @@ static __always_inline void was_written(struct socket_key *key, s64 bytes, u64 b
 
 RAW_TRACEPOINT_PROBE(sys_exit)
 {
-    u64 pid_tgid = bpf_get_current_pid_tgid();
+    u64 pid_tgid = current_pid_tgid();
     u32 tgid = pid_tgid >> 32;
     struct process *process = processes.lookup(&tgid);
     if (!process)
@@ -158,6 +158,7 @@ RAW_TRACEPOINT_PROBE(sys_exit)
     case SYS_close:
         sockets.delete(&key);
         break;
+#if FOLLOW_FORKS
     case SYS_clone:
         if (entry.argument1 & CLONE_THREAD)
             break;
@@ -166,15 +167,7 @@ RAW_TRACEPOINT_PROBE(sys_exit)
         if (result > 0) /* a master's new worker, known before its first connection */
             add_process(result);
         break;
+#endif
     }
-    return 0;
-}
-
-RAW_TRACEPOINT_PROBE(sched_process_exit)
-{
-    u64 pid_tgid = bpf_get_current_pid_tgid();
-    u32 tgid = pid_tgid >> 32;
-    if ((u32)pid_tgid == tgid)
-        processes.delete(&tgid);
     return 0;
 }

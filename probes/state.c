@@ -5,6 +5,8 @@
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    bytes
  *     SITE_ngx_http_free_request, ADDRESS_ngx_http_core_module    virtual addresses in the binary
  *     FOLLOW_ALL    1: every process that hits a probe is traced; 0: only those the agent named, and their children
+ *     FOLLOW_FORKS    1: a fork's result is the child's pid as the agent counts; 0: nginx has another pid namespace
+ *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the agent's, unless that is the host's
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
  * BCC rewrites only the main text, so maps and handlers stand in .c files that are joined into one.
  */
@@ -96,9 +98,22 @@ static __always_inline void count_loss(u32 cause)
         lock_xadd(count, 1);
 }
 
+/* Thread and process as the agent counts them: in its own pid namespace. 0: a process that is not in it. */
+static __always_inline u64 current_pid_tgid(void)
+{
+#ifdef PID_NAMESPACE_INODE
+    struct bpf_pidns_info ids = {};
+    if (bpf_get_ns_current_pid_tgid(PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE, &ids, sizeof(ids)) != 0)
+        return 0;
+    return (u64)ids.tgid << 32 | ids.pid;
+#else
+    return bpf_get_current_pid_tgid();
+#endif
+}
+
 static __always_inline u32 current_tgid(void)
 {
-    return bpf_get_current_pid_tgid() >> 32;
+    return current_pid_tgid() >> 32;
 }
 
 static __always_inline void add_process(u32 tgid)
@@ -114,7 +129,7 @@ static __always_inline struct process *probed_process(u32 tgid)
 {
     struct process *process = processes.lookup(&tgid);
 #if FOLLOW_ALL
-    if (!process) {
+    if (!process && tgid) {
         add_process(tgid);
         process = processes.lookup(&tgid);
     }

@@ -3,9 +3,10 @@
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -15,12 +16,14 @@ from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
 from otel_nginx_ebpf.stats import LOSS_CAUSES
 
+_PID = struct.Struct("=I")
+
 # The kernel hands over at most this many descriptors in one message (SCM_MAX_FD).
 _DESCRIPTORS_MAX = 253
 
 
-def _load(request: LoadRequest) -> list[int]:
-    """Runs the loader to its end; the descriptors it handed over."""
+def _load(request: LoadRequest) -> tuple[list[int], int]:
+    """Runs the loader to its end; the descriptors it handed over, and the size of a process's state in bytes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
@@ -47,7 +50,7 @@ def _load(request: LoadRequest) -> list[int]:
         raise UserError(f"{answer['error']}\n{_last_lines(messages)}".strip())
     if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"]:
         raise UserError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
-    return descriptors
+    return descriptors, answer["process_bytes"]
 
 
 def _last_lines(text: bytes, count: int = 12) -> str:
@@ -62,7 +65,7 @@ class Attachment:
     """
 
     def __init__(self, request: LoadRequest, ring_buffer_bytes: int) -> None:
-        descriptors = _load(request)
+        descriptors, self._process_bytes = _load(request)
         self._probes = descriptors[len(HANDED_OVER_MAPS) :]
         maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
         self._records = RingBuffer(maps["records"], ring_buffer_bytes)
@@ -79,11 +82,7 @@ class Attachment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.detach()
-        self._records.close()
-        self._loss_counts.close()
-        for state in (self._processes, self._sockets, self._active_requests, self._attempts):
-            state.close()
+        self.close()
 
     def records(self) -> Iterator[bytes]:
         """The records that have come since the last call."""
@@ -93,18 +92,36 @@ class Attachment:
         """The kernel's loss counters since the probes went live, by cause."""
         return dict(zip(LOSS_CAUSES, self._loss_counts.read(), strict=True))
 
-    def forget_dead_workers(self) -> int:
-        """Removes what workers that have ended left in the kernel's maps; how many requests were in flight in them."""
-        alive = set(self._processes.keys())
+    def add_processes(self, pids: Iterable[int]) -> None:
+        """Traces these processes from now on, as the loader did with those it was given."""
+        for pid in pids:
+            self._processes.add(_PID.pack(pid), self._process_bytes)
+
+    def processes(self) -> frozenset[int]:
+        """The processes that are being traced."""
+        return frozenset(_PID.unpack(key)[0] for key in self._processes.all_keys())
+
+    def forget_dead_processes(self) -> int:
+        """Removes what ended processes left in the kernel's maps; how many requests were in flight in them."""
+        self._processes.delete_where(lambda key: not os.path.exists(f"/proc/{_PID.unpack(key)[0]}"))
+        alive = set(self._processes.all_keys())
         gone, self._known_processes = self._known_processes - alive, alive
         if not gone:
             return 0
         for state in (self._sockets, self._attempts):
-            state.delete_where(lambda key: key[:4] not in alive)
-        return self._active_requests.delete_where(lambda key: key[:4] not in alive)
+            state.delete_where(lambda key: key[: _PID.size] not in alive)
+        return self._active_requests.delete_where(lambda key: key[: _PID.size] not in alive)
 
     def detach(self) -> None:
         """Removes the probes; records that are already in the ring buffer stay readable."""
         for descriptor in self._probes:
             os.close(descriptor)
         self._probes = []
+
+    def close(self) -> None:
+        """Detaches, and gives back all that the kernel holds for this attachment."""
+        self.detach()
+        self._records.close()
+        self._loss_counts.close()
+        for state in (self._processes, self._sockets, self._active_requests, self._attempts):
+            state.close()

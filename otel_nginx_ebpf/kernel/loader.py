@@ -104,7 +104,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
                 f"cannot attach {probe['handler']} to {request['executable']} at offset {probe['file_offset']:#x}"
             )
         probes.append(descriptor)
-    return {"probes": len(probes)}, maps + probes
+    process_bytes = ctypes.sizeof(processes.Leaf)
+    return {"probes": len(probes), "process_bytes": process_bytes}, maps + probes
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Reads and deletes the keys of a BPF hash map by its descriptor: bpf(2), without a library."""
+"""Walks, fills and clears a BPF hash map by its descriptor: bpf(2), without a library."""
 
 import ctypes
 import errno
@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterator
 
 # linux/bpf.h, and x86-64's system call number.
 _SYS_BPF = 321
+_BPF_MAP_UPDATE_ELEM = 2
 _BPF_MAP_DELETE_ELEM = 3
 _BPF_MAP_GET_NEXT_KEY = 4
+
+_BPF_NOEXIST = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -19,29 +22,32 @@ class _KeyAttribute(ctypes.Structure):
     _fields_ = (
         ("map_fd", ctypes.c_uint32),
         ("key", ctypes.c_uint64),
-        ("next_key", ctypes.c_uint64),
+        ("value_or_next_key", ctypes.c_uint64),
         ("flags", ctypes.c_uint64),
     )
 
 
 class HashMap:
-    """The keys of a hash map. Owns the map's descriptor."""
+    """A hash map. Owns its descriptor."""
 
     def __init__(self, descriptor: int, key_bytes: int) -> None:
         self._descriptor = descriptor
         self._key_bytes = key_bytes
 
-    def _call(self, command: int, key: ctypes.Array[ctypes.c_char] | None, next_key: int = 0) -> bool:
-        """Raises `OSError` unless the call succeeded or there was no such key."""
-        attribute = _KeyAttribute(self._descriptor, ctypes.addressof(key) if key is not None else 0, next_key)
+    def _call(
+        self, command: int, key: ctypes.Array[ctypes.c_char] | None, value_or_next_key: int = 0, flags: int = 0
+    ) -> bool:
+        """Whether there was such a key. Raises `OSError` for any other failure."""
+        key_address = ctypes.addressof(key) if key is not None else 0
+        attribute = _KeyAttribute(self._descriptor, key_address, value_or_next_key, flags)
         if _libc.syscall(_SYS_BPF, command, ctypes.byref(attribute), ctypes.sizeof(attribute)) == 0:
             return True
         error = ctypes.get_errno()
-        if error != errno.ENOENT:
+        if error not in (errno.ENOENT, errno.EEXIST):
             raise OSError(error, os.strerror(error))
         return False
 
-    def keys(self) -> Iterator[bytes]:
+    def all_keys(self) -> Iterator[bytes]:
         """Every key, once unless the map changes meanwhile; a change may bring some again, or end the walk early."""
         found = ctypes.create_string_buffer(self._key_bytes)
         current = None
@@ -49,11 +55,17 @@ class HashMap:
             yield found.raw
             current = ctypes.create_string_buffer(found.raw, self._key_bytes)
 
+    def add(self, key: bytes, value_bytes: int) -> None:
+        """Adds a key with a value of zeros, unless it is there. Raises `OSError` when the map is full."""
+        value = ctypes.create_string_buffer(value_bytes)
+        raw_key = ctypes.create_string_buffer(key, self._key_bytes)
+        self._call(_BPF_MAP_UPDATE_ELEM, raw_key, ctypes.addressof(value), _BPF_NOEXIST)
+
     def delete_where(self, unwanted: Callable[[bytes], bool]) -> int:
         """Deletes the keys that `unwanted` is true for; how many."""
         return sum(
             self._call(_BPF_MAP_DELETE_ELEM, ctypes.create_string_buffer(key, self._key_bytes))
-            for key in [key for key in self.keys() if unwanted(key)]
+            for key in [key for key in self.all_keys() if unwanted(key)]
         )
 
     def close(self) -> None:

@@ -1,10 +1,11 @@
 """The text of the kernel program for one nginx binary: the C files of `probes/` behind that binary's constants."""
 
+import os
 from collections.abc import Mapping
 from importlib.resources import files
 
 _HEADERS = ("record.h", "x86_64.h")
-_SOURCES = ("state.c", "sockets.c", "upstreams.c", "requests.c")
+_SOURCES = ("state.c", "processes.c", "sockets.c", "upstreams.c", "requests.c")
 
 
 def program_text(
@@ -12,6 +13,8 @@ def program_text(
     addresses: Mapping[str, int],
     *,
     follow_all: bool,
+    follow_forks: bool,
+    pid_namespace: tuple[int, int] | None,
     active_requests_max: int,
     ring_buffer_bytes: int,
 ) -> str:
@@ -21,6 +24,8 @@ def program_text(
         layout: member offsets in bytes, by struct; `sizeof` is the struct's size.
         addresses: names and virtual addresses of the binary that the program needs (`SITE_…`, `ADDRESS_…`).
         follow_all: trace every process that hits a probe, not only those named to the loader and their children.
+        follow_forks: nginx counts pids as this process does, so that a fork's result names the child.
+        pid_namespace: device and inode of this process's, or None for the host's own.
         active_requests_max: how many requests may be in flight at once.
         ring_buffer_bytes: a power of two of at least a page.
     """
@@ -31,9 +36,13 @@ def program_text(
             constants[name] = offset
     constants |= {
         "FOLLOW_ALL": int(follow_all),
+        "FOLLOW_FORKS": int(follow_forks),
         "ACTIVE_REQUESTS_MAX": active_requests_max,
         "RING_BUFFER_PAGES": ring_buffer_bytes // 4096,
     }
+    if pid_namespace is not None:
+        device, constants["PID_NAMESPACE_INODE"] = pid_namespace
+        constants["PID_NAMESPACE_DEVICE"] = os.major(device) << 20 | os.minor(device)  # the kernel's own dev_t
     probes = files("otel_nginx_ebpf.probes")
     return "\n".join(
         [

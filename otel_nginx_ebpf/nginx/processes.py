@@ -1,7 +1,7 @@
-"""The nginx instances that run on this host: a master and its workers."""
+"""The nginx instances that run on this host or in its containers: a master and its workers."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,65 +9,80 @@ import psutil
 
 from otel_nginx_ebpf.errors import UserError
 
+FileIdentity = tuple[int, int]
+"""Device and inode of an executable: what is the same program, whatever path or container it is seen through."""
+
+# A process is examined this often: nginx gives itself its title a moment after it has begun.
+_EXAMINATIONS = 3
+
 
 @dataclass(frozen=True, slots=True)
 class Instance:
     """One nginx: `pids` are the master (or the single process) first, then its children."""
 
     pids: tuple[int, ...]
-    executable: Path
-    """Through /proc, so that it opens what runs, whatever lies at its path now and in whichever container."""
+    file_identity: FileIdentity
 
     @property
     def master_pid(self) -> int:
         return self.pids[0]
 
     @property
-    def workers(self) -> int:
-        """Processes that serve requests."""
-        return sum(_title(pid).startswith("nginx: worker process") for pid in self.pids[1:]) or 1
+    def executable(self) -> Path:
+        """Through /proc, so that it opens what runs, whatever lies at its path now and in whichever container."""
+        return Path(f"/proc/{self.master_pid}/exe")
 
     @property
-    def file_identity(self) -> tuple[int, int]:
-        return _file_identity(self.master_pid)
+    def workers(self) -> int:
+        """How many processes serve requests."""
+        return sum(title(pid).startswith("nginx: worker process") for pid in self.pids[1:]) or 1
+
+    @property
+    def shares_our_pid_namespace(self) -> bool:
+        """Whether it counts pids as this process does."""
+        return pid_namespace(self.master_pid) == pid_namespace()
 
 
-def _file_identity(pid: int) -> tuple[int, int]:
+def pid_namespace(pid: int | None = None) -> tuple[int, int]:
+    """Device and inode of a process's pid namespace; without a pid, of this process's."""
+    status = os.stat(f"/proc/{'self' if pid is None else pid}/ns/pid")
+    return status.st_dev, status.st_ino
+
+
+def file_identity(pid: int) -> FileIdentity:
+    """Raises `OSError` when the process is gone or may not be looked at."""
     status = os.stat(f"/proc/{pid}/exe")
     return status.st_dev, status.st_ino
 
 
-def _title(pid: int) -> str:
+def title(pid: int) -> str:
+    """The process's command line; nginx writes its role there (ngx_setproctitle). Empty when it is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
     except OSError:
         return ""
+
+
+def _same_file(pid: int, identity: FileIdentity) -> bool:
+    try:
+        return file_identity(pid) == identity
+    except OSError:
+        return False
 
 
 def _instance(pid: int) -> Instance:
     """The instance a master or worker belongs to. Raises psutil and OS errors when it ends meanwhile."""
     master = psutil.Process(pid)
-    identity = _file_identity(pid)
-    while (parent := master.parent()) is not None and _same_file(parent.pid, identity):
+    identity = file_identity(pid)
+    # A worker's parent is its master; a master's own, after an upgrade on the fly (USR2), is another instance's.
+    while not _is_master(master) and (parent := master.parent()) is not None and _same_file(parent.pid, identity):
         master = parent
-    children = [child.pid for child in master.children(recursive=True) if _same_file(child.pid, identity)]
-    return Instance((master.pid, *sorted(children)), Path(f"/proc/{master.pid}/exe"))
+    children = [child.pid for child in master.children() if _same_file(child.pid, identity) and not _is_master(child)]
+    return Instance((master.pid, *sorted(children)), identity)
 
 
-def _same_file(pid: int, identity: tuple[int, int]) -> bool:
-    try:
-        return _file_identity(pid) == identity
-    except OSError:
-        return False
-
-
-def _running_nginx() -> Iterator[int]:
-    """Pids of every process that looks like nginx: by its title, or by its program's name."""
-    for process in psutil.process_iter(["name", "status"]):
-        if process.info["status"] != psutil.STATUS_ZOMBIE and (
-            _title(process.pid).startswith("nginx: ") or process.info["name"] == "nginx"
-        ):
-            yield process.pid
+def _is_master(process: psutil.Process) -> bool:
+    return title(process.pid).startswith("nginx: master process")
 
 
 def _distinct(pids: Iterable[int]) -> tuple[Instance, ...]:
@@ -89,37 +104,61 @@ def instance_of(pid: int) -> Instance:
     """
     try:
         return _instance(pid)
-    except (psutil.NoSuchProcess, FileNotFoundError):
+    except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
         raise UserError(f"--pid {pid}: no such process") from None
     except (psutil.AccessDenied, PermissionError):
         raise UserError(f"--pid {pid}: not allowed to look at it; run as root or with CAP_SYS_PTRACE") from None
 
 
-def instances_of_binary(path: Path) -> tuple[Instance, ...]:
-    """Every instance that runs the given file.
+class Watch:
+    """Finds instances, again and again; examines only processes that are new, or run another program, by then.
 
-    Raises:
-        UserError: there is no such file, or nothing runs it.
+    Args:
+        binaries: Executables to look for; without any, every process that looks like nginx.
     """
+
+    def __init__(self, binaries: tuple[Path, ...] = ()) -> None:
+        self._binaries = binaries
+        self._examined: dict[int, tuple[FileIdentity, int]] = {}
+
+    def new_instances(self) -> tuple[Instance, ...]:
+        """Instances with a process that was not there, or was another program, before."""
+        examined: dict[int, tuple[FileIdentity, int]] = {}
+        found: list[int] = []
+        for pid in psutil.pids():
+            try:
+                identity = file_identity(pid)
+            except OSError:
+                continue
+            before, times = self._examined.get(pid, (identity, 0))
+            times = times if before == identity else 0
+            if times < _EXAMINATIONS:
+                times += 1
+                if self._wanted(pid):
+                    found.append(pid)
+                    times = _EXAMINATIONS
+            examined[pid] = identity, times
+        self._examined = examined
+        return _distinct(found)
+
+    def _wanted(self, pid: int) -> bool:
+        if not self._binaries:
+            return title(pid).startswith("nginx: ") or _name(pid) == "nginx"
+        return any(_runs(pid, path) for path in self._binaries)
+
+
+def _name(pid: int) -> str:
+    """The name of the program's file; nothing for kernel threads, zombies and what may not be looked at."""
     try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(f"--binary {path}: {error.strerror}") from error
-    found = _distinct(
-        process.pid for process in psutil.process_iter() if _same_file(process.pid, (status.st_dev, status.st_ino))
-    )
-    if not found:
-        raise UserError(f"--binary {path}: no process runs it; start nginx first")
-    return found
+        return Path(os.readlink(f"/proc/{pid}/exe")).name.removesuffix(" (deleted)")
+    except OSError:
+        return ""
 
 
-def all_instances() -> tuple[Instance, ...]:
-    """Every nginx found.
-
-    Raises:
-        UserError: there is none.
-    """
-    found = _distinct(_running_nginx())
-    if not found:
-        raise UserError("no nginx found: start it, or name it with --pid or --binary")
-    return found
+def _runs(pid: int, path: Path) -> bool:
+    try:
+        if os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)") == str(path.resolve()):
+            return True
+        return os.path.samefile(f"/proc/{pid}/exe", path)
+    except OSError:
+        return False

@@ -39,6 +39,7 @@ REQUEST = Request(
     multiplexed=False,
     attempts=(),
     attempts_lost=0,
+    method_bit=2,
     method="GET",
     uri="/api/users?id=1",
     cut=(),

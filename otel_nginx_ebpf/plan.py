@@ -1,0 +1,108 @@
+"""What would be attached to an nginx binary: decided, and explained, before anything is touched."""
+
+from dataclasses import dataclass
+
+from otel_nginx_ebpf import sites
+from otel_nginx_ebpf.config import Settings
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
+from otel_nginx_ebpf.kernel.program import program_text
+from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
+from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
+from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
+
+# linux/proc_ns.h, PROC_PID_INIT_INO: the host's own pid namespace.
+_HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC
+
+# What a handler reads beyond the layout's core: without it the site is of no use.
+_NEEDED_MEMBERS = {"ngx_http_v2_send_output_queue": ("ngx_http_v2_connection_s", "last_out")}
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """An optional boundary that this binary gives no usable site for."""
+
+    boundary: sites.Boundary
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The probes for one binary and the instances that run it."""
+
+    binary: Binary
+    layout: Layout
+    chosen: tuple[tuple[sites.Boundary, Site], ...]
+    missing: tuple[Missing, ...]
+    instances: tuple[Instance, ...]
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(pid for instance in self.instances for pid in instance.pids)
+
+    def load_request(self, settings: Settings) -> LoadRequest:
+        """All that the loader needs to bring the probes live."""
+        end = next(site for _, site in self.chosen if site.function == "ngx_http_free_request")
+        namespace = pid_namespace()
+        text = program_text(
+            self.layout.structs,
+            {
+                f"SITE_{end.function}": end.address,
+                f"ADDRESS_{sites.CORE_MODULE}": self.binary.address(sites.CORE_MODULE),
+            },
+            follow_all=not settings.pid,
+            follow_forks=all(instance.shares_our_pid_namespace for instance in self.instances),
+            pid_namespace=None if namespace[1] == _HOST_PID_NAMESPACE_INODE else namespace,
+            active_requests_max=settings.max_active_requests,
+            ring_buffer_bytes=settings.ring_buffer_mib << 20,
+        )
+        probes = tuple(ProbeRequest(f"enter_{site.function}", site.file_offset) for _, site in self.chosen)
+        return LoadRequest(text, str(self.binary.path), probes, sites.TRACEPOINTS, self.pids)
+
+    def ready_line(self) -> str:
+        """What says that probes are live: names nginx version, workers, probe sites and layout source."""
+        workers = sum(instance.workers for instance in self.instances)
+        masters = ", ".join(str(instance.master_pid) for instance in self.instances)
+        return (
+            f"ready: nginx {self.binary.version} (pid {masters}), {workers} worker{'s' if workers != 1 else ''}, "
+            f"sites {', '.join(str(site) for _, site in self.chosen)}, layout {self.layout.source}"
+        )
+
+
+def make_plan(instances: tuple[Instance, ...]) -> Plan:
+    """The plan for instances that run one binary.
+
+    Raises:
+        UserError: The binary, its layout or a required site cannot be used.
+    """
+    binary = Binary(instances[0].executable)
+    layout = layout_for(binary)
+    chosen: list[tuple[sites.Boundary, Site]] = []
+    missing: list[Missing] = []
+    for boundary in sites.BOUNDARIES:
+        found = _site(binary, layout, boundary)
+        if isinstance(found, Site):
+            chosen.append((boundary, found))
+        elif boundary.required:
+            raise UserError(
+                f"{binary.name} (nginx {binary.version}) has no usable probe site for “{boundary.name}”: {found}; "
+                "a build that exports its functions (linked with -Wl,-E) is needed"
+            )
+        else:
+            missing.append(Missing(boundary, found))
+    return Plan(binary, layout, tuple(chosen), tuple(missing), instances)
+
+
+def _site(binary: Binary, layout: Layout, boundary: sites.Boundary) -> Site | str:
+    """The first usable candidate's site, or why there is none."""
+    reasons: list[str] = []
+    for function in boundary.functions:
+        struct, member = _NEEDED_MEMBERS.get(function, ("", ""))
+        if struct and member not in layout.structs.get(struct, {}):
+            reasons.append(f"{function} needs {struct}.{member}, which the layout does not have")
+            continue
+        try:
+            return binary.site(function, boundary.arguments)
+        except NoSiteError as error:
+            reasons.append(str(error))
+    return "; ".join(reasons)

@@ -1,0 +1,17 @@
+/* Workers that come and go. */
+
+/* ngx_setproctitle(char *title): a process of nginx has begun its work, and accepted no connection yet */
+int enter_ngx_setproctitle(struct pt_regs *ctx)
+{
+    probed_process(current_tgid());
+    return 0;
+}
+
+RAW_TRACEPOINT_PROBE(sched_process_exit)
+{
+    u64 pid_tgid = current_pid_tgid();
+    u32 tgid = pid_tgid >> 32;
+    if ((u32)pid_tgid == tgid)
+        processes.delete(&tgid);
+    return 0;
+}
