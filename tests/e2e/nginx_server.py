@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from e2e.http1_client import Address, family_of
@@ -80,11 +80,14 @@ class NginxServer:
     """nginx under `prefix`, which must be readable and searchable by everyone.
 
     `http` is the text inside `http {}`; each of its servers writes `access_log logs/NAME.log json;`.
-    `main` is the text at the top of the file.
+    `main` is the text at the top of the file. `command` starts nginx, its options follow.
     """
 
-    def __init__(self, prefix: Path, http: str, workers: int = 1, main: str = "") -> None:
+    def __init__(
+        self, prefix: Path, http: str, workers: int = 1, main: str = "", command: Sequence[str | Path] = (NGINX,)
+    ) -> None:
         self.prefix = prefix
+        self._command = command
         self.error_log = prefix / "error.log"
         (prefix / "logs").mkdir()
         (prefix / "temp").mkdir()
@@ -115,7 +118,7 @@ http {{
         """Starts the master and waits until every address accepts connections."""
         with (self.prefix / "output.log").open("wb") as output:
             self._process = subprocess.Popen(
-                [NGINX, "-p", self.prefix, "-c", "nginx.conf"],
+                [*self._command, "-p", self.prefix, "-c", "nginx.conf"],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
