@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
@@ -29,6 +30,9 @@ _SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__)
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _RETRY_FIRST_S = 0.5
 _RETRY_MAX_S = 5.0
+_SIGNAL_S = 0.1
+"""How long the caller sleeps at most. The kernel may give a signal to one of gRPC's threads; Python's handler then
+runs only when the main thread wakes by itself."""
 _ABORT_S = 1.0
 """How long the SDK's exporter gets to notice that its shutdown interrupts an export."""
 
@@ -176,8 +180,8 @@ class OtlpExporter:
             if not self._has_room(trace):
                 self._send_now = True
                 self._changed.notify_all()
-                if self._wait_for_room:
-                    self._changed.wait_for(lambda: self._has_room(trace) or not self._queue)
+                while self._wait_for_room and self._queue and not self._has_room(trace):
+                    self._changed.wait(_SIGNAL_S)
             if not self._has_room(trace):
                 self._stats.lose("lost_queue_full")
                 return
@@ -198,8 +202,10 @@ class OtlpExporter:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
+        deadline_s = time.monotonic() + timeout_s
         try:
-            self._worker.join(timeout_s)
+            while self._worker.is_alive() and time.monotonic() < deadline_s:
+                self._worker.join(_SIGNAL_S)
         finally:
             with self._changed:
                 self._abandoned = True
@@ -222,6 +228,7 @@ class OtlpExporter:
                 retry_s = _RETRY_FIRST_S
             else:
                 with self._changed:
+                    self._send_now = True  # The batch has waited for its delay.
                     self._changed.wait_for(lambda: self._abandoned, retry_s * random.uniform(0.8, 1.2))
                 retry_s = min(retry_s * 2, _RETRY_MAX_S)
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -203,14 +202,14 @@ def test_an_interrupted_replay_says_what_was_lost(capture: Path, number: signal.
         *("replay", capture, "--queue-size", "3", "--grace-seconds", "0.1"),
         OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{gone.port}",
     )
-    with process:
-        assert process.stderr is not None
-        first = process.stderr.readline()
-        assert "collector: " in first
+    assert process.stderr is not None
+    try:
+        assert "collector: " in process.stderr.readline()
         process.send_signal(number)
-        began = time.monotonic()
-        rest = process.stderr.read()
-        assert process.wait(30) == 130
-    assert time.monotonic() - began < 10
+        _, rest = process.communicate(timeout=15)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
     assert "Traceback" not in rest
     assert rest.splitlines()[-1].endswith("exported 0, lost 1 (lost_export_failed 1)")
