@@ -32,6 +32,7 @@ def _requirements() -> None:
     missing = {
         "root": os.geteuid() == 0,
         "nginx": NGINX.exists(),
+        "BCC (Debian: python3-bpfcc)": Path("/usr/lib/python3/dist-packages/bcc").is_dir(),
         "openssl": shutil.which("openssl") is not None,
         "the kernel's tracefs": Path("/sys/kernel/tracing").is_dir(),
         "otel-nginx-ebpf in the virtual environment": PROGRAM.exists(),
