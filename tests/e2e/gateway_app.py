@@ -1,0 +1,29 @@
+"""The application behind uwsgi: what a request's query string asks for.
+
+status=N bytes=N        the response
+delay_ms=N              wait before it
+parts=N part_ms=N       the body in N pieces, with a wait before each
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from urllib.parse import parse_qs
+
+StartResponse = Callable[[str, list[tuple[str, str]]], Any]
+
+
+def application(environ: dict[str, Any], start_response: StartResponse) -> Iterator[bytes]:
+    query = parse_qs(environ["QUERY_STRING"])
+
+    def number(name: str, default: int) -> int:
+        return int(query.get(name, [str(default)])[0])
+
+    received = len(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
+    total, parts = number("bytes", 5), number("parts", 1)
+    time.sleep(number("delay_ms", 0) / 1000)
+    headers = [("Content-Length", str(total)), ("X-Received", str(received))]
+    start_response(f"{number('status', 200)} Whatever", headers)
+    for index in range(parts):
+        time.sleep(number("part_ms", 0) / 1000)
+        yield b"x" * (total * (index + 1) // parts - total * index // parts)

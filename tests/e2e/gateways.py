@@ -1,0 +1,58 @@
+"""Servers of the protocols that nginx speaks to applications and caches: uwsgi's own, FastCGI, SCGI, memcached."""
+
+import re
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+from typing import IO
+
+from e2e.nginx_server import wait_until
+
+UNPRIVILEGED = "nobody"
+
+
+class UwsgiServer:
+    """uwsgi with gateway_app.py, at a port for each of its protocols; `addresses` by protocol."""
+
+    def __init__(self, directory: Path) -> None:
+        shutil.copy(Path(__file__).with_name("gateway_app.py"), directory)
+        self._log = directory / "uwsgi.log"
+        protocols = ("uwsgi", "fastcgi", "scgi")
+        sockets = [argument for protocol in protocols for argument in (f"--{protocol}-socket", "127.0.0.1:0")]
+        command = ["uwsgi", "--plugin", "python3", "--wsgi", "gateway_app", "--need-app", "--threads", "8", *sockets]
+        with self._log.open("wb") as log:
+            self._process = _start([*command, "--uid", UNPRIVILEGED, "--die-on-term"], log, directory)
+        wait_until(lambda: "spawned uWSGI worker" in self._log.read_text(), "uwsgi to start")
+        addresses = re.findall(r"bound to TCP address (\S+) ", self._log.read_text())
+        self.addresses = dict(zip(protocols, addresses, strict=True))
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
+class Memcached:
+    def __init__(self, directory: Path) -> None:
+        own = directory / "memcached"
+        own.mkdir()
+        shutil.chown(own, UNPRIVILEGED)
+        path = own / "socket"
+        with (own / "log").open("wb") as log:
+            self._process = _start(["memcached", "-s", str(path), "-a", "0666", "-u", UNPRIVILEGED], log, own)
+        self.address = f"unix:{path}"
+        self._client = socket.socket(socket.AF_UNIX)
+        wait_until(lambda: self._client.connect_ex(str(path)) == 0, "memcached to listen")
+
+    def store(self, key: str, value: bytes) -> None:
+        self._client.sendall(f"set {key} 0 0 {len(value)}\r\n".encode() + value + b"\r\n")
+        assert self._client.recv(100) == b"STORED\r\n"
+
+    def stop(self) -> None:
+        self._client.close()
+        self._process.terminate()
+        self._process.wait(10)
+
+
+def _start(command: list[str], log: IO[bytes], directory: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
