@@ -3,8 +3,8 @@
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
 PACKAGES := nginx openssl python3-bpfcc python3-venv
-# For tests only: nginx's own sources and a compiler to hold our struct layouts against.
-PACKAGES += binutils gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
+# For tests only: a load generator, what rotel and Go need, nginx's own sources and a compiler to hold our layouts against.
+PACKAGES += apache2-utils binutils ca-certificates gcc libc6-dev libpcre2-dev libpython3.11 libssl-dev nginx-dev zlib1g-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check clean
@@ -17,7 +17,8 @@ setup: .cache/packages .venv/installed ## install the packages below and this pr
 demo: setup ## trace a private nginx and show its requests as waterfalls
 	@$(BIN)/python examples/demo.py
 
-test: setup ## all tests, on the real kernel and a real nginx
+test: setup ## all tests, on the real kernel, a real nginx and a real collector
+	tests/collector/build
 	$(BIN)/pytest
 
 check: setup ## format, lint, types, layers and unit tests; needs no root once set up

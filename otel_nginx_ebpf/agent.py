@@ -98,7 +98,7 @@ def run(settings: Settings, exporter: "Exporter", stats: Stats) -> None:
         UserError: It cannot begin, or nginx's memory contradicts its layout.
         OSError: The exporter's output failed.
     """
-    _trace(settings, stats, _exporting(exporter, stats, settings), exporter.flush)
+    _trace(settings, stats, _exporting(exporter, stats, settings), idle=lambda: None)
 
 
 def record(settings: Settings, path: Path, stats: Stats) -> None:

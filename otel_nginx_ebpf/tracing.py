@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 
 from otel_nginx_ebpf.clock import Clock
 from otel_nginx_ebpf.config import Settings
@@ -139,7 +140,9 @@ class Tracing:
 
     def sweep(self) -> None:
         """Looks for nginx that has come, and forgets what has gone."""
-        if not self._settings.pid:
+        if self._settings.pid:
+            self._find_new_workers()
+        else:
             for instance in self._watch.new_instances():
                 self._found(instance)
         for identity, future in list(self._attaching.items()):
@@ -154,6 +157,14 @@ class Tracing:
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("nginx %s (%s) has ended", traced.plan.binary.version, traced.plan.binary.name)
                 self._close(identity)
+
+    def _find_new_workers(self) -> None:
+        """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
+        for traced in self._traced.values():
+            for instance in traced.plan.instances:
+                if not instance.shares_our_pid_namespace:
+                    with suppress(UserError):
+                        traced.attachment.add_processes(instance_of(instance.master_pid).pids)
 
     def _found(self, instance: Instance) -> None:
         identity = instance.file_identity

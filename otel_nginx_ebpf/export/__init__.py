@@ -7,6 +7,7 @@ from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.config import ExporterName, Settings
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import Trace
@@ -23,9 +24,6 @@ class Exporter(Protocol):
             UserError: The output cannot be written.
         """
 
-    def flush(self) -> None:
-        """Begins to deliver what is held back, without waiting for it."""
-
     def shutdown(self, timeout_s: float) -> None:
         """Delivers what it holds, for `timeout_s` seconds at most, and counts the rest as lost."""
 
@@ -39,10 +37,6 @@ class Fanout:
     def export(self, trace: Trace) -> None:
         for exporter in self._exporters:
             exporter.export(trace)
-
-    def flush(self) -> None:
-        for exporter in self._exporters:
-            exporter.flush()
 
     def shutdown(self, timeout_s: float) -> None:
         for exporter in self._exporters:
@@ -101,4 +95,5 @@ def _make(name: ExporterName, settings: Settings, stats: Stats, resource: Resour
         return TextExporter(stream, stats, to_line)
     from otel_nginx_ebpf.export.json_lines import to_json
 
-    return TextExporter(stream, stats, lambda trace: to_json(trace, resource))
+    resources = Resources(resource)
+    return TextExporter(stream, stats, lambda trace: to_json(trace, resources.of(trace)))

@@ -21,6 +21,7 @@ from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import Trace
 
@@ -158,7 +159,7 @@ class OtlpExporter:
     ) -> None:
         """With `wait_for_room` a full queue makes `export` wait, else it drops the trace."""
         self._sdk_exporter = sdk_exporter
-        self._resource = resource
+        self._resources = Resources(resource)
         self._stats = stats
         self._queue_spans = queue_spans
         self._batch_spans = batch_spans
@@ -193,11 +194,6 @@ class OtlpExporter:
     def _has_room(self, trace: Trace) -> bool:
         return self._queued_spans + len(trace.spans) <= self._queue_spans
 
-    def flush(self) -> None:
-        with self._changed:
-            self._send_now = True
-            self._changed.notify_all()
-
     def shutdown(self, timeout_s: float) -> None:
         with self._changed:
             self._closing = True
@@ -220,7 +216,7 @@ class OtlpExporter:
     def _work(self) -> None:
         retry_s = _RETRY_FIRST_S
         while batch := self._next_batch():
-            spans = [span for trace in batch for span in to_readable_spans(trace, self._resource)]
+            spans = [span for trace in batch for span in to_readable_spans(trace, self._resources.of(trace))]
             self._log.refused = False
             delivered = self._export(spans)
             if delivered or self._log.refused:

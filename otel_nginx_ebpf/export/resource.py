@@ -2,21 +2,51 @@
 
 from collections.abc import Mapping
 
-from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, OTELResourceDetector, Resource
 from opentelemetry.semconv._incubating.attributes.telemetry_attributes import (
     TELEMETRY_DISTRO_NAME,
     TELEMETRY_DISTRO_VERSION,
 )
 
 from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.trace import AttributeValue, Trace
 
 
-def make_resource(extra: Mapping[str, str] | None = None) -> Resource:
-    """The SDK's resource: $OTEL_SERVICE_NAME (else `nginx`), $OTEL_RESOURCE_ATTRIBUTES and what the detectors
-    of $OTEL_EXPERIMENTAL_RESOURCE_DETECTORS find, all of which win over `extra`."""
-    detected = Resource.create()
-    if str(detected.attributes[SERVICE_NAME]).startswith("unknown_service"):
-        # Nobody named the service; the SDK's placeholder would name this program's interpreter.
-        detected = detected.merge(Resource({SERVICE_NAME: "nginx"}))
-    ours = {TELEMETRY_DISTRO_NAME: "otel-nginx-ebpf", TELEMETRY_DISTRO_VERSION: __version__}
-    return Resource({**ours, **(extra or {})}).merge(detected)
+def make_resource() -> Resource:
+    """The SDK's resource: $OTEL_SERVICE_NAME (else `nginx`), $OTEL_RESOURCE_ATTRIBUTES and what the detectors of
+    $OTEL_EXPERIMENTAL_RESOURCE_DETECTORS find; without what the SDK makes up about the program it runs in."""
+    said = OTELResourceDetector().detect().attributes
+    found = {
+        name: value
+        for name, value in Resource.create().attributes.items()
+        if name in said or name not in (SERVICE_INSTANCE_ID, SERVICE_NAME) or _named(name, value)
+    }
+    ours = {TELEMETRY_DISTRO_NAME: "otel-nginx-ebpf", TELEMETRY_DISTRO_VERSION: __version__, SERVICE_NAME: "nginx"}
+    return Resource({**ours, **found})
+
+
+def _named(name: str, value: object) -> bool:
+    """Whether somebody named the service; the SDK's placeholder would name this program's interpreter."""
+    return name == SERVICE_NAME and not str(value).startswith("unknown_service")
+
+
+class Resources:
+    """The resource of each trace: what is known of its nginx, below what the user said of the service."""
+
+    _KEPT = 1024
+
+    def __init__(self, base: Resource) -> None:
+        self._base = base
+        self._merged: dict[int, tuple[Mapping[str, AttributeValue], Resource]] = {}
+
+    def of(self, trace: Trace) -> Resource:
+        """One object for all traces of an instance, so that an exporter sends it once a batch."""
+        if not trace.resource:
+            return self._base
+        found = self._merged.get(id(trace.resource))
+        if found is None or found[0] is not trace.resource:
+            if len(self._merged) >= self._KEPT:
+                self._merged.clear()
+            found = trace.resource, Resource(trace.resource).merge(self._base)
+            self._merged[id(trace.resource)] = found
+        return found[1]

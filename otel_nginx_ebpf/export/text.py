@@ -33,9 +33,6 @@ class TextExporter:
             raise UserError(f"cannot write to {name}: {error.strerror}; it ends here") from error
         self._stats.exported += 1
 
-    def flush(self) -> None:
-        """Every trace is written when it is exported."""
-
     def shutdown(self, timeout_s: float) -> None:
         if self._stream is not sys.stdout:
             with contextlib.suppress(OSError):  # What a failed write left behind; it was reported then.

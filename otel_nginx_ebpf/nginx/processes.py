@@ -39,8 +39,11 @@ class Instance:
 
     @property
     def shares_our_pid_namespace(self) -> bool:
-        """Whether it counts pids as this process does."""
-        return pid_namespace(self.master_pid) == pid_namespace()
+        """Whether it counts pids as this process does. True where it has ended: nothing is to be done about it."""
+        try:
+            return pid_namespace(self.master_pid) == pid_namespace()
+        except OSError:
+            return True
 
 
 def pid_namespace(pid: int | None = None) -> tuple[int, int]:

@@ -48,8 +48,6 @@ def instance_attributes(instance: Instance, version: str) -> dict[str, str | int
     attributes: dict[str, str | int] = {
         service_attributes.SERVICE_VERSION: version,
         process_attributes.PROCESS_PID: pid,
-        process_attributes.PROCESS_RUNTIME_NAME: "nginx",
-        process_attributes.PROCESS_RUNTIME_VERSION: version,
     }
     hostname = _read(f"/proc/{pid}/root/etc/hostname").strip() or socket.gethostname()
     attributes[host_attributes.HOST_NAME] = hostname

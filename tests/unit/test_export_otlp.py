@@ -100,16 +100,6 @@ def test_a_batch_holds_whole_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(request.resource_spans[0].scope_spans[0].spans) for request in receiver.requests] == [6, 6, 6]
 
 
-def test_flush_does_not_wait_for_the_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    with GrpcReceiver() as receiver:
-        to(receiver, monkeypatch)
-        subject = exporter(Stats(), batch=100, delay_s=600)
-        subject.export(static_trace())
-        subject.flush()
-        wait_until(lambda: len(receiver.spans) == 2)
-        subject.shutdown(10)
-
-
 def test_what_does_not_fit_the_queue_is_dropped_whole_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = Stats()
     with GrpcReceiver() as receiver:

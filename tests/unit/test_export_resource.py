@@ -1,9 +1,12 @@
 import os
+from dataclasses import replace
 
 import pytest
+from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf import __version__
-from otel_nginx_ebpf.export.resource import make_resource
+from otel_nginx_ebpf.export.resource import Resources, make_resource
+from unit.sample_traces import static_trace
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +28,11 @@ def test_the_standard_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(
         "OTEL_RESOURCE_ATTRIBUTES", "service.name=other,service.version=9,deployment.environment.name=t%20t"
     )
-    attributes = make_resource({"service.version": "1.22.1", "nginx.extra": "kept"}).attributes
+    attributes = make_resource().attributes
     assert attributes["service.name"] == "edge"
     assert attributes["service.version"] == "9"
     assert attributes["deployment.environment.name"] == "t t"
-    assert attributes["nginx.extra"] == "kept"
+    assert "service.instance.id" not in attributes  # the SDK's is this program's, not nginx's
 
 
 def test_the_service_may_be_named_in_the_resource_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,3 +44,14 @@ def test_resource_detectors_of_the_sdk_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert "os.type" not in make_resource().attributes
     monkeypatch.setenv("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "os")
     assert make_resource().attributes["os.type"] == "linux"
+
+
+def test_each_nginx_has_its_own_resource_below_what_the_user_said() -> None:
+    base = Resource({"service.name": "edge", "service.version": "mine"})
+    resources = Resources(base)
+    one, other = {"service.version": "1.22.1", "process.pid": 1}, {"process.pid": 2}
+    traces = [replace(static_trace(), resource=resource) for resource in (one, other, one)]
+    assert resources.of(traces[0]).attributes == {"service.name": "edge", "service.version": "mine", "process.pid": 1}
+    assert resources.of(traces[1]).attributes["process.pid"] == 2
+    assert resources.of(traces[2]) is resources.of(traces[0])
+    assert resources.of(static_trace()) is base

@@ -1,0 +1,310 @@
+"""Any nginx on the host: several builds at once, started later, replaced, upgraded, in other pid namespaces."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from e2e.agent_process import PROGRAM, AgentProcess, Trace
+from e2e.http1_client import Http1Connection
+from e2e.nginx_server import NGINX, AccessLog, NginxServer, free_ports, wait_until
+
+
+class PrivateNginx:
+    """An nginx that runs a binary of its own: a copy, and so another inode, of the machine's."""
+
+    def __init__(self, directory: Path, name: str, binary: Path, command: tuple[str, ...] = (), main: str = "") -> None:
+        self.address = ("127.0.0.1", free_ports(1)[0])
+        self.binary = binary
+        prefix = directory / name
+        prefix.mkdir()
+        http = f"server {{ listen 127.0.0.1:{self.address[1]}; access_log logs/all.log json; return 200 {name}; }}"
+        self.server = NginxServer(prefix, http, 2, main, (*command, binary))
+        self.log = AccessLog(prefix / "logs" / "all.log")
+        self.running = False
+
+    def start(self) -> None:
+        self.server.start([self.address])
+        self.running = True
+
+    def stop(self) -> None:
+        self.running = False
+        self.server.stop()
+
+    def get(self, target: str) -> None:
+        with Http1Connection(self.address) as connection:
+            assert connection.request(target).status == 200
+
+
+@pytest.fixture
+def directory(public_directory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    path = public_directory / re.sub(r"\W+", "_", request.node.name)[:40]
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def make_nginx(directory: Path) -> Iterator["type[PrivateNginx]"]:
+    made: list[PrivateNginx] = []
+
+    def make(name: str, binary: Path | None = None, command: tuple[str, ...] = (), main: str = "") -> PrivateNginx:
+        if binary is None:
+            binary = directory / f"{name}-bin" / "nginx"
+            binary.parent.mkdir(exist_ok=True)
+            shutil.copy(NGINX, binary)
+        made.append(PrivateNginx(directory, name, binary, command, main))
+        return made[-1]
+
+    yield make  # type: ignore[misc]
+    for each in made:
+        if each.running:
+            each.stop()
+        assert each.server.problems() == []
+
+
+def agent_on(directory: Path, *binaries: Path) -> AgentProcess:
+    named = [word for binary in binaries for word in ("--binary", str(binary))]
+    return AgentProcess(0, directory, ["run", *named, "--exporter", "json", "--output", directory / "traces.jsonl"])
+
+
+def paths(agent: AgentProcess) -> list[str]:
+    return sorted(trace.server.attributes["url.path"] for trace in agent.poll())
+
+
+def wait_for_paths(agent: AgentProcess, *expected: str) -> None:
+    try:
+        wait_until(lambda: paths(agent) == sorted(expected), f"traces of {expected}")
+    except TimeoutError:
+        raise AssertionError(f"{paths(agent)}, not {sorted(expected)}\n{agent.stderr()}") from None
+
+
+def wait_for_ready_lines(agent: AgentProcess, count: int) -> None:
+    wait_until(lambda: agent.stderr().count("ready: nginx") == count, f"{count} ready lines", 20)
+
+
+def resources(traces: list[Trace]) -> dict[str, dict[str, object]]:
+    """Resource attributes by path."""
+    return {trace.server.attributes["url.path"]: trace.resource for trace in traces}
+
+
+def test_two_builds_at_once_each_with_its_resource(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    one, two = make_nginx("one"), make_nginx("two")
+    one.start()
+    two.start()
+    agent = agent_on(directory, one.binary, two.binary)
+    wait_for_ready_lines(agent, 2)
+    one.get("/one")
+    two.get("/two")
+    wait_for_paths(agent, "/one", "/two")
+    agent.stop()
+    found = resources(agent.traces)
+    for nginx in (one, two):
+        resource = found[f"/{nginx.server.prefix.name}"]
+        assert resource["service.name"] == "nginx"
+        assert resource["service.version"] == "1.22.1"
+        assert resource["process.pid"] == nginx.server.pid
+        assert resource["process.executable.path"] == str(nginx.binary)
+        assert resource["host.name"] == Path("/etc/hostname").read_text().strip()
+    assert found["/one"]["service.instance.id"] != found["/two"]["service.instance.id"]
+
+
+def test_one_binary_two_instances(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    """The same build, one of it started after the agent; --pid wants only its own."""
+    one = make_nginx("one")
+    two = make_nginx("two", one.binary)
+    one.start()
+    agent = agent_on(directory, one.binary)
+    (directory / "only").mkdir()
+    only = AgentProcess(one.server.pid, directory / "only")
+    two.start()
+    two.get("/two")
+    one.get("/one")
+    wait_for_paths(agent, "/one", "/two")
+    wait_for_paths(only, "/one")
+    agent.stop()
+    only.stop()
+    assert paths(only) == ["/one"]
+    found = resources(agent.traces)
+    assert found["/one"]["process.pid"] == one.server.pid
+    assert found["/two"]["process.pid"] == two.server.pid
+    # The very first request of the new instance was seen from its first byte.
+    first = next(trace for trace in agent.traces if trace.server.attributes["url.path"] == "/two")
+    assert first.outline() == ["downstream read", "downstream write"]
+
+
+def test_started_later_replaced_under_its_path_and_gone(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    early = make_nginx("early")
+    early.start()
+    late = make_nginx("late")
+    agent = agent_on(directory, early.binary, late.binary)
+    late.start()
+    wait_for_ready_lines(agent, 2)
+    late.get("/late")
+    wait_for_paths(agent, "/late")
+
+    late.stop()
+    wait_until(lambda: "has ended" in agent.stderr(), "the agent to notice the end")
+    replacement = late.binary.with_name("new")
+    shutil.copy(NGINX, replacement)
+    replacement.rename(late.binary)
+    late.start()
+    wait_for_ready_lines(agent, 3)
+    late.get("/replaced")
+    wait_for_paths(agent, "/late", "/replaced")
+
+    for pid in [late.server.pid, *late.server.worker_pids()]:
+        os.kill(pid, signal.SIGKILL)
+    late.server._process.wait()
+    late.running = False
+    early.get("/early")
+    wait_for_paths(agent, "/early", "/late", "/replaced")
+    wait_until(lambda: agent.stderr().count("has ended") == 2, "the agent to notice the crash")
+    agent.stop()
+    assert "lost 0" in agent.stderr()
+
+
+def test_upgraded_on_the_fly(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    """USR2 starts the new binary beside the old; WINCH and QUIT end the old one."""
+    nginx = make_nginx("upgraded")
+    config = nginx.server.prefix / "nginx.conf"
+    config.write_text(config.read_text().replace("daemon off;", "daemon on;"))  # else it ignores USR2 and WINCH
+    nginx.server.start([])
+    pid_file = nginx.server.prefix / "nginx.pid"
+    wait_until(lambda: pid_file.exists() and pid_file.read_text() != "", "nginx")
+    nginx.server._process.wait()
+    old_pid = int(pid_file.read_text())
+    agent = agent_on(directory, nginx.binary)
+    nginx.get("/old")
+    replacement = nginx.binary.with_name("new")
+    shutil.copy(NGINX, replacement)
+    replacement.rename(nginx.binary)
+
+    os.kill(old_pid, signal.SIGUSR2)
+    wait_until(lambda: pid_file.exists() and int(pid_file.read_text() or old_pid) != old_pid, "the new master")
+    new_pid = int(pid_file.read_text())
+    try:
+        wait_for_ready_lines(agent, 2)
+        os.kill(old_pid, signal.SIGWINCH)
+        wait_until(lambda: not _workers(old_pid, new_pid), "the old workers to end")
+        nginx.get("/new")
+        wait_for_paths(agent, "/new", "/old")
+        os.kill(old_pid, signal.SIGQUIT)
+        wait_until(lambda: not psutil.pid_exists(old_pid), "the old master to end")
+        nginx.get("/newer")
+        wait_for_paths(agent, "/new", "/newer", "/old")
+        agent.stop()
+    finally:
+        os.kill(new_pid, signal.SIGTERM)
+        wait_until(lambda: not psutil.pid_exists(new_pid), "the new master to end")
+    found = resources(agent.traces)
+    assert found["/old"]["process.pid"] == old_pid
+    assert found["/newer"]["process.pid"] == new_pid
+    assert "lost 0" in agent.stderr()
+
+
+def _workers(master: int, but: int) -> list[int]:
+    return [child.pid for child in psutil.Process(master).children() if child.pid != but]
+
+
+def test_a_deleted_binary(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    """A package upgrade removes the file; the process goes on, and so does tracing it."""
+    nginx = make_nginx("deleted")
+    nginx.start()
+    nginx.binary.unlink()
+    agent = AgentProcess(nginx.server.pid, directory)
+    nginx.get("/deleted")
+    wait_for_paths(agent, "/deleted")
+    agent.stop()
+
+
+def test_nginx_in_another_pid_namespace(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    """As in a container seen from its host: its pids are other numbers there."""
+    nginx = make_nginx("contained", command=("unshare", "--pid", "--fork", "--mount-proc"))
+    nginx.start()
+    try:
+        master = psutil.Process(nginx.server.pid).children()[0].pid
+        agent = AgentProcess(master, directory)
+        nginx.get("/first")
+        before = {child.pid for child in psutil.Process(master).children()}
+        os.kill(master, signal.SIGHUP)
+        wait_until(lambda: not before & {child.pid for child in psutil.Process(master).children()}, "new workers")
+        # With --pid the agent itself has to find workers it cannot follow through a fork.
+        wait_until(lambda: _traced_again(nginx, agent), "requests of the new workers")
+        agent.stop()
+    finally:
+        os.kill(master, signal.SIGTERM)
+        nginx.server._process.wait(10)
+        nginx.running = False
+    assert all(trace.resource["process.pid"] == master for trace in agent.traces)
+
+
+def _traced_again(nginx: PrivateNginx, agent: AgentProcess) -> bool:
+    nginx.get("/again")
+    return "/again" in paths(agent)
+
+
+def test_agent_and_nginx_in_one_pid_namespace_of_their_own(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    """As in a pod with shareProcessNamespace: the agent's numbers are not the kernel's."""
+    nginx = make_nginx("pod")
+    script = f"""
+import subprocess, sys, time
+from pathlib import Path
+nginx = subprocess.Popen([{str(nginx.binary)!r}, "-p", {str(nginx.server.prefix)!r}, "-c", "nginx.conf"])
+agent = subprocess.Popen([{str(PROGRAM)!r}, "run", "--pid", str(nginx.pid), "--exporter", "json",
+                          "--output", {str(directory / "traces.jsonl")!r}], stderr=subprocess.PIPE, text=True)
+print(agent.stderr.readline(), end="", flush=True)
+sys.stdin.readline()
+agent.terminate()
+print(agent.stderr.read(), agent.wait(), flush=True)
+nginx.terminate()
+nginx.wait()
+"""
+    pod = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert pod.stdin is not None
+    assert pod.stdout is not None
+    ready = pod.stdout.readline()
+    assert ready.startswith("ready"), ready
+    for index in range(4):
+        nginx.get(f"/{index}")
+    output, _ = pod.communicate("stop\n", timeout=30)
+    assert "received 4, exported 4, lost 0" in output
+    traces = [Trace.parse(line) for line in (directory / "traces.jsonl").read_bytes().splitlines()]
+    assert all(trace.outline() == ["downstream read", "downstream write"] for trace in traces)
+    assert all(int(trace.server.attributes["nginx.worker.pid"]) < 100 for trace in traces)
+
+
+def test_every_request_of_a_reload_under_load(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+    """Old workers finish theirs, new ones are seen from their first; the log counts."""
+    nginx = make_nginx("loaded")
+    nginx.start()
+    traces = directory / "traces.jsonl"
+    room = ["--ring-buffer-mib", "64"]
+    agent = AgentProcess(
+        0, directory, ["run", "--pid", str(nginx.server.pid), *room, "--exporter", "json", "--output", traces]
+    )
+    host, port = nginx.address
+    load = subprocess.Popen(
+        ["ab", "-q", "-k", "-r", "-c", "16", "-n", "60000", f"http://{host}:{port}/load"], stdout=subprocess.DEVNULL
+    )
+    for _ in range(5):
+        nginx.server.reload()
+    assert load.wait(120) == 0
+    nginx.stop()
+    agent.stop()
+    logged = len(nginx.log.poll())
+    assert logged > 50000  # where a reload closes a kept-alive connection, ab gives up its requests
+    assert f"received {logged}, exported {logged}, lost 0" in agent.stderr()
+    assert len(agent.traces) == logged
