@@ -124,7 +124,9 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
         yield from _differ("client port", attributes.get("client.port"), None)
     else:
         yield from _differ("client address", attributes.get("client.address"), log["remote_addr"])
-        yield from _differ("client port", attributes.get("client.port"), int(log["remote_port"]))
+        # An address from a header (realip) has no port.
+        port = int(log["remote_port"]) if log["remote_port"] else None
+        yield from _differ("client port", attributes.get("client.port"), port)
     yield from _differ("scheme", attributes.get("url.scheme"), "https" if log["ssl_protocol"] else "http")
 
 
