@@ -186,10 +186,20 @@ class _Phase:
         self.error = error
 
 
+def _termination(request: Request) -> int:
+    """The status with which nginx broke the request off, or 0.
+
+    ngx_http_terminate_request sets the status where nothing was sent, but closes a request whose header had been read
+    with rc 0."""
+    if request.rc == 0 and request.sent_bytes == 0 and request.status in _TERMINATIONS:
+        return request.status
+    return request.rc
+
+
 def _server_end_mono_ns(request: Request, phases: list[_Phase]) -> int:
     """The last response byte, or a child that ends later (a mirror's exchange). Where nothing was written, a tunnel was
     opened, or nginx broke the request off, the request's own end."""
-    if request.last_write_mono_ns is None or request.rc != 0 or request.status == _SWITCHING_PROTOCOLS:
+    if request.last_write_mono_ns is None or _termination(request) or request.status == _SWITCHING_PROTOCOLS:
         return request.ended_mono_ns
     return max(request.last_write_mono_ns, *(phase.end_mono_ns for phase in phases), request.created_mono_ns)
 
@@ -262,7 +272,7 @@ def _exchange(request: Request, attempt: Attempt, start_mono_ns: int, shared: di
     if error is not None:
         attributes[error_attributes.ERROR_TYPE] = error
 
-    broken_off = request.rc != 0 and attempt is request.attempts[-1]
+    broken_off = _termination(request) != 0 and attempt is request.attempts[-1]
     if answered and attempt.last_read_mono_ns and not broken_off and attempt.status != _SWITCHING_PROTOCOLS:
         end_mono_ns = attempt.last_read_mono_ns
     else:
@@ -273,12 +283,12 @@ def _exchange(request: Request, attempt: Attempt, start_mono_ns: int, shared: di
 def _time_to_first_byte_ns(attempt: Attempt, start_mono_ns: int) -> int | None:
     """From the first byte sent to the first received.
 
-    On a new TLS connection the first bytes read may be session tickets (RFC 8446, 4.6.1) and not the response's. They
-    are believed only where nginx's own, coarser clock saw the header at the same time."""
+    With TLS the first bytes read may be session tickets (RFC 8446, 4.6.1) or a gRPC server's settings and pings, and not
+    the response's. They are believed only where nginx's own, coarser clock saw the header at the same time."""
     if attempt.first_read_mono_ns is None:
         return None
-    if attempt.tls and attempt.connect_start_mono_ns is not None and attempt.header_ms is not None:
-        header_mono_ns = attempt.connect_start_mono_ns + attempt.header_ms * 1_000_000
+    if attempt.tls and attempt.header_ms is not None:
+        header_mono_ns = (attempt.connect_start_mono_ns or start_mono_ns) + attempt.header_ms * 1_000_000
         if attempt.first_read_mono_ns < header_mono_ns - _HEADER_CLOCK_SLACK_NS:
             return None
     return attempt.first_read_mono_ns - start_mono_ns
@@ -314,7 +324,7 @@ def _add_address(attributes: dict[str, AttributeValue], address: Address | None,
     if address is None:
         return
     attributes[host_key] = address.host
-    if address.port is not None:
+    if address.port:  # a client that a header names (realip) has port 0, which nginx prints as none
         attributes[port_key] = address.port
 
 
@@ -383,8 +393,8 @@ def _server_attributes(request: Request, query: bool) -> dict[str, AttributeValu
         attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = _HTTP_VERSIONS[request.http_version]
     if request.status >= 500:
         attributes[error_attributes.ERROR_TYPE] = str(request.status)
-    if request.rc in _TERMINATIONS:
-        attributes[NGINX_TERMINATION] = _TERMINATIONS[request.rc]
+    if (termination := _termination(request)) in _TERMINATIONS:
+        attributes[NGINX_TERMINATION] = _TERMINATIONS[termination]
 
     local = parse(request.local_sockaddr) if request.local_sockaddr else None
     client = parse(request.client_sockaddr) if request.client_sockaddr else None

@@ -68,10 +68,40 @@ static __always_inline void connected_at_once(struct process *process, struct so
     process->failed_connect_errno = -result;
 }
 
-static __always_inline void was_read(struct socket_key *key, s64 bytes, u64 now)
+/* RFC 9113, 6: a frame's header, and the frames that a peer may send unasked, ahead of its answer. */
+#define HTTP2_FRAME_HEADER_BYTES 9
+#define HTTP2_SETTINGS 4
+#define HTTP2_PING 6
+#define HTTP2_WINDOW_UPDATE 8
+#define HTTP2_FRAMES_MAX 8
+
+/* What a gRPC upstream sends of its own accord: nothing but frames of the connection (stream 0). No other protocol's answer
+ * looks like that: HTTP/1 and memcached are text, and FastCGI's fourth byte is the request's number, 1. */
+static __always_inline bool are_connection_frames(u64 data, s64 bytes)
+{
+    u8 frame[HTTP2_FRAME_HEADER_BYTES];
+
+    for (int i = 0; i < HTTP2_FRAMES_MAX && bytes > 0; i++) {
+        if (bytes < HTTP2_FRAME_HEADER_BYTES || bpf_probe_read_user(frame, sizeof(frame), (void *)data) != 0)
+            return false;
+        if (frame[5] | frame[6] | frame[7] | frame[8])
+            return false;
+        if (frame[3] != HTTP2_SETTINGS && frame[3] != HTTP2_PING && frame[3] != HTTP2_WINDOW_UPDATE)
+            return false;
+        u64 whole = HTTP2_FRAME_HEADER_BYTES + (frame[0] << 16 | frame[1] << 8 | frame[2]);
+        data += whole;
+        bytes -= whole;
+    }
+    return bytes <= 0;
+}
+
+/* `data`: where the bytes are, or 0. */
+static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes, u64 now)
 {
     struct socket *socket = find_or_add_socket(key);
     if (!socket)
+        return;
+    if (data && bytes > 0 && !socket->client && !socket->first_read_ns && are_connection_frames(data, bytes))
         return;
     if (bytes == 0) { /* end of file: of an upstream's answer, its end */
         if (!socket->client && socket->first_read_ns)
@@ -116,19 +146,22 @@ RAW_TRACEPOINT_PROBE(sys_exit)
     bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs));
     struct socket_key key = {.tgid = tgid, .fd = entry.argument1};
 
+    u64 data = 0;
+
     switch (entry.number) {
     case SYS_recvfrom: {
         u64 flags = 0;
         bpf_probe_read_kernel(&flags, sizeof(flags), SYSCALL_ARGUMENT4(regs));
         if (flags & MSG_PEEK)
             return 0;
+        bpf_probe_read_kernel(&data, sizeof(data), SYSCALL_ARGUMENT2(regs));
     }
     /* fall through */
     case SYS_read:
     case SYS_readv:
     case SYS_recvmsg:
         if (result >= 0)
-            was_read(&key, result, now);
+            was_read(&key, data, result, now);
         break;
     case SYS_write:
     case SYS_writev:

@@ -369,3 +369,15 @@ def test_whatever_was_seen_no_span_is_empty_or_leaves_its_parent(
 def test_every_string_that_can_be_cut_has_an_attribute_to_name() -> None:
     trace = build(replace(REQUEST, cut=tuple(STRING_KINDS)))
     assert len(trace.spans[0].attributes["nginx.truncated_attributes"]) == len(STRING_KINDS)
+
+
+def test_a_client_that_left_while_nginx_worked_is_named_though_nginx_ends_with_rc_0() -> None:
+    """ngx_http_terminate_handler closes the request with 0; the status was set before."""
+    left = replace(REQUEST, status=499, rc=0, sent_bytes=0, first_write_mono_ns=None, last_write_mono_ns=None)
+    trace = build(replace(left, attempts=(replace(ATTEMPT, ended_mono_ns=6_050),)))
+    assert trace.spans[0].attributes["nginx.termination"] == "client_closed_request"
+    assert trace.spans[3].end_unix_ns == OFFSET_NS + 6_050
+
+
+def test_an_upstreams_own_499_is_no_termination() -> None:
+    assert "nginx.termination" not in build(replace(REQUEST, status=499)).spans[0].attributes
