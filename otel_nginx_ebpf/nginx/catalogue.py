@@ -1,0 +1,210 @@
+"""Measured struct layouts by nginx release, in a form that says each fact once; docs/decisions/0003 tells why."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from otel_nginx_ebpf.config import PREFIX
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.nginx.dwarf import SIZEOF, Structs
+
+ABOUT = (
+    "Byte offsets of nginx struct members on x86-64 Linux, for builds configured --with-compat; sizeof is the struct's "
+    "size, offsets of nested structs are relative to that struct. A number holds for all releases listed; otherwise "
+    "each entry holds from the release it names to the next entry, in the list's order, and null: not known."
+)
+
+PATH_VARIABLE = PREFIX + "CATALOGUE"
+
+_RELEASE = r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$"
+
+_Offset = int | None
+
+
+class _File(BaseModel):
+    """The JSON file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    about: str
+    releases: list[Annotated[str, Field(pattern=_RELEASE)]]
+    structs: dict[str, dict[str, int | dict[str, _Offset]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """Layouts by exact release, such as `1.22.1`, in the order of versions."""
+
+    layouts: Mapping[str, Structs] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layouts", {release: self.layouts[release] for release in _sorted(self.layouts)})
+
+    def members(self) -> dict[str, set[str]]:
+        """Every member that any release has, by struct: what is worth measuring."""
+        members: dict[str, set[str]] = {}
+        for layout in self.layouts.values():
+            for struct, offsets in layout.items():
+                members.setdefault(struct, set()).update(offsets)
+        return members
+
+    def last_before(self, release: str) -> str | None:
+        """The newest known release that is older."""
+        return max((known for known in self.layouts if _key(known) < _key(release)), key=_key, default=None)
+
+    def before_in_branch(self, release: str) -> str | None:
+        """The newest known release that is older and of the same branch, such as 1.26.3 for 1.26.5."""
+        if not re.match(_RELEASE, release):
+            return None
+        last = self.last_before(release)
+        return last if last is not None and _key(last)[:2] == _key(release)[:2] else None
+
+    def filled_from(self, other: "Catalogue") -> "Catalogue":
+        """With the releases and members that only the other one has."""
+        return Catalogue(
+            {
+                release: _filled(self.layouts.get(release, {}), other.layouts.get(release, {}))
+                for release in self.layouts.keys() | other.layouts.keys()
+            }
+        )
+
+    def text(self) -> str:
+        """The JSON file's text: one line a member, and a branch's releases together."""
+        branches = [
+            "  " + ", ".join(f'"{release}"' for release in group)
+            for _, group in groupby(self.layouts, key=lambda release: _key(release)[:2])
+        ]
+        structs = [
+            f'  "{struct}": {{\n'
+            + ",\n".join(f'   "{member}": {json.dumps(self._changes(struct, member))}' for member in _ordered(members))
+            + "\n  }"
+            for struct, members in sorted(self.members().items())
+        ]
+        return (
+            f'{{\n "about": {json.dumps(ABOUT)},\n "releases": [\n'
+            + ",\n".join(branches)
+            + '\n ],\n "structs": {\n'
+            + ",\n".join(structs)
+            + "\n }\n}\n"
+        )
+
+    def _changes(self, struct: str, member: str) -> int | dict[str, _Offset]:
+        """Where a member is: one offset for all releases, or an offset for each release that moved it."""
+        changes: dict[str, _Offset] = {}
+        offset: _Offset = None
+        for release, layout in self.layouts.items():
+            now = layout.get(struct, {}).get(member)
+            if now != offset:
+                changes[release] = offset = now
+        if len(changes) == 1 and (first := changes.get(next(iter(self.layouts)))) is not None:
+            return first
+        return changes
+
+
+def parse(text: str) -> Catalogue:
+    """Raises `ValueError` when the text is not that of a catalogue."""
+    file = _File.model_validate_json(text)
+    if file.releases != _sorted(set(file.releases)):
+        raise ValueError("releases are not in the order of versions, each once")
+    layouts: dict[str, Structs] = {release: {} for release in file.releases}
+    for struct, members in file.structs.items():
+        for member, offsets in members.items():
+            changes = offsets if isinstance(offsets, dict) else dict.fromkeys(file.releases[:1], offsets)
+            if unknown := changes.keys() - layouts.keys():
+                raise ValueError(f"{struct}.{member}: release {', '.join(sorted(unknown))} is not in the list")
+            offset: _Offset = None
+            for release in file.releases:
+                offset = changes.get(release, offset)
+                if offset is not None:
+                    layouts[release].setdefault(struct, {})[member] = offset
+    return Catalogue(layouts)
+
+
+def shipped() -> Catalogue:
+    """The project's own."""
+    return parse((files("otel_nginx_ebpf.nginx") / "layouts.json").read_text(encoding="utf-8"))
+
+
+def own_path() -> Path:
+    """Where a user's own catalogue is: $OTEL_NGINX_EBPF_CATALOGUE, else in the XDG data directory."""
+    if path := os.environ.get(PATH_VARIABLE):
+        return Path(path)
+    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    return Path(data) / "otel-nginx-ebpf" / "layouts.json"
+
+
+def load(path: Path) -> Catalogue:
+    """A user's own; empty where there is no such file.
+
+    Raises:
+        UserError: The file cannot be read, or is not a catalogue.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Catalogue()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the layouts in {path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{path} holds no layouts: {where}: {first['msg']}; `layouts add` makes such files") from None
+    except ValueError as error:
+        raise UserError(f"{path} holds no layouts: {error}; `layouts add` makes such files") from None
+
+
+def known(path: Path | None = None) -> Catalogue:
+    """The shipped one, and what only the user's own has. Raises `UserError` when that cannot be read."""
+    return shipped().filled_from(load(path or own_path()))
+
+
+def differences(old: Structs, new: Structs) -> list[str]:
+    """One line for each member that moved, came or went, such as `ngx_http_request_s.stream: 1272 → 1168`."""
+    places = sorted({(struct, member) for layout in (old, new) for struct in layout for member in layout[struct]})
+    lines = []
+    for struct, member in places:
+        before, after = old.get(struct, {}).get(member), new.get(struct, {}).get(member)
+        if before != after:
+            lines.append(f"{struct}.{member}: {_or_unknown(before)} → {_or_unknown(after)}")
+    return lines
+
+
+def _or_unknown(offset: _Offset) -> str:
+    return "unknown" if offset is None else str(offset)
+
+
+def contradictions(first: Structs, second: Structs) -> list[str]:
+    """The differences between two layouts in what both of them know."""
+    return differences(
+        *(
+            {
+                struct: {member: offset for member, offset in layout[struct].items() if member in other[struct]}
+                for struct in layout.keys() & other.keys()
+            }
+            for layout, other in ((first, second), (second, first))
+        )
+    )
+
+
+def _filled(layout: Structs, other: Structs) -> Structs:
+    return {struct: other.get(struct, {}) | layout.get(struct, {}) for struct in sorted(layout.keys() | other.keys())}
+
+
+def _key(release: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in release.split("."))
+
+
+def _sorted(releases: Iterable[str]) -> list[str]:
+    return sorted(releases, key=_key)
+
+
+def _ordered(members: Iterable[str]) -> list[str]:
+    return sorted(members, key=lambda member: (member == SIZEOF, member))

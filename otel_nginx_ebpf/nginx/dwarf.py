@@ -1,0 +1,227 @@
+"""Struct layouts from a file's DWARF, read no further than it takes to find them.
+
+The file may come from a container or from the network: whatever it holds, reading it ends.
+"""
+
+import time
+from collections.abc import Collection, Iterator, Mapping
+from typing import BinaryIO
+
+from elftools.dwarf.compileunit import CompileUnit
+from elftools.dwarf.die import DIE
+from elftools.dwarf.dwarf_expr import DWARFExprParser
+from elftools.dwarf.dwarfinfo import DWARFInfo
+from elftools.elf.elffile import ELFFile
+
+SIZEOF = "sizeof"
+"""Stands for the size of a struct among the offsets of its members."""
+
+# nginx with a static OpenSSL has some 40 MB; more than this is a damaged or hostile file.
+_DEBUG_BYTES_MAX = 512 << 20
+_TIME_LIMIT_S = 20.0
+
+# Typedefs of typedefs; a longer chain is a circle.
+_TYPEDEFS_MAX = 8
+
+_REFERENCES_IN_UNIT = {f"DW_FORM_ref{kind}" for kind in ("1", "2", "4", "8", "_udata")}
+
+Structs = dict[str, dict[str, int]]
+"""Offsets in bytes by struct and member."""
+
+
+class DwarfError(Exception):
+    """Debug information that cannot be used. The text says why."""
+
+
+def read_structs(
+    file: BinaryIO, wanted: Mapping[str, Collection[str]], alternate: BinaryIO | None = None
+) -> dict[str, dict[str, int]]:
+    """Those of the wanted members that the debug information of an ELF file knows; none where it has no DWARF.
+
+    Args:
+        file: Seekable; its position is of no matter.
+        wanted: Members by struct, a struct being named by its tag or its typedef. Bit-fields are never found.
+        alternate: The file that dwz moved shared entries to (.gnu_debugaltlink).
+
+    Raises:
+        DwarfError: It is damaged, contradicts itself, or takes too long to read.
+    """
+    try:
+        dwarf = _dwarf(file)
+        if dwarf is None:
+            return {}
+        if alternate is not None:
+            dwarf.supplementary_dwarfinfo = _dwarf(alternate)
+        return _Reader(wanted).read(dwarf)
+    except DwarfError:
+        raise
+    except Exception as error:  # pyelftools raises whatever it stumbles over in damaged data
+        raise DwarfError(f"damaged debug information: {type(error).__name__} {error}".rstrip()) from error
+
+
+def _dwarf(file: BinaryIO) -> DWARFInfo | None:
+    """The debug information, after a look at what reading it would take: pyelftools reads it whole into memory."""
+    elf = ELFFile(file)
+    file_bytes = file.seek(0, 2)
+    debug_bytes = 0
+    for section in elf.iter_sections():
+        if not section.name.startswith((".debug_", ".zdebug_", ".gnu_debugaltlink")):
+            continue
+        if section["sh_type"] == "SHT_NOBITS":
+            return None
+        if section["sh_offset"] + section["sh_size"] > file_bytes:
+            raise DwarfError(f"damaged debug information: {section.name} passes the file's end")
+        debug_bytes += section.data_size
+        if section.name.startswith(".zdebug_"):
+            file.seek(section["sh_offset"] + len(b"ZLIB"))
+            debug_bytes += int.from_bytes(file.read(8), "big")
+    if debug_bytes > _DEBUG_BYTES_MAX:
+        raise DwarfError(f"{debug_bytes >> 20} MiB of debug information, more than nginx has")
+    if not elf.has_dwarf_info(strict=True):
+        return None
+    return elf.get_dwarf_info(relocate_dwarf_sections=elf["e_type"] == "ET_REL", follow_links=False)
+
+
+class _Reader:
+    def __init__(self, wanted: Mapping[str, Collection[str]]) -> None:
+        self._wanted = wanted
+        self._found: Structs = {}
+        self._deadline_s = time.monotonic() + _TIME_LIMIT_S
+
+    @property
+    def _missing(self) -> set[str]:
+        return self._wanted.keys() - self._found.keys()
+
+    def read(self, dwarf: DWARFInfo) -> Structs:
+        """Every unit of nginx's HTTP core has nearly all of the structs, so units are read in order of their promise.
+
+        Shared parts that dwz has made, and type units, have no name. They are small, for nothing is in them twice.
+        """
+        unnamed, others = [], []
+        for unit in self._units(dwarf):
+            name = _text(unit.get_top_DIE(), "DW_AT_name")
+            if not name:
+                unnamed.append(unit)
+            elif any(_may_define(name, struct) for struct in self._missing):
+                self._read_unit(unit)
+            elif "http/" not in name:
+                others.append(unit)
+            if not self._missing:
+                return self._found
+        if dwarf.supplementary_dwarfinfo is not None:
+            unnamed += self._units(dwarf.supplementary_dwarfinfo)
+        for unit in unnamed:
+            self._read_unit(unit)
+        for unit in others:
+            if not self._missing - _found_in_version_modules(self._missing):
+                break
+            self._read_unit(unit)
+        return self._found
+
+    def _units(self, dwarf: DWARFInfo) -> Iterator[CompileUnit]:
+        for unit in dwarf.iter_CUs():
+            self._check_time()
+            yield unit
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self._deadline_s:
+            raise DwarfError(f"reading the debug information takes more than {_TIME_LIMIT_S:.0f} s")
+
+    def _read_unit(self, unit: CompileUnit) -> None:
+        for entry in self._children(unit.get_top_DIE()):
+            if not self._missing:
+                return
+            if entry.tag not in ("DW_TAG_structure_type", "DW_TAG_typedef"):
+                continue
+            name = _text(entry, "DW_AT_name")
+            if name in self._missing and (struct := _struct(entry)) is not None:
+                self._found[name] = self._members(name, struct)
+
+    def _members(self, name: str, struct: DIE) -> dict[str, int]:
+        size = _number(struct, "DW_AT_byte_size")
+        members = {SIZEOF: size}
+        for entry in self._children(struct):
+            if entry.tag == "DW_TAG_member" and "DW_AT_data_bit_offset" not in entry.attributes:
+                members[_text(entry, "DW_AT_name")] = _member_offset(entry)
+        found = {member: members[member] for member in self._wanted[name] if member in members}
+        for member, offset in found.items():
+            if member != SIZEOF and not 0 <= offset < size:
+                raise DwarfError(f"damaged debug information: {name}.{member} at {offset} of {size} bytes")
+        return found
+
+    def _children(self, parent: DIE) -> Iterator[DIE]:
+        """The direct children. pyelftools has this too, but follows sibling references wherever they lead."""
+        unit = parent.cu
+        offset, depth = parent.offset + parent.size, 0
+        while parent.has_children and offset < unit.cu_offset + unit.size:
+            self._check_time()
+            entry = unit.get_DIE_from_refaddr(offset)
+            offset += entry.size
+            if entry.is_null():
+                depth -= 1
+                if depth < 0:
+                    return
+                continue
+            if depth == 0:
+                yield entry
+            if entry.has_children:
+                sibling = _sibling(entry)
+                if sibling is not None and sibling >= offset:
+                    offset = sibling
+                else:
+                    depth += 1
+
+
+def _may_define(unit: str, struct: str) -> bool:
+    """Whether a source file is likely to have a struct: those of HTTP/2 and HTTP/3 are in their modules only."""
+    if "http/" not in unit:
+        return False
+    return f"http/{struct[9:11]}/" in unit if _found_in_version_modules([struct]) else True
+
+
+def _found_in_version_modules(structs: Collection[str]) -> set[str]:
+    return {struct for struct in structs if struct.startswith(("ngx_http_v2_", "ngx_http_v3_"))}
+
+
+def _text(entry: DIE, attribute: str) -> str:
+    value = entry.attributes[attribute].value if attribute in entry.attributes else b""
+    # Not bytes: a string in an alternate file that is not there.
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""
+
+
+def _number(entry: DIE, attribute: str) -> int:
+    value = entry.attributes[attribute].value
+    if not isinstance(value, int):
+        raise DwarfError(f"damaged debug information: {attribute} is no number")
+    return value
+
+
+def _sibling(entry: DIE) -> int | None:
+    attribute = entry.attributes.get("DW_AT_sibling")
+    if attribute is None or attribute.form not in _REFERENCES_IN_UNIT:
+        return None
+    return int(entry.cu.cu_offset + attribute.value)
+
+
+def _struct(entry: DIE) -> DIE | None:
+    """The struct that an entry names. None: it is only declared, or a type of another kind."""
+    for _ in range(_TYPEDEFS_MAX):
+        if entry.tag == "DW_TAG_structure_type":
+            return None if "DW_AT_declaration" in entry.attributes else entry
+        if entry.tag != "DW_TAG_typedef" or "DW_AT_type" not in entry.attributes:
+            return None
+        entry = entry.get_DIE_from_attribute("DW_AT_type")
+    return None
+
+
+def _member_offset(member: DIE) -> int:
+    """DW_AT_data_member_location: a number, or up to DWARF 3 the expression `DW_OP_plus_uconst number`."""
+    attribute = member.attributes.get("DW_AT_data_member_location")
+    if attribute is None:
+        raise DwarfError("damaged debug information: a member of a struct has no offset")
+    if isinstance(attribute.value, int):
+        return attribute.value
+    (operation,) = DWARFExprParser(member.cu.structs).parse_expr(attribute.value)
+    if operation.op_name != "DW_OP_plus_uconst":
+        raise DwarfError(f"a member's offset is {operation.op_name}, which a C compiler does not make")
+    return int(operation.args[0])
