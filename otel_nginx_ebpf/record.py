@@ -6,8 +6,10 @@ limits from that file's text and turns bytes into a `Request`.
 
 import re
 import struct
+from collections import namedtuple
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "record.h").read_text(encoding="utf-8")
 
@@ -36,19 +38,19 @@ class CStruct:
         self.fields: tuple[tuple[str, str], ...] = tuple(re.findall(r"^\s+(__\w+) (\w+);", body[1], re.MULTILINE))
         self.struct = struct.Struct("<" + "".join(_FORMATS[kind] for kind, _ in self.fields))
         self.size = self.struct.size
+        self._values: Any = namedtuple(name, [field for _, field in self.fields])  # type: ignore[misc]
 
     def offset(self, field: str) -> int:
         """Where a field begins, bytes."""
         names = [name for _, name in self.fields]
         return struct.calcsize("<" + "".join(_FORMATS[kind] for kind, _ in self.fields[: names.index(field)]))
 
-    def unpack(self, buffer: bytes | memoryview, offset: int) -> dict[str, int]:
-        """Fields by name. Raises `RecordError` when the buffer ends inside the struct."""
+    def unpack(self, buffer: bytes | memoryview, offset: int) -> Any:
+        """Fields by name, as attributes. Raises `RecordError` when the buffer ends inside the struct."""
         try:
-            values = self.struct.unpack_from(buffer, offset)
+            return self._values._make(self.struct.unpack_from(buffer, offset))
         except struct.error as error:
             raise RecordError(f"{self.name} at byte {offset} is cut short: {len(buffer)} bytes in all") from error
-        return dict(zip((name for _, name in self.fields), values, strict=True))
 
 
 def c_enum(name: str, header_text: str = HEADER_TEXT) -> dict[str, int]:
@@ -64,6 +66,18 @@ UPSTREAM_ATTEMPT = CStruct("upstream_attempt")
 STRING_HEADER = CStruct("string_header")
 STRING_KINDS = c_enum("string_kind")
 LIMITS = c_enum("limit")
+
+_METHOD = STRING_KINDS["STRING_METHOD"]
+_URI = STRING_KINDS["STRING_URI"]
+_HOST = STRING_KINDS["STRING_HOST"]
+_USER_AGENT = STRING_KINDS["STRING_USER_AGENT"]
+_LOCATION = STRING_KINDS["STRING_LOCATION"]
+_SERVER_NAME = STRING_KINDS["STRING_SERVER_NAME"]
+_CLIENT_SOCKADDR = STRING_KINDS["STRING_CLIENT_SOCKADDR"]
+_LOCAL_SOCKADDR = STRING_KINDS["STRING_LOCAL_SOCKADDR"]
+_PEER = STRING_KINDS["STRING_PEER"]
+_UPSTREAM = STRING_KINDS["STRING_UPSTREAM"]
+_SUBREQUEST_URI = STRING_KINDS["STRING_SUBREQUEST_URI"]
 
 _WORKER_PID = struct.Struct("<I")
 _WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
@@ -158,58 +172,56 @@ class _Strings:
     """The strings behind the fixed parts of a record, by (kind, attempt)."""
 
     def __init__(self, raw: bytes | memoryview, offset: int) -> None:
-        self._whole_bytes: dict[tuple[int, int], int] = {}
         self._values: dict[tuple[int, int], bytes] = {}
-        while offset < len(raw):
-            header = STRING_HEADER.unpack(raw, offset)
+        cut: set[int] = set()
+        end = len(raw)
+        while offset < end:
+            kind, attempt, length, whole = STRING_HEADER.unpack(raw, offset)
             offset += STRING_HEADER.size
-            length = header["bytes"]
             padded = -(-length // 8) * 8
-            if offset + padded > len(raw):
-                raise RecordError(f"string of {length} bytes at byte {offset} passes the record's end, {len(raw)}")
-            key = header["kind"], header["attempt"]
-            self._values[key] = bytes(raw[offset : offset + length])
-            self._whole_bytes[key] = header["whole_bytes"]
+            if offset + padded > end:
+                raise RecordError(f"string of {length} bytes at byte {offset} passes the record's end, {end}")
+            self._values[kind, attempt] = bytes(raw[offset : offset + length])
+            if whole > length:
+                cut.add(kind)
             offset += padded
+        self.cut = tuple(name for name, kind in STRING_KINDS.items() if kind in cut) if cut else ()
 
-    def raw(self, kind: str, attempt: int = 0) -> bytes | None:
-        return self._values.get((STRING_KINDS[kind], attempt))
+    def raw(self, kind: int, attempt: int = 0) -> bytes | None:
+        return self._values.get((kind, attempt))
 
-    def text(self, kind: str, attempt: int = 0) -> str | None:
+    def text(self, kind: int, attempt: int = 0) -> str | None:
         """UTF-8 text; bytes that are not UTF-8 appear as `\\xNN`. None where absent or empty."""
-        value = self.raw(kind, attempt)
+        value = self._values.get((kind, attempt))
         return value.decode("utf-8", "backslashreplace") if value else None
 
-    def cut(self) -> tuple[str, ...]:
-        cut = {kind for (kind, attempt), whole in self._whole_bytes.items() if whole > len(self._values[kind, attempt])}
-        return tuple(name for name, kind in STRING_KINDS.items() if kind in cut)
+
+def _counted(value: int) -> int | None:
+    return None if value == _NONE else value
 
 
-def _attempt(raw: dict[str, int], strings: _Strings, index: int) -> Attempt:
-    def counted(name: str) -> int | None:
-        return None if raw[name] == _NONE else raw[name]
-
+def _attempt(raw: Any, strings: _Strings, index: int) -> Attempt:
     return Attempt(
-        connect_start_mono_ns=raw["connect_start_ns"] or None,
-        connected_mono_ns=raw["connected_ns"] or None,
-        connect_failed_mono_ns=raw["connect_failed_ns"] or None,
-        first_write_mono_ns=raw["first_write_ns"] or None,
-        last_write_mono_ns=raw["last_write_ns"] or None,
-        first_read_mono_ns=raw["first_read_ns"] or None,
-        last_read_mono_ns=raw["last_read_ns"] or None,
-        ended_mono_ns=raw["ended_ns"],
-        connect_ms=counted("connect_msec"),
-        header_ms=counted("header_msec"),
-        response_ms=counted("response_msec"),
-        sent_bytes=counted("bytes_sent"),
-        received_bytes=raw["bytes_received"],
-        status=raw["status"] or None,
-        connect_errno=raw["connect_errno"],
-        tls=bool(raw["tls"]),
-        subrequest=bool(raw["subrequest"]),
-        peer=strings.text("STRING_PEER", index),
-        upstream=strings.text("STRING_UPSTREAM", index),
-        subrequest_uri=strings.text("STRING_SUBREQUEST_URI", index),
+        connect_start_mono_ns=raw.connect_start_ns or None,
+        connected_mono_ns=raw.connected_ns or None,
+        connect_failed_mono_ns=raw.connect_failed_ns or None,
+        first_write_mono_ns=raw.first_write_ns or None,
+        last_write_mono_ns=raw.last_write_ns or None,
+        first_read_mono_ns=raw.first_read_ns or None,
+        last_read_mono_ns=raw.last_read_ns or None,
+        ended_mono_ns=raw.ended_ns,
+        connect_ms=_counted(raw.connect_msec),
+        header_ms=_counted(raw.header_msec),
+        response_ms=_counted(raw.response_msec),
+        sent_bytes=_counted(raw.bytes_sent),
+        received_bytes=raw.bytes_received,
+        status=raw.status or None,
+        connect_errno=raw.connect_errno,
+        tls=bool(raw.tls),
+        subrequest=bool(raw.subrequest),
+        peer=strings.text(_PEER, index),
+        upstream=strings.text(_UPSTREAM, index),
+        subrequest_uri=strings.text(_SUBREQUEST_URI, index),
     )
 
 
@@ -228,49 +240,47 @@ def decode(raw: bytes | memoryview) -> Request:
         RecordError: the bytes are truncated or contradict themselves.
     """
     fixed = REQUEST_RECORD.unpack(raw, 0)
-    attempts_end = REQUEST_RECORD.size + fixed["attempts"] * UPSTREAM_ATTEMPT.size
+    attempts_end = REQUEST_RECORD.size + fixed.attempts * UPSTREAM_ATTEMPT.size
     if attempts_end > len(raw):
-        raise RecordError(f"{fixed['attempts']} attempts do not fit in a record of {len(raw)} bytes")
+        raise RecordError(f"{fixed.attempts} attempts do not fit in a record of {len(raw)} bytes")
     strings = _Strings(raw, attempts_end)
     return Request(
-        accepted_mono_ns=fixed["accepted_ns"] or None,
-        first_read_mono_ns=fixed["first_read_ns"] or None,
-        created_mono_ns=fixed["created_ns"],
-        last_read_mono_ns=fixed["last_read_ns"] or None,
-        first_write_mono_ns=fixed["first_write_ns"] or None,
-        last_write_mono_ns=fixed["last_write_ns"] or None,
-        ended_mono_ns=fixed["ended_ns"],
-        rc=fixed["rc"],
-        connection=fixed["connection"],
-        connection_requests=fixed["connection_requests"],
-        request_bytes=fixed["request_length"],
-        sent_bytes=fixed["bytes_sent"],
-        nginx_start_unix_ms=fixed["nginx_start_sec"] * 1000 + fixed["nginx_start_msec"],
-        http_version=fixed["http_version"],
-        status=_status(
-            fixed["rc"], fixed["err_status"], fixed["out_status"], fixed["bytes_sent"], fixed["http_version"]
-        ),
-        worker_pid=fixed["worker_pid"],
-        upstream_states=fixed["upstream_states"],
-        tls=bool(fixed["tls"]),
-        multiplexed=bool(fixed["multiplexed"]),
+        accepted_mono_ns=fixed.accepted_ns or None,
+        first_read_mono_ns=fixed.first_read_ns or None,
+        created_mono_ns=fixed.created_ns,
+        last_read_mono_ns=fixed.last_read_ns or None,
+        first_write_mono_ns=fixed.first_write_ns or None,
+        last_write_mono_ns=fixed.last_write_ns or None,
+        ended_mono_ns=fixed.ended_ns,
+        rc=fixed.rc,
+        connection=fixed.connection,
+        connection_requests=fixed.connection_requests,
+        request_bytes=fixed.request_length,
+        sent_bytes=fixed.bytes_sent,
+        nginx_start_unix_ms=fixed.nginx_start_sec * 1000 + fixed.nginx_start_msec,
+        http_version=fixed.http_version,
+        status=_status(fixed.rc, fixed.err_status, fixed.out_status, fixed.bytes_sent, fixed.http_version),
+        worker_pid=fixed.worker_pid,
+        upstream_states=fixed.upstream_states,
+        tls=bool(fixed.tls),
+        multiplexed=bool(fixed.multiplexed),
         attempts=tuple(
             _attempt(
                 UPSTREAM_ATTEMPT.unpack(raw, REQUEST_RECORD.size + index * UPSTREAM_ATTEMPT.size),
                 strings,
                 index,
             )
-            for index in range(fixed["attempts"])
+            for index in range(fixed.attempts)
         ),
-        attempts_lost=fixed["attempts_lost"],
-        method_bit=fixed["method"],
-        method=strings.text("STRING_METHOD"),
-        uri=strings.text("STRING_URI"),
-        cut=strings.cut(),
-        host=strings.text("STRING_HOST"),
-        user_agent=strings.text("STRING_USER_AGENT"),
-        location=strings.text("STRING_LOCATION"),
-        server_name=strings.text("STRING_SERVER_NAME"),
-        client_sockaddr=strings.raw("STRING_CLIENT_SOCKADDR"),
-        local_sockaddr=strings.raw("STRING_LOCAL_SOCKADDR"),
+        attempts_lost=fixed.attempts_lost,
+        method_bit=fixed.method,
+        method=strings.text(_METHOD),
+        uri=strings.text(_URI),
+        cut=strings.cut,
+        host=strings.text(_HOST),
+        user_agent=strings.text(_USER_AGENT),
+        location=strings.text(_LOCATION),
+        server_name=strings.text(_SERVER_NAME),
+        client_sockaddr=strings.raw(_CLIENT_SOCKADDR),
+        local_sockaddr=strings.raw(_LOCAL_SOCKADDR),
     )

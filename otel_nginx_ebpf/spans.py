@@ -283,8 +283,8 @@ def _exchange(request: Request, attempt: Attempt, start_mono_ns: int, shared: di
 def _time_to_first_byte_ns(attempt: Attempt, start_mono_ns: int) -> int | None:
     """From the first byte sent to the first received.
 
-    With TLS the first bytes read may be session tickets (RFC 8446, 4.6.1) or a gRPC server's settings and pings, and not
-    the response's. They are believed only where nginx's own, coarser clock saw the header at the same time."""
+    With TLS the first bytes read may be session tickets (RFC 8446, 4.6.1) or a gRPC server's settings and pings, and
+    not the response's. They are believed only where nginx's own, coarser clock saw the header at the same time."""
     if attempt.first_read_mono_ns is None:
         return None
     if attempt.tls and attempt.header_ms is not None:
