@@ -204,6 +204,53 @@ def replay(
     _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats, settings), wait_for_room=True)
 
 
+layouts = typer.Typer(
+    help="Struct layouts of nginx releases: where nginx keeps what traces are made of.", no_args_is_help=True
+)
+app.add_typer(layouts, name="layouts")
+
+Catalogue = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help=f"Your own catalogue. \\[env: {config.PREFIX}CATALOGUE; default: in the XDG data directory]",
+        show_default=False,
+    ),
+]
+
+
+@layouts.command("add")
+def add_layouts(
+    binary: Annotated[Path, typer.Argument(metavar="BINARY", help="An nginx binary.", show_default=False)],
+    catalogue: Catalogue = None,
+) -> None:
+    """Add the release of a binary with debug information to your own catalogue.
+
+    It is looked for where `run` looks for it: in the binary, in its debug
+    file, on the servers of $DEBUGINFOD_URLS. Afterwards `run` knows every
+    build of that release that was configured --with-compat.
+
+    Example:
+
+        otel-nginx-ebpf layouts add /usr/sbin/nginx
+    """
+    from otel_nginx_ebpf.nginx.catalogue import own_path
+    from otel_nginx_ebpf.nginx.layouts import add_release
+
+    for line in add_release(binary, catalogue or own_path()):
+        typer.echo(printable(line))
+
+
+@layouts.command("list")
+def list_layouts(catalogue: Catalogue = None) -> None:
+    """Print the releases whose layout is known, and which catalogue has it."""
+    from otel_nginx_ebpf.nginx.catalogue import own_path
+    from otel_nginx_ebpf.nginx.layouts import list_releases
+
+    for line in list_releases(catalogue or own_path()):
+        typer.echo(printable(line))
+
+
 def _deliver(
     settings: config.Settings, work: Callable[["Exporter", Stats], None], *, wait_for_room: bool = False
 ) -> None:
