@@ -44,7 +44,8 @@ def read_structs(
         alternate: The file that dwz moved shared entries to (.gnu_debugaltlink).
 
     Raises:
-        DwarfError: It is damaged, contradicts itself, or takes too long to read.
+        DwarfError: It is damaged, takes too long to read, or was made with -fdebug-types-section, which nobody does
+            without asking for it.
     """
     try:
         dwarf = _dwarf(file)
@@ -95,7 +96,7 @@ class _Reader:
     def read(self, dwarf: DWARFInfo) -> Structs:
         """Every unit of nginx's HTTP core has nearly all of the structs, so units are read in order of their promise.
 
-        Shared parts that dwz has made, and type units, have no name. They are small, for nothing is in them twice.
+        Shared parts that dwz has made have no name. They are small, for nothing is in them twice.
         """
         unnamed, others = [], []
         for unit in self._units(dwarf):
@@ -141,7 +142,7 @@ class _Reader:
         size = _number(struct, "DW_AT_byte_size")
         members = {SIZEOF: size}
         for entry in self._children(struct):
-            if entry.tag == "DW_TAG_member" and "DW_AT_data_bit_offset" not in entry.attributes:
+            if entry.tag == "DW_TAG_member" and "DW_AT_bit_size" not in entry.attributes:
                 members[_text(entry, "DW_AT_name")] = _member_offset(entry)
         found = {member: members[member] for member in self._wanted[name] if member in members}
         for member, offset in found.items():
