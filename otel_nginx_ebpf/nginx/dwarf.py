@@ -44,8 +44,7 @@ def read_structs(
         alternate: The file that dwz moved shared entries to (.gnu_debugaltlink).
 
     Raises:
-        DwarfError: It is damaged, takes too long to read, or was made with -fdebug-types-section, which nobody does
-            without asking for it.
+        DwarfError: It is damaged, takes too long to read, or has types in units of their own (-fdebug-types-section).
     """
     try:
         dwarf = _dwarf(file)
