@@ -147,7 +147,9 @@ class Request:
     attempts: tuple[Attempt, ...]
     attempts_lost: int
     method_bit: int
-    """nginx's number of the method (ngx_http_request.h, NGX_HTTP_GET and so on); 0: not read."""
+    """nginx's number of the method (ngx_http_request.h, NGX_HTTP_GET and so on)."""
+    requests_seen: int | None
+    """How many requests the kernel program saw begin on the connection, this one included; None: not from the first."""
     method: str | None
     uri: str | None
     """The original request target with its query, as in $request_uri."""
@@ -274,6 +276,7 @@ def decode(raw: bytes | memoryview) -> Request:
         ),
         attempts_lost=fixed.attempts_lost,
         method_bit=fixed.method,
+        requests_seen=fixed.requests_seen or None,
         method=strings.text(_METHOD),
         uri=strings.text(_URI),
         cut=strings.cut,

@@ -201,7 +201,13 @@ class Tracing:
                 self._require_something()
 
     def _layout_mismatch(self, traced: _TracedBinary) -> str:
-        return "an invariant of its requests did not hold" if traced.attachment.losses()["lost_layout_mismatch"] else ""
+        losses = traced.attachment.losses()
+        if losses["lost_layout_mismatch"]:
+            return "an invariant of its requests did not hold"
+        # What the layout calls pointers are none. Once it is trusted, a page that is not there is the likelier reason.
+        if traced.unverified and losses["lost_read_failed"]:
+            return "its memory cannot be read where they should be"
+        return ""
 
     def _verify(self, traced: _TracedBinary, raw: bytes, unix_offset_ns: int) -> str:
         """What contradicts the layout, in words; only the first requests of a binary are looked at."""

@@ -72,7 +72,9 @@ struct request_record {
     __u8 multiplexed;         /* a stream of HTTP/2 or HTTP/3: its socket is shared */
     __u8 attempts;
     __u8 attempts_lost;
-    __u32 method;             /* r->method, a bit of NGX_HTTP_GET, …; 0: not read. Must agree with STRING_METHOD */
+    __u32 method;             /* r->method, a bit of NGX_HTTP_GET, …. Must agree with STRING_METHOD */
+    __u32 requests_seen;      /* of this connection, since it was accepted: must agree with connection_requests; 0: unknown */
+    __u32 reserved;
 };
 
 struct upstream_attempt {

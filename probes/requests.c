@@ -23,6 +23,7 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
     if (socket) {
         active.read_ns = socket->last_read_ns;
         active.unclaimed_read = socket->unclaimed_read;
+        active.requests_seen = socket->opened_ns ? ++socket->requests : 0;
         socket->client = 1;
         socket->unclaimed_read = 0;
         socket->request_read_ns = 0;
@@ -337,11 +338,9 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->tls = MEMBER(process->connection, u64, ngx_connection_s, ssl) != 0;
     record->multiplexed = multiplexed;
     record->attempts_lost = active.attempts_lost > 255 ? 255 : active.attempts_lost;
-#ifdef OFFSET_ngx_http_request_s__method
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
-#else
-    record->method = 0;
-#endif
+    record->requests_seen = active.requests_seen;
+    record->reserved = 0;
 
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     record->attempts = 0;

@@ -45,6 +45,7 @@ struct socket {
     u8 client;
     u8 unclaimed_read;        /* read since the last request began or ended: the next request's first bytes */
     u16 reserved;
+    u64 requests;             /* that began on this client connection */
 };
 
 /* Every key begins with the process: the agent finds by it what a dead worker left behind. */
@@ -67,7 +68,7 @@ struct active_request {
     u32 attempts;
     u32 attempts_lost;
     u32 unclaimed_read;
-    u32 reserved;
+    u32 requests_seen;
 };
 
 struct attempt_key {

@@ -25,16 +25,16 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
 
     struct attempt_state ended = {};
     ended.attempt.ended_ns = now;
-    u64 peer_connection, request = 0;
+    u64 peer_connection, request = 0, connect_msec;
     if (!read_pointer(&state, upstream + OFFSET_ngx_http_upstream_s__state)
         || !read_pointer(&ended.upstream, upstream + OFFSET_ngx_http_upstream_s__upstream)
         || !read_pointer(&peer_connection, pc + OFFSET_ngx_peer_connection_s__connection)
-        || !read_pointer(&request, log_ctx + OFFSET_ngx_http_log_ctx_t__current_request))
+        || !read_pointer(&request, log_ctx + OFFSET_ngx_http_log_ctx_t__current_request)
+        || !read_pointer(&connect_msec, state + OFFSET_ngx_http_upstream_state_t__connect_time)) {
+        active->attempts_lost++;
         return 0;
+    }
     ended.state = state;
-    u64 connect_msec = -1;
-    if (!read_pointer(&connect_msec, state + OFFSET_ngx_http_upstream_state_t__connect_time))
-        return 0;
 
     /* Whose attempt: the request nginx is at work for, or, when another's event ends it, the main one. */
     u64 owner_upstream = 0;

@@ -40,6 +40,7 @@ REQUEST = Request(
     attempts=(),
     attempts_lost=0,
     method_bit=2,
+    requests_seen=3,
     method="GET",
     uri="/api/users?id=1",
     cut=(),

@@ -1,0 +1,99 @@
+"""A layout is verified on real requests before it is trusted.
+
+The same nginx claims to be another release: its structs are then not where the program must believe them to be.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from e2e.agent_process import PROGRAM, AgentProcess
+from e2e.http1_client import Http1Connection
+from e2e.nginx_server import NGINX, AccessLog, NginxServer, free_ports, wait_until
+
+
+class Liar:
+    """nginx 1.22.1 that says it is another release."""
+
+    def __init__(self, directory: Path, release: str) -> None:
+        self.binary = directory / "nginx"
+        raw = NGINX.read_bytes()
+        assert b"nginx/1.22.1" in raw
+        self.binary.write_bytes(raw.replace(b"nginx/1.22.1", f"nginx/{release}".encode()))
+        self.binary.chmod(0o755)
+        self.address = ("127.0.0.1", free_ports(1)[0])
+        prefix = directory / "prefix"
+        prefix.mkdir()
+        upstream = free_ports(1)[0]
+        http = f"""
+            server {{
+                listen 127.0.0.1:{self.address[1]};
+                access_log logs/all.log json;
+                location / {{ return 200 ok; }}
+                location /proxied {{ proxy_pass http://127.0.0.1:{upstream}; }}
+            }}
+            server {{ listen 127.0.0.1:{upstream}; return 200 upstream; }}"""
+        self.server = NginxServer(prefix, http, command=(self.binary,))
+        self.server.start([self.address])
+        self.log = AccessLog(prefix / "logs" / "all.log")
+
+    def get(self, target: str) -> int:
+        with Http1Connection(self.address) as connection:
+            return connection.request(target).status
+
+
+@pytest.fixture
+def directory(public_directory: Path, tmp_path: Path) -> Iterator[Path]:
+    path = public_directory / tmp_path.name
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+def test_a_newer_patch_release_is_assumed_to_be_alike_and_found_so(directory: Path) -> None:
+    liar = Liar(directory, "1.22.9")
+    try:
+        agent = AgentProcess(liar.server.pid, directory)
+        assert "layout catalogue 1.22.1 (assumed)" in agent.stderr()
+        assert [liar.get(target) for target in ("/one", "/proxied")] == [200, 200]
+        wait_until(lambda: len(agent.poll()) == 3, "the traces of two requests and of what one of them proxied")
+        agent.stop()
+    finally:
+        liar.server.stop()
+    routes = {
+        trace.server.attributes["url.path"]: trace.outline() for trace in agent.traces if "upstream" in str(trace)
+    }
+    assert routes["/proxied"] == ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
+
+
+@pytest.mark.parametrize("release", ["1.14.2", "1.18.0", "1.20.1", "1.24.0", "1.26.3", "1.28.0", "1.30.0", "1.31.4"])
+def test_a_layout_that_is_wrong_is_detached_from_and_makes_no_trace(directory: Path, release: str) -> None:
+    liar = Liar(directory, release)
+    output = directory / "traces.jsonl"
+    agent = subprocess.Popen(
+        [PROGRAM, "run", "--pid", str(liar.server.pid), "--exporter", "json", "--output", output],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert agent.stderr is not None
+    try:
+        ready = agent.stderr.readline()
+        while not ready.startswith("ready"):
+            ready = agent.stderr.readline()
+        assert f"nginx {release}" in ready
+        for _ in range(20):
+            assert liar.get("/proxied") == 200
+        _, message = "", agent.communicate(timeout=20)[1]
+        assert agent.returncode == 2, message
+        assert "does not look in memory as its layout" in message
+        assert "detached" in message
+        assert liar.get("/") == 200
+    finally:
+        agent.kill()
+        agent.wait()
+        liar.server.stop()
+    assert output.read_text() == ""
+    assert liar.server.problems() == []
