@@ -295,8 +295,10 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """The program: exits with 0, with 1 for damaged input, with 2 for what the user can put right."""
     logging.basicConfig(format=f"{PROGRAM}: %(message)s", level=logging.INFO)
-    # Until the agent handles it, and again after that, SIGTERM ends the program as Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    # Until the agent handles it, and again after that, SIGTERM ends the program as Ctrl-C does; so does SIGINT, also
+    # where a shell that runs the program in its background has told it to ignore that.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
         code = app(prog_name=PROGRAM, standalone_mode=False)
     except UserError as error:
