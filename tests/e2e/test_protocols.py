@@ -1,6 +1,7 @@
 """Upstreams that speak something else than HTTP/1: gRPC, FastCGI, uwsgi, SCGI, memcached."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
@@ -20,6 +21,10 @@ REUSED = ["downstream read", "upstream exchange", "downstream write"]
 READ_WRITE = ["downstream read", "downstream write"]
 
 GATEWAYS = ("uwsgi", "fastcgi", "scgi")
+
+pytestmark = pytest.mark.skipif(
+    not all(map(shutil.which, ("uwsgi", "memcached"))), reason="needs uwsgi and memcached; `make setup` installs them"
+)
 
 
 @pytest.fixture(scope="module")
