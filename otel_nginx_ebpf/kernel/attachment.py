@@ -5,13 +5,12 @@ import os
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.kernel.loader import ANSWER_SOCKET, HANDED_OVER_MAPS, LoadRequest
+from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, LoadRequest, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
 from otel_nginx_ebpf.stats import LOSS_CAUSES
@@ -27,14 +26,8 @@ def _load(request: LoadRequest) -> tuple[list[int], int]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
-            # dup2 in the child: descriptor 3 is the socket, whatever its number here.
             loader = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"import os, runpy; os.dup2({theirs.fileno()}, {ANSWER_SOCKET}); "
-                    "runpy.run_module('otel_nginx_ebpf.kernel.loader', run_name='__main__')",
-                ],
+                loader_command(answer_socket=theirs.fileno()),
                 stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),

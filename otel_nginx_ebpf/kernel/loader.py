@@ -44,8 +44,25 @@ class LoadRequest:
         return json.dumps(asdict(self))
 
 
+def loader_command(*arguments: str, answer_socket: int | None = None) -> list[str]:
+    """What starts the loader. The directory that the user happens to be in gives it no modules (`-P`).
+
+    Args:
+        arguments: The loader's own.
+        answer_socket: The descriptor that is to be `ANSWER_SOCKET` there.
+    """
+    # dup2 in the child: descriptor 3 is the socket, whatever its number here.
+    move = "" if answer_socket is None else f"import os; os.dup2({answer_socket}, {ANSWER_SOCKET}); "
+    run = f"import runpy; runpy.run_module({__name__!r}, run_name='__main__', alter_sys=True)"
+    return [sys.executable, "-P", "-c", move + run, *arguments]
+
+
 class _LoadError(Exception):
-    """What the parent tells the user."""
+    """What the parent tells the user. `found` says in a few words what is there instead of what is needed."""
+
+    def __init__(self, message: str, found: str = "") -> None:
+        super().__init__(message)
+        self.found = found
 
 
 def _import_bcc() -> Any:
@@ -59,12 +76,15 @@ def _import_bcc() -> Any:
         except ImportError as error:
             raise _LoadError(
                 f"BCC's Python bindings are not installed ({error}); install your distribution's package "
-                "(Debian, Ubuntu: apt-get install python3-bpfcc)"
+                "(Debian, Ubuntu: apt-get install python3-bpfcc)",
+                found="none",
             ) from error
     if not hasattr(bcc, "BPF"):
+        place = os.path.dirname(bcc.__file__ or "?")
         raise _LoadError(
-            f"the package bcc at {os.path.dirname(bcc.__file__ or '?')} is not BCC but another project of that name "
-            "on PyPI; uninstall it (pip uninstall bcc) and install your distribution's python3-bpfcc"
+            f"the package bcc at {place} is not BCC but another project of that name "
+            "on PyPI; uninstall it (pip uninstall bcc) and install your distribution's python3-bpfcc",
+            found=f"another project's package at {place}",
         )
     return bcc
 
@@ -108,8 +128,19 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     return {"probes": len(probes), "process_bytes": process_bytes}, maps + probes
 
 
+def _tell_version() -> dict[str, str]:
+    try:
+        bcc = _import_bcc()
+    except _LoadError as error:
+        return {"found": error.found, "error": str(error)}
+    return {"found": f"{getattr(bcc, '__version__', 'of unknown version')} at {os.path.dirname(bcc.__file__)}"}
+
+
 def main() -> None:
-    """Entry point of `python -m otel_nginx_ebpf.kernel.loader`; never called in the parent."""
+    """Entry point of `loader_command`; never called in the parent. With `--version` it tells of its BCC on stdout."""
+    if sys.argv[1:] == ["--version"]:
+        print(json.dumps(_tell_version()))
+        return
     request = json.loads(sys.stdin.buffer.read())
     with socket.socket(fileno=ANSWER_SOCKET) as answer:
         try:

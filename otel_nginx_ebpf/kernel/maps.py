@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 # linux/bpf.h, and x86-64's system call number.
 _SYS_BPF = 321
+_BPF_MAP_CREATE = 0
 _BPF_MAP_UPDATE_ELEM = 2
 _BPF_MAP_DELETE_ELEM = 3
 _BPF_MAP_GET_NEXT_KEY = 4
@@ -25,6 +26,22 @@ class _KeyAttribute(ctypes.Structure):
         ("value_or_next_key", ctypes.c_uint64),
         ("flags", ctypes.c_uint64),
     )
+
+
+class _CreateAttribute(ctypes.Structure):
+    """union bpf_attr, the part for BPF_MAP_CREATE."""
+
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("kind", "key_bytes", "value_bytes", "entries"))
+
+
+def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int) -> int:
+    """A new map's descriptor. Raises `OSError` where the kernel refuses it."""
+    attribute = _CreateAttribute(kind, key_bytes, value_bytes, entries)
+    descriptor = int(_libc.syscall(_SYS_BPF, _BPF_MAP_CREATE, ctypes.byref(attribute), ctypes.sizeof(attribute)))
+    if descriptor < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return descriptor
 
 
 class HashMap:
