@@ -36,6 +36,10 @@ class Plan:
     missing: tuple[Missing, ...]
     instances: tuple[Instance, ...]
 
+    def function(self, boundary: str) -> str | None:
+        """The function that marks a boundary here."""
+        return next((site.function for known, site in self.chosen if known.name == boundary), None)
+
     @property
     def pids(self) -> tuple[int, ...]:
         return tuple(pid for instance in self.instances for pid in instance.pids)
@@ -69,8 +73,12 @@ class Plan:
         )
 
 
-def make_plan(instances: tuple[Instance, ...]) -> Plan:
+def make_plan(instances: tuple[Instance, ...], silent: frozenset[str] = frozenset()) -> Plan:
     """The plan for instances that run one binary.
+
+    Args:
+        instances: What runs it.
+        silent: Functions that are exported and were found to be never called.
 
     Raises:
         UserError: The binary, its layout or a required site cannot be used.
@@ -80,7 +88,7 @@ def make_plan(instances: tuple[Instance, ...]) -> Plan:
     chosen: list[tuple[sites.Boundary, Site]] = []
     missing: list[Missing] = []
     for boundary in sites.BOUNDARIES:
-        found = _site(binary, layout, boundary)
+        found = _site(binary, layout, boundary, silent)
         if isinstance(found, Site):
             chosen.append((boundary, found))
         elif boundary.required:
@@ -93,10 +101,13 @@ def make_plan(instances: tuple[Instance, ...]) -> Plan:
     return Plan(binary, layout, tuple(chosen), tuple(missing), instances)
 
 
-def _site(binary: Binary, layout: Layout, boundary: sites.Boundary) -> Site | str:
+def _site(binary: Binary, layout: Layout, boundary: sites.Boundary, silent: frozenset[str]) -> Site | str:
     """The first usable candidate's site, or why there is none."""
     reasons: list[str] = []
     for function in boundary.functions:
+        if function in silent:
+            reasons.append(f"{function} is exported and never called: the compiler has inlined it")
+            continue
         struct, member = _NEEDED_MEMBERS.get(function, ("", ""))
         if struct and member not in layout.structs.get(struct, {}):
             reasons.append(f"{function} needs {struct}.{member}, which the layout does not have")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
+from otel_nginx_ebpf import silence
 from otel_nginx_ebpf.clock import Clock
 from otel_nginx_ebpf.config import Settings
 from otel_nginx_ebpf.errors import UserError
@@ -59,6 +60,7 @@ class _TracedBinary:
         self.plan = plan
         self.attachment = attachment
         self.unverified = _VERIFIED_REQUESTS
+        self.silence = silence.SilenceWatch()
         self._resource_of: dict[int, Mapping[str, AttributeValue]] = {}
         for instance in plan.instances:
             self.add(instance)
@@ -94,7 +96,9 @@ class Tracing:
         self._watch = Watch(settings.binary)
         self._traced: dict[FileIdentity, _TracedBinary] = {}
         self._refused: dict[FileIdentity, str] = {}
+        self._silent: dict[FileIdentity, frozenset[str]] = {}
         self._attaching: dict[FileIdentity, Future[_TracedBinary]] = {}
+        self._reattach: set[FileIdentity] = set()
         self._attacher = ThreadPoolExecutor(1, thread_name_prefix="attach")
 
     def begin(self) -> None:
@@ -114,7 +118,7 @@ class Tracing:
         self._require_something()
 
     def _attach(self, instances: tuple[Instance, ...]) -> _TracedBinary:
-        plan = make_plan(instances)
+        plan = make_plan(instances, self._silent.get(instances[0].file_identity, frozenset()))
         for missing in plan.missing:
             _log.warning(
                 "nginx %s (%s): no %s: %s",
@@ -145,6 +149,12 @@ class Tracing:
         else:
             for instance in self._watch.new_instances():
                 self._found(instance)
+        for identity in self._reattach & self._traced.keys():
+            instances = tuple(instance for instance in self._traced[identity].plan.instances if instance.is_running)
+            self._close(identity)
+            if instances:
+                self._attaching[identity] = self._attacher.submit(self._attach, instances)
+        self._reattach.clear()
         for identity, future in list(self._attaching.items()):
             if future.done():
                 del self._attaching[identity]
@@ -190,6 +200,8 @@ class Tracing:
                     if wrong:
                         self._stats.lose("lost_layout_mismatch")
                         break
+                    if traced.silence.fell_silent(raw):
+                        self._avoid_silent(traced)
                     yield raw, unix_offset_ns, traced.resource(worker_pid(raw))
             if wrong:
                 self._close(identity)
@@ -199,6 +211,18 @@ class Tracing:
                     f"layout ({traced.plan.layout.source}) says: {wrong}; detached. Is it a patched build?",
                 )
                 self._require_something()
+
+    def _avoid_silent(self, traced: _TracedBinary) -> None:
+        """Attaches anew without the function that is never called: to the next candidate, if there is one."""
+        function = traced.plan.function(silence.BOUNDARY)
+        if function is None:  # known, and said, since it was attached
+            return
+        identity = traced.plan.instances[0].file_identity
+        self._silent[identity] = self._silent.get(identity, frozenset()) | {function}
+        _log.warning(
+            "%s is never called in nginx %s (%s)", function, traced.plan.binary.version, traced.plan.binary.name
+        )
+        self._reattach.add(identity)
 
     def _layout_mismatch(self, traced: _TracedBinary) -> str:
         losses = traced.attachment.losses()

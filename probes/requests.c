@@ -109,6 +109,27 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
 }
 #endif
 
+/* ngx_http_send_header(ngx_http_request_t *r): where the frames of HTTP/2 cannot be seen */
+int enter_ngx_http_send_header(struct pt_regs *ctx)
+{
+    u64 now = bpf_ktime_get_ns();
+    u32 tgid = current_tgid();
+    struct process *process = probed_process(tgid);
+    if (!process)
+        return 0;
+    process->last_event_ns = now;
+
+    u64 r = PT_REGS_PARM1(ctx), main_request;
+    struct request_key key = {.tgid = tgid};
+    if (!read_pointer(&main_request, r + OFFSET_ngx_http_request_s__main) || main_request != r /* a subrequest sends none */
+        || !read_pointer(&key.connection, r + OFFSET_ngx_http_request_s__connection))
+        return 0;
+    struct active_request *active = active_requests.lookup(&key);
+    if (active && !active->first_write_ns)
+        active->first_write_ns = now;
+    return 0;
+}
+
 /* Appends a string to the record. Its end is kept in the map's memory and not in a register: so all paths through here look
  * the same to the verifier afterwards, and it need not follow each combination of them. */
 static __always_inline void append_string(struct process *process, u8 kind, u8 attempt, u64 data, u64 whole_bytes, u64 limit)

@@ -38,6 +38,10 @@ class Instance:
         return sum(title(pid).startswith("nginx: worker process") for pid in self.pids[1:]) or 1
 
     @property
+    def is_running(self) -> bool:
+        return _same_file(self.master_pid, self.file_identity)
+
+    @property
     def shares_our_pid_namespace(self) -> bool:
         """Whether it counts pids as this process does. True where it has ended: nothing is to be done about it."""
         try:

@@ -35,9 +35,11 @@ def test_version_and_build_are_those_nginx_prints(binary: Binary) -> None:
     assert f"Build ID: {binary.build_id}" in notes
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES, ids=lambda boundary: boundary.name)
-def test_a_site_is_an_emulated_instruction_before_any_call(binary: Binary, boundary: Boundary) -> None:
-    site = binary.site(boundary.functions[0], boundary.arguments)
+@pytest.mark.parametrize(
+    ("boundary", "function"), [(boundary, function) for boundary in BOUNDARIES for function in boundary.functions]
+)
+def test_a_site_is_an_emulated_instruction_before_any_call(binary: Binary, boundary: Boundary, function: str) -> None:
+    site = binary.site(function, boundary.arguments)
     assert site.address == binary.address(site.function) + site.displacement
     listing = subprocess.run(
         [
