@@ -87,12 +87,16 @@ def _roots(path: Path) -> tuple[Path, ...]:
 
 
 def _path_in_root(path: Path) -> Path:
+    """Where the binary lies, seen from its process's root directory."""
     if path.parts[1:2] != ("proc",):
         return path.resolve()
     try:
-        return Path(os.readlink(path).removesuffix(_DELETED))
+        seen_from_ours = Path(os.readlink(path).removesuffix(_DELETED))
+        root = Path(os.readlink(path.parent / "root"))
     except OSError:
         return path
+    # A chroot's path shows in both; in a mount namespace of its own the root is / to us too.
+    return "/" / seen_from_ours.relative_to(root) if seen_from_ours.is_relative_to(root) else seen_from_ours
 
 
 def _candidates(build_id: str, link: _Link | None, directory: Path, roots: tuple[Path, ...]) -> Iterator[Path]:
