@@ -3,11 +3,14 @@
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
 PACKAGES := nginx openssl python3-bpfcc python3-venv
-# For tests only: a load generator, what rotel and Go need, nginx's own sources and a compiler to hold our layouts against.
-PACKAGES += apache2-utils binutils ca-certificates gcc libc6-dev libpcre2-dev libpython3.11 libssl-dev nginx-dev zlib1g-dev
+# For tests only: a load generator, servers of other protocols, what rotel and Go need; nginx's own sources and a compiler
+# to hold our struct layouts against.
+PACKAGES += apache2-utils libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
+PACKAGES += ca-certificates libpython3.11
+PACKAGES += binutils gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test matrix check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,6 +23,9 @@ demo: setup ## trace a private nginx and show its requests as waterfalls
 test: setup ## all tests, on the real kernel, a real nginx and a real collector
 	tests/collector/build
 	$(BIN)/pytest
+
+matrix: setup ## the end-to-end scenarios against a dozen builds of nginx, as one table; or against BUILDS="debian-11 o3"
+	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
 
 check: setup ## format, lint, types, layers and unit tests; needs no root once set up
 	$(BIN)/ruff format --check .

@@ -28,15 +28,12 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
         socket->unclaimed_read = 0;
         socket->request_read_ns = 0;
         socket->first_write_ns = 0;
-        socket->written_bytes = 0;
+        socket->connection = key.connection;
     }
     if (active_requests.update(&key, &active) != 0)
         count_loss(LOST_ACTIVE_REQUESTS_FULL);
     return 0;
 }
-
-/* The interim answer "HTTP/1.1 100 Continue", encrypted or not; a response's own header is always longer. */
-#define INTERIM_RESPONSE_BYTES_MAX 64
 
 /* ngx_http_request_body_save_filter(ngx_http_request_t *r, ngx_chain_t *in): a part of a body, in any protocol */
 int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
@@ -60,10 +57,6 @@ int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
     if (!socket)
         return 0;
     active->body_read_ns = socket->last_read_ns;
-    if (socket->written_bytes && socket->written_bytes <= INTERIM_RESPONSE_BYTES_MAX) {
-        socket->first_write_ns = 0;
-        socket->written_bytes = 0;
-    }
     return 0;
 }
 

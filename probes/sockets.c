@@ -95,6 +95,20 @@ static __always_inline bool are_connection_frames(u64 data, s64 bytes)
     return bytes <= 0;
 }
 
+/* The interim answer "HTTP/1.1 100 Continue"; a response's own header is always longer. */
+#define INTERIM_RESPONSE_BYTES_MAX 64
+
+/* Whether something was written, and on a client connection something of a response: ngx_connection_s.sent counts an
+ * interim answer's few bytes, and nothing of a TLS handshake that ends only now, since its request came as early data. */
+static __always_inline bool has_begun_to_write(struct socket *socket)
+{
+    u64 sent = 0;
+    if (!socket->first_write_ns || !socket->connection)
+        return socket->first_write_ns != 0;
+    return bpf_probe_read_user(&sent, sizeof(sent), (void *)(socket->connection + OFFSET_ngx_connection_s__sent)) != 0
+        || sent > INTERIM_RESPONSE_BYTES_MAX;
+}
+
 /* `data`: where the bytes are, or 0. */
 static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes, u64 now)
 {
@@ -111,7 +125,7 @@ static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes
     if (!socket->first_read_ns)
         socket->first_read_ns = now;
     socket->last_read_ns = now;
-    if (!socket->first_write_ns)
+    if (!has_begun_to_write(socket))
         socket->request_read_ns = now;
     socket->unclaimed_read = 1;
 }
@@ -121,10 +135,9 @@ static __always_inline void was_written(struct socket_key *key, s64 bytes, u64 b
     struct socket *socket = find_or_add_socket(key);
     if (!socket || bytes <= 0)
         return;
-    if (!socket->first_write_ns)
+    if (!has_begun_to_write(socket))
         socket->first_write_ns = began_ns;
     socket->last_write_ns = now;
-    socket->written_bytes += bytes;
 }
 
 RAW_TRACEPOINT_PROBE(sys_exit)

@@ -40,7 +40,7 @@ struct socket {
     u64 request_read_ns;      /* the last read before the first write: of a client connection, the request's last bytes */
     u64 first_write_ns;
     u64 last_write_ns;
-    u64 written_bytes;
+    u64 connection;           /* of a client: the ngx_connection_t * of its last request; 0: had none */
     u32 connect_errno;
     u8 client;
     u8 unclaimed_read;        /* read since the last request began or ended: the next request's first bytes */
