@@ -18,6 +18,7 @@ SIZEOF = "sizeof"
 
 # nginx with a static OpenSSL has some 40 MB; more than this is a damaged or hostile file.
 _DEBUG_BYTES_MAX = 512 << 20
+# Of processor time: all of nginx's takes 4 s.
 _TIME_LIMIT_S = 20.0
 
 # Typedefs of typedefs; a longer chain is a circle.
@@ -86,7 +87,7 @@ class _Reader:
     def __init__(self, wanted: Mapping[str, Collection[str]]) -> None:
         self._wanted = wanted
         self._found: Structs = {}
-        self._deadline_s = time.monotonic() + _TIME_LIMIT_S
+        self._deadline_s = time.thread_time() + _TIME_LIMIT_S
 
     @property
     def _missing(self) -> set[str]:
@@ -98,23 +99,22 @@ class _Reader:
         Shared parts that dwz has made have no name. They are small, for nothing is in them twice.
         """
         unnamed, others = [], []
+        of_http = False
         for unit in self._units(dwarf):
             name = _text(unit.get_top_DIE(), "DW_AT_name")
             if not name:
                 unnamed.append(unit)
-            elif any(_may_define(name, struct) for struct in self._missing):
-                self._read_unit(unit)
             elif "http/" not in name:
                 others.append(unit)
-            if not self._missing:
-                return self._found
+            else:
+                of_http = True
+                if any(_may_define(name, struct) for struct in self._missing):
+                    self._read_unit(unit)
+                    if not self._missing:
+                        return self._found
         if dwarf.supplementary_dwarfinfo is not None:
             unnamed += self._units(dwarf.supplementary_dwarfinfo)
-        for unit in unnamed:
-            self._read_unit(unit)
-        for unit in others:
-            if not self._missing - _found_in_version_modules(self._missing):
-                break
+        for unit in unnamed if of_http else unnamed + others:
             self._read_unit(unit)
         return self._found
 
@@ -124,7 +124,7 @@ class _Reader:
             yield unit
 
     def _check_time(self) -> None:
-        if time.monotonic() > self._deadline_s:
+        if time.thread_time() > self._deadline_s:
             raise DwarfError(f"reading the debug information takes more than {_TIME_LIMIT_S:.0f} s")
 
     def _read_unit(self, unit: CompileUnit) -> None:
@@ -173,14 +173,9 @@ class _Reader:
 
 
 def _may_define(unit: str, struct: str) -> bool:
-    """Whether a source file is likely to have a struct: those of HTTP/2 and HTTP/3 are in their modules only."""
-    if "http/" not in unit:
-        return False
-    return f"http/{struct[9:11]}/" in unit if _found_in_version_modules([struct]) else True
-
-
-def _found_in_version_modules(structs: Collection[str]) -> set[str]:
-    return {struct for struct in structs if struct.startswith(("ngx_http_v2_", "ngx_http_v3_"))}
+    """Whether a source file of nginx's HTTP is likely to have a struct: only its own module has that of a version."""
+    version = struct.removeprefix("ngx_http_")[:3]
+    return f"http/{version[:2]}/" in unit if version in ("v2_", "v3_") else True
 
 
 def _text(entry: DIE, attribute: str) -> str:

@@ -10,7 +10,7 @@ from otel_nginx_ebpf.nginx import catalogue
 from otel_nginx_ebpf.nginx.binary import Binary
 from otel_nginx_ebpf.nginx.catalogue import Catalogue
 from otel_nginx_ebpf.nginx.debug_files import debug_files
-from otel_nginx_ebpf.nginx.dwarf import DwarfError, Structs, read_structs
+from otel_nginx_ebpf.nginx.dwarf import SIZEOF, DwarfError, Structs, read_structs
 
 _log = logging.getLogger(__name__)
 
@@ -18,6 +18,9 @@ _DEBUG_SYMBOLS = (
     "install its debug symbols (Debian: nginx-dbgsym or nginx-core-dbgsym; nginx.org: nginx-dbg or nginx-debuginfo), "
     "or set DEBUGINFOD_URLS to a server that has them"
 )
+
+# nginx's largest has 1.5 KB. A container's debug information may say anything, and BPF maps get members of these sizes.
+_STRUCT_BYTES_MAX = 16 << 10
 
 # What not every build has: HTTP/2, TLS, and a member that came with nginx 1.15.8.
 _OPTIONAL_STRUCTS = ("ngx_http_v2_",)
@@ -94,9 +97,14 @@ def _measured(binary: Binary, members: Mapping[str, set[str]]) -> Layout | None:
             and not struct.startswith(_OPTIONAL_STRUCTS)
             and (struct, member) not in _OPTIONAL_MEMBERS
         ]
-        if not lacking:
+        oversized = [struct for struct, offsets in structs.items() if offsets.get(SIZEOF, 0) > _STRUCT_BYTES_MAX]
+        if not lacking and not oversized:
             return Layout(structs, file.source)
-        if structs:
+        if oversized:
+            _log.warning(
+                "%s: the layout is not taken from %s: too large: %s", binary.name, file.source, ", ".join(oversized)
+            )
+        elif structs:
             _log.warning("%s: the layout is not taken from %s: no %s", binary.name, file.source, ", ".join(lacking))
     return None
 
