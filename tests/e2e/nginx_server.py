@@ -1,5 +1,6 @@
 """A private nginx: its own prefix, ports and logs; workers run as nginx's unprivileged default user."""
 
+import functools
 import json
 import os
 import re
@@ -12,7 +13,10 @@ from pathlib import Path
 
 from e2e.http1_client import Address, family_of
 
-NGINX = Path("/usr/sbin/nginx")
+# One of tests/matrix/builds.py's directories, instead of the machine's own nginx.
+BUILD = os.environ.get("OTEL_NGINX_EBPF_TEST_NGINX")
+NGINX = Path(BUILD, "nginx") if BUILD else Path("/usr/sbin/nginx")
+START = Path(BUILD, "start") if BUILD else NGINX
 
 # Every variable is logged as a JSON string; empty means that nginx has no value.
 LOG_VARIABLES = """
@@ -25,6 +29,12 @@ LOG_VARIABLES = """
 LogLine = dict[str, str]
 
 
+@functools.cache
+def nginx_version(start: Path = START) -> tuple[int, ...]:
+    told = subprocess.run([start, "-v"], capture_output=True, text=True, check=True).stderr
+    return tuple(int(number) for number in told.strip().rpartition("/")[2].split("."))
+
+
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
     """Polls `condition` until it holds. Raises TimeoutError naming `what` after `seconds`."""
     deadline = time.monotonic() + seconds
@@ -34,17 +44,27 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) 
         time.sleep(0.01)
 
 
+_given_ports: set[int] = set()
+
+
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """TCP ports that were free a moment ago, all different."""
+    """TCP ports that were free a moment ago, and that no earlier call gave."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sockets = [socket.socket(family) for _ in range(count)]
+    sockets: list[socket.socket] = []
+    ports: list[int] = []
     try:
-        for each in sockets:
-            each.bind((host, 0))
-        return [each.getsockname()[1] for each in sockets]
+        while len(ports) < count:
+            sockets.append(socket.socket(family))
+            sockets[-1].bind((host, 0))
+            port = sockets[-1].getsockname()[1]
+            # nobody listens on it yet, so the kernel may give it again: nginx would join two scenarios' servers
+            if port not in _given_ports:
+                _given_ports.add(port)
+                ports.append(port)
     finally:
         for each in sockets:
             each.close()
+    return ports
 
 
 def parse_log_line(line: bytes) -> LogLine:
@@ -84,7 +104,7 @@ class NginxServer:
     """
 
     def __init__(
-        self, prefix: Path, http: str, workers: int = 1, main: str = "", command: Sequence[str | Path] = (NGINX,)
+        self, prefix: Path, http: str, workers: int = 1, main: str = "", command: Sequence[str | Path] = (START,)
     ) -> None:
         self.prefix = prefix
         self._command = command

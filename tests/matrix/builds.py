@@ -1,0 +1,252 @@
+"""The nginx builds that the end-to-end scenarios run against: those of four Debian releases, and some with other flags.
+
+`obtain` puts a build into `.cache/nginx-builds/NAME/`, once:
+
+    nginx   the executable
+    start   runs it with the given arguments; the process id of `start` becomes nginx's
+"""
+
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CACHE = Path(__file__).parents[2] / ".cache" / "nginx-builds"
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+# The tree is nginx's whole file system but for the tests' directory, which lies at the same path inside and outside,
+# in a mount namespace that ends with nginx. Only `exec`, so that one process id stays.
+ENTER_TREE = """\
+#!/bin/sh
+set -e
+tree=$(dirname "$0")/tree
+temporary=${TMPDIR:-/tmp}
+mkdir -p "$tree$temporary"
+exec unshare --mount sh -c '
+    mount --bind "$2" "$1$2"
+    tree=$1
+    shift 2
+    exec chroot "$tree" /usr/sbin/nginx "$@"
+' start "$tree" "$temporary" "$@"
+"""
+
+RUN_AS_IT_IS = """\
+#!/bin/sh
+exec "$(dirname "$0")/nginx" "$@"
+"""
+
+
+class BuildError(Exception):
+    """A build cannot be had here. The text says why, and the next step."""
+
+
+@dataclass(frozen=True)
+class DebianBuild:
+    """nginx of a Debian release with that release's libraries, unpacked from packages; nothing gets installed."""
+
+    name: str
+    suite: str
+
+    def make(self, directory: Path) -> None:
+        tree = directory / "tree"
+        tree.mkdir()
+        with tempfile.TemporaryDirectory() as name:
+            wanted = ("nginx-core", "libnginx-mod-mail", "libnginx-mod-stream")
+            download(self.suite, Path(name), "install", *wanted)
+            for package in Path(name).glob("*.deb"):
+                subprocess.run(["dpkg-deb", "--extract", package, tree], check=True)
+        # What base-files and base-passwd would set up. Before Debian 13 libc itself brings /lib and /lib64.
+        for merged in ("bin", "lib", "lib64", "sbin"):
+            if not (tree / merged).exists():
+                (tree / merged).symlink_to(f"usr/{merged}")
+        (tree / "etc/passwd").write_text("root:x:0:0::/:\nnobody:x:65534:65534::/:\n")
+        (tree / "etc/group").write_text("root:x:0:\nnogroup:x:65534:\n")
+        (directory / "nginx").symlink_to("tree/usr/sbin/nginx")
+        write_script(directory / "start", ENTER_TREE)
+
+
+@dataclass(frozen=True)
+class CompiledBuild:
+    """nginx from a Debian release's source package, compiled here, with this machine's compiler and libraries."""
+
+    name: str
+    compiler: str
+    """Flags."""
+    linker: str = ""
+    """Flags."""
+    compatible: bool = True
+    """`--with-compat`: one layout for all builds of a version."""
+    stripped: bool = False
+    suite: str = "trixie"
+
+    def make(self, directory: Path) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            download(self.suite, Path(name), "source", "nginx")
+            (archive,) = Path(name).glob("*.orig.tar.?z")
+            subprocess.run(["tar", "--extract", "--no-same-owner", "--file", archive], cwd=directory, check=True)
+        (source,) = directory.glob("nginx-*")
+        configure = ["./configure", f"--with-cc-opt={self.compiler}", f"--with-ld-opt={self.linker}", *OPTIONS]
+        configure += ["--with-compat"] if self.compatible else []
+        with (directory / "build.log").open("wb") as log:
+            for command in (configure, ["make", f"-j{os.cpu_count()}"]):
+                if subprocess.run(command, cwd=source, stdout=log, stderr=subprocess.STDOUT).returncode:
+                    raise BuildError(f"{self.name}: `{shlex.join(command)}` failed; see {log.name}")
+        binary = directory / "nginx"
+        (source / "objs/nginx").rename(binary)
+        if self.stripped:
+            subprocess.run(["strip", "--strip-all", binary], check=True)
+        shutil.rmtree(source)
+        write_script(directory / "start", RUN_AS_IT_IS)
+
+
+@dataclass(frozen=True)
+class StrippedBuild:
+    """Another build without symbols and debug information, where the program needs them."""
+
+    name: str
+    original: CompiledBuild
+    refusal: str = field(repr=False)
+    """What the program must say, as this build is out of its reach."""
+
+    def make(self, directory: Path) -> None:
+        subprocess.run(["strip", "--strip-all", "-o", directory / "nginx", obtain(self.original) / "nginx"], check=True)
+        write_script(directory / "start", RUN_AS_IT_IS)
+
+
+# What the scenarios use, and a path that nginx would otherwise look for below --prefix before it reads its arguments.
+OPTIONS = (
+    "--error-log-path=stderr",
+    "--with-threads",
+    "--with-http_addition_module",
+    "--with-http_auth_request_module",
+    "--with-http_gunzip_module",
+    "--with-http_realip_module",
+    "--with-http_slice_module",
+    "--with-http_ssl_module",
+    "--with-http_stub_status_module",
+    "--with-http_sub_module",
+    "--with-http_v2_module",
+    "--with-http_v3_module",
+    "--with-mail",
+    "--with-mail_ssl_module",
+    "--with-stream",
+    "--with-stream_realip_module",
+    "--with-stream_ssl_module",
+    "--with-stream_ssl_preread_module",
+)
+
+# dpkg-buildflags of Ubuntu 24.04, where they decide which functions exist and how they begin.
+UBUNTU_COMPILER = (
+    "-g -O2 -fno-omit-frame-pointer -mno-omit-leaf-frame-pointer -flto=auto -ffat-lto-objects -fstack-protector-strong"
+    " -fstack-clash-protection -fcf-protection -fPIC -Wdate-time -D_FORTIFY_SOURCE=2"
+)
+UBUNTU_LINKER = "-Wl,-Bsymbolic-functions -flto=auto -ffat-lto-objects -Wl,-z,relro -Wl,-z,now -fPIC"
+
+Build = DebianBuild | CompiledBuild | StrippedBuild
+
+STATIC = CompiledBuild("static", "-O2", "-static")
+NO_COMPAT = CompiledBuild("no-compat", "-g -O2", compatible=False)
+
+BUILDS: tuple[Build, ...] = (
+    DebianBuild("debian-11", "bullseye"),
+    DebianBuild("debian-12", "bookworm"),
+    DebianBuild("debian-13", "trixie"),
+    DebianBuild("debian-sid", "sid"),
+    CompiledBuild("lto-cet", UBUNTU_COMPILER, UBUNTU_LINKER, stripped=True),
+    CompiledBuild("o3", "-O3", stripped=True),
+    CompiledBuild("o3-lto", "-O3 -flto=auto", "-flto=auto", stripped=True),
+    CompiledBuild("no-pie", "-O2 -fno-pie", "-no-pie", stripped=True),
+    STATIC,
+    NO_COMPAT,
+    StrippedBuild("static-stripped", STATIC, refusal="symbol"),
+    StrippedBuild("no-compat-stripped", NO_COMPAT, refusal="--with-compat"),
+)
+
+
+def obtain(build: Build) -> Path:
+    """The build's directory, made unless it is there already and made by the same recipe.
+
+    Raises:
+        BuildError: it cannot be downloaded or compiled.
+    """
+    directory = CACHE / build.name
+    recipe = f"{build!r}\n"
+    recipe_file = directory / "recipe"
+    if recipe_file.exists() and recipe_file.read_text() == recipe:
+        return directory
+    print(f"matrix: making {build.name}", file=sys.stderr)
+    partial = CACHE / f"{build.name}.partial"
+    for leftover in (partial, directory):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    build.make(partial)
+    (partial / "recipe").write_text(recipe)
+    partial.rename(directory)
+    return directory
+
+
+def download(suite: str, directory: Path, *command: str) -> None:
+    """Puts into `directory` what apt fetches for `command` on a machine of that release with nothing installed.
+
+    Raises:
+        BuildError: apt cannot.
+    """
+    (directory / "partial").mkdir()
+    run_apt([*apt_flags(suite), f"--option=Dir::Cache::archives={directory}", "--download-only", *command], directory)
+
+
+@functools.cache
+def apt_flags(suite: str) -> tuple[str, ...]:
+    """For an apt with sources, lists and state of its own, up to date: the machine's are not touched."""
+    apt = CACHE / "apt" / suite
+    (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
+    (apt / "nothing-installed").touch()
+    sources = "\n".join(f"{kind} [signed-by={KEYRING}] {mirror()} {suite} main" for kind in ("deb", "deb-src"))
+    (apt / "sources.list").write_text(sources + "\n")
+    options = {
+        "Dir::State": apt,
+        "Dir::State::status": apt / "nothing-installed",
+        "Dir::Cache": apt,
+        "Dir::Etc::sourcelist": apt / "sources.list",
+        "Dir::Etc::sourceparts": "-",
+        "Acquire::Languages": "none",
+        "APT::Install-Recommends": "false",
+        "APT::Sandbox::User": "root",  # the sandbox's own user may not be able to reach these directories
+    }
+    flags = tuple(f"--option={name}={value}" for name, value in options.items())
+    run_apt([*flags, "update"], apt)
+    return flags
+
+
+def run_apt(arguments: Sequence[str], directory: Path) -> None:
+    done = subprocess.run(["apt-get", "--quiet", "--yes", *arguments], cwd=directory, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"apt-get {arguments[-1]} failed: {done.stderr.strip()}")
+
+
+def mirror() -> str:
+    """The Debian mirror that this machine uses.
+
+    Raises:
+        BuildError: apt does not know one.
+    """
+    listed = subprocess.run(
+        ["apt-get", "indextargets", "--format=$(REPO_URI)", "Created-By: Packages", "Label: Debian", "Component: main"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    if not listed:
+        raise BuildError("apt knows no Debian mirror here: run `apt-get update` on a Debian machine")
+    return listed[0]
+
+
+def write_script(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)

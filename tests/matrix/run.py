@@ -1,0 +1,192 @@
+"""`make matrix`: the end-to-end scenarios against every nginx build, as one table in `.cache/matrix.md`.
+
+Exits with 1 when a scenario fails that is no declared limit of its build, or a build that must be refused is not.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from e2e.agent_process import PROGRAM
+from e2e.nginx_server import NginxServer, free_ports, nginx_version
+
+from matrix.builds import BUILDS, Build, BuildError, StrippedBuild, obtain
+
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = REPOSITORY / ".cache" / "matrix"
+TABLE = REPOSITORY / ".cache" / "matrix.md"
+
+# Every test with a configuration of its own; without the load test, which tells nothing more about a build.
+SCENARIOS = ["tests/e2e", "-m", "nginx", "--ignore=tests/e2e/test_mixed.py"]
+REASON_CHARACTERS = 200
+
+# Scenarios that cannot pass on a build, as (build, module, scenario), and why.
+LIMITS: dict[tuple[str, str, str], str] = {}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one scenario came to on one build."""
+
+    module: str
+    scenario: str
+    outcome: str
+    """`passed`, `failed` or `skipped`."""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one build came to. `problem` stands for all scenarios where none ran."""
+
+    build: Build
+    version: str
+    results: tuple[Result, ...] = ()
+    refusal: str = ""
+    problem: str = ""
+
+    def of(self, module: str) -> str:
+        here = [each for each in self.results if each.module == module]
+        passed = sum(each.outcome == "passed" for each in here)
+        return str(passed) if passed == len(here) else f"**{passed} of {len(here)}**"
+
+    @property
+    def exceptions(self) -> list[Result]:
+        return [each for each in self.results if each.outcome != "passed"]
+
+    @property
+    def good(self) -> bool:
+        return not self.problem and not any(
+            each.outcome == "failed" and self.limit(each) is None for each in self.results
+        )
+
+    def limit(self, result: Result) -> str | None:
+        return LIMITS.get((self.build.name, result.module, result.scenario))
+
+
+def run_scenarios(build: Build, directory: Path, selection: Sequence[str]) -> tuple[Result, ...]:
+    """One pytest for all scenarios. Its output is left beside its report."""
+    report = RESULTS / f"{build.name}.xml"
+    report.unlink(missing_ok=True)
+    with report.with_suffix(".log").open("wb") as log:
+        subprocess.run(
+            [sys.executable, "-m", "pytest", *SCENARIOS, f"--junitxml={report}", "-p", "no:cacheprovider", *selection],
+            cwd=REPOSITORY,
+            env={**os.environ, "OTEL_NGINX_EBPF_TEST_NGINX": str(directory)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    if not report.exists():
+        raise BuildError(f"pytest made no report; see {log.name}")
+    return tuple(result_of(case) for case in ElementTree.parse(report).iter("testcase"))
+
+
+def result_of(case: ElementTree.Element) -> Result:
+    module = case.attrib["classname"].rpartition(".")[2].removeprefix("test_").replace("_", " ")
+    scenario = case.attrib["name"].removeprefix("test_")
+    for outcome, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
+        for tag in tags:
+            if (found := case.find(tag)) is not None:
+                return Result(module, scenario, outcome, first_line(found.get("message", "")))
+    return Result(module, scenario, "passed")
+
+
+def first_line(text: str) -> str:
+    line = re.sub(r"\s+", " ", text).strip()
+    return line if len(line) <= REASON_CHARACTERS else f"{line[:REASON_CHARACTERS]}…"
+
+
+def check_refusal(directory: Path, expected: str) -> str:
+    """What the program says when it refuses the build.
+
+    Raises:
+        BuildError: it does not, or without the `expected` words.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        port = free_ports(1)[0]
+        nginx = NginxServer(Path(name), f"server {{ listen 127.0.0.1:{port}; }}", command=[directory / "start"])
+        nginx.start([("127.0.0.1", port)])
+        try:
+            arguments = [str(PROGRAM), "run", "--pid", str(nginx.pid), "--exporter", "json"]
+            done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise BuildError("it is not refused") from None
+        finally:
+            nginx.stop()
+    said = str(done.stderr).strip()
+    if done.returncode == 0 or expected not in said:
+        raise BuildError(f"exit code {done.returncode}, and it says nothing of `{expected}`: {said}")
+    return said
+
+
+def run(build: Build, selection: Sequence[str]) -> Column:
+    started = time.monotonic()
+    number = ""
+    try:
+        directory = obtain(build)
+        number = ".".join(map(str, nginx_version(directory / "start")))
+        if isinstance(build, StrippedBuild):
+            column = Column(build, number, refusal=check_refusal(directory, build.refusal))
+        else:
+            column = Column(build, number, results=run_scenarios(build, directory, selection))
+    except (BuildError, OSError, RuntimeError, subprocess.SubprocessError, TimeoutError) as error:
+        column = Column(build, number, problem=first_line(str(error)))
+    counts: dict[str, int] = defaultdict(int)
+    for each in column.results:
+        counts[each.outcome] += 1
+    told = column.problem or column.refusal or ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    print(f"matrix: {build.name} {number}: {told}, {time.monotonic() - started:.0f} s", file=sys.stderr)
+    return column
+
+
+def table(columns: Sequence[Column]) -> str:
+    """Markdown: how many scenarios passed by module and build, then every exception with its reason."""
+    ran = [column for column in columns if column.results]
+    modules = sorted({result.module for column in ran for result in column.results})
+    head = ["scenarios", *(f"{column.build.name}<br>{column.version}" for column in ran)]
+    rows = [head, ["---", *("---:" for _ in ran)]]
+    rows += [[module, *(column.of(module) for column in ran)] for module in modules]
+    lines = [f"| {' | '.join(row)} |" for row in rows] if ran else []
+    notes = []
+    for column in columns:
+        name = f"{column.build.name} {column.version}".strip()
+        if column.refusal:
+            notes.append(f"- {name} is refused: {column.refusal}")
+        if column.problem:
+            notes.append(f"- **{name} did not run**: {column.problem}")
+        for each in column.exceptions:
+            limit = column.limit(each)
+            word = "not possible" if each.outcome == "skipped" or limit else "**failed**"
+            notes.append(f"- {name}, {each.module}, {each.scenario}: {word}: {limit or each.reason}")
+    return "\n".join([*lines, "", *notes]) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
+    parser.add_argument("builds", nargs="*", metavar="BUILD", help=f"of {', '.join(each.name for each in BUILDS)}")
+    parser.add_argument("-k", metavar="EXPRESSION", help="pytest's: only scenarios whose names match")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.builds) - {each.name for each in BUILDS}:
+        parser.error(f"no build is called {', '.join(sorted(unknown))}")
+    chosen = [each for each in BUILDS if not arguments.builds or each.name in arguments.builds]
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    columns = [run(build, ["-k", arguments.k] if arguments.k else []) for build in chosen]
+    text = table(columns)
+    TABLE.write_text(text)
+    print(text)
+    return 0 if all(column.good for column in columns) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
