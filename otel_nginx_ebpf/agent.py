@@ -101,6 +101,19 @@ def run(settings: Settings, exporter: "Exporter", stats: Stats) -> None:
     _trace(settings, stats, _exporting(exporter, stats, settings), idle=lambda: None)
 
 
+def dry_run(settings: Settings) -> None:
+    """Attaches to what runs now, which prints the ready lines, and detaches.
+
+    Raises:
+        UserError: It cannot begin.
+    """
+    tracing = Tracing(settings, Stats())
+    try:
+        tracing.begin()
+    finally:
+        tracing.end()
+
+
 def record(settings: Settings, path: Path, stats: Stats) -> None:
     """Writes the kernel's records to a capture file until SIGINT or SIGTERM.
 

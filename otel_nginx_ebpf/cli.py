@@ -130,6 +130,9 @@ def run(
     otlp_protocol: OtlpProtocol = None,
     grace_seconds: GraceSeconds = None,
     config_file: ConfigFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Compile, load, attach, say ready, detach; send nothing.")
+    ] = False,
 ) -> None:
     """Trace running nginx processes until SIGINT or SIGTERM. Needs root.
 
@@ -148,7 +151,10 @@ def run(
     settings = _settings(context)
     from otel_nginx_ebpf import agent
 
-    _deliver(settings, lambda exporter, stats: agent.run(settings, exporter, stats))
+    if dry_run:
+        agent.dry_run(settings)
+    else:
+        _deliver(settings, lambda exporter, stats: agent.run(settings, exporter, stats))
 
 
 @app.command()
