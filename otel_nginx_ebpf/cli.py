@@ -1,5 +1,6 @@
 """The command line."""
 
+import json
 import logging
 import os
 import signal
@@ -34,6 +35,8 @@ Examples:
     otel-nginx-ebpf run                      every nginx here, to a collector
 
     otel-nginx-ebpf run --exporter console   waterfalls in the terminal
+
+    otel-nginx-ebpf doctor                   what is in the way of that
 
     otel-nginx-ebpf record -o day.capture    keep what the kernel reports …
 
@@ -210,6 +213,43 @@ def replay(
     _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats, settings), wait_for_room=True)
 
 
+@app.command()
+def doctor(
+    context: typer.Context,
+    pid: Pid = None,
+    binary: Binary = None,
+    color: Color = None,
+    config_file: ConfigFile = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the same as one JSON object.")] = False,
+) -> None:
+    """Tell what is in the way of tracing, here and in every nginx found. Attaches nothing.
+
+    Exits with 1 where something is, FAIL, and with 0 where nothing is. Without root it tells what it can.
+
+    Examples:
+
+        otel-nginx-ebpf doctor
+
+        otel-nginx-ebpf doctor --json --pid $(cat /run/nginx.pid)
+    """
+    settings = _settings(context)
+    from otel_nginx_ebpf import doctor
+    from otel_nginx_ebpf.export.console import make_console
+    from otel_nginx_ebpf.export.text import open_output
+
+    report = doctor.examine(settings)
+    stdout = open_output(None)
+    try:
+        if json_:
+            print(json.dumps(report.to_dict(), indent=2), file=stdout, flush=True)
+        else:
+            print(doctor.text(report, make_console(stdout, settings.color)), end="", file=stdout, flush=True)
+    except BrokenPipeError:
+        _forget_stdout()
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 layouts = typer.Typer(
     help="Struct layouts of nginx releases: where nginx keeps what traces are made of.", no_args_is_help=True
 )
@@ -275,8 +315,7 @@ def _deliver(
     try:
         work(exporter, stats)
     except BrokenPipeError:
-        # Whoever read stdout has seen enough (`| head`). Python's own flush at exit must not fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
     except CaptureError as error:
         _complain(str(error))
         code = 1
@@ -290,6 +329,11 @@ def _deliver(
         raise typer.Exit(code)
 
 
+def _forget_stdout() -> None:
+    """Whoever read it has seen enough (`| head`). Python's own flush at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _complain(text: str) -> None:
     print(f"{PROGRAM}: {printable(text)}", file=sys.stderr, flush=True)
 
@@ -299,7 +343,7 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """The program: exits with 0, with 1 for damaged input, with 2 for what the user can put right."""
+    """The program: exits with 0, with 1 for damaged input or what `doctor` finds, with 2 for what the user can mend."""
     logging.basicConfig(format=f"{PROGRAM}: %(message)s", level=logging.INFO)
     # Until the agent handles it, and again after that, SIGTERM ends the program as Ctrl-C does; so does SIGINT, also
     # where a shell that runs the program in its background has told it to ignore that.

@@ -12,7 +12,7 @@ from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
 
 # linux/proc_ns.h, PROC_PID_INIT_INO: the host's own pid namespace.
-_HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC
+HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC
 
 # What a handler reads beyond the layout's core: without it the site is of no use.
 _NEEDED_MEMBERS = {"ngx_http_v2_send_output_queue": ("ngx_http_v2_connection_s", "last_out")}
@@ -56,7 +56,7 @@ class Plan:
             },
             follow_all=not settings.pid,
             follow_forks=all(instance.shares_our_pid_namespace for instance in self.instances),
-            pid_namespace=None if namespace[1] == _HOST_PID_NAMESPACE_INODE else namespace,
+            pid_namespace=None if namespace[1] == HOST_PID_NAMESPACE_INODE else namespace,
             active_requests_max=settings.max_active_requests,
             ring_buffer_bytes=settings.ring_buffer_mib << 20,
         )
@@ -88,28 +88,35 @@ def make_plan(instances: tuple[Instance, ...], silent: frozenset[str] = frozense
     chosen: list[tuple[sites.Boundary, Site]] = []
     missing: list[Missing] = []
     for boundary in sites.BOUNDARIES:
-        found = _site(binary, layout, boundary, silent)
+        found = find_site(binary, layout, boundary, silent)
         if isinstance(found, Site):
             chosen.append((boundary, found))
         elif boundary.required:
-            raise UserError(
-                f"{binary.name} (nginx {binary.version}) has no usable probe site for “{boundary.name}”: {found}; "
-                "a build that exports its functions (linked with -Wl,-E) is needed"
-            )
+            raise UserError(no_site(binary, boundary, found))
         else:
             missing.append(Missing(boundary, found))
     return Plan(binary, layout, tuple(chosen), tuple(missing), instances)
 
 
-def _site(binary: Binary, layout: Layout, boundary: sites.Boundary, silent: frozenset[str]) -> Site | str:
-    """The first usable candidate's site, or why there is none."""
+def no_site(binary: Binary, boundary: sites.Boundary, reason: str) -> str:
+    """What to tell the user of a required boundary that has no site."""
+    return (
+        f"{binary.name} (nginx {binary.version}) has no usable probe site for “{boundary.name}”: {reason}; "
+        "a build that exports its functions (linked with -Wl,-E) is needed"
+    )
+
+
+def find_site(
+    binary: Binary, layout: Layout | None, boundary: sites.Boundary, silent: frozenset[str] = frozenset()
+) -> Site | str:
+    """The first usable candidate's site, or why there is none; without a layout, as far as the binary tells."""
     reasons: list[str] = []
     for function in boundary.functions:
         if function in silent:
             reasons.append(f"{function} is exported and never called: the compiler has inlined it")
             continue
         struct, member = _NEEDED_MEMBERS.get(function, ("", ""))
-        if struct and member not in layout.structs.get(struct, {}):
+        if layout and struct and member not in layout.structs.get(struct, {}):
             reasons.append(f"{function} needs {struct}.{member}, which the layout does not have")
             continue
         try:

@@ -178,8 +178,8 @@ def waterfall(trace: Trace, width: int) -> Text:
     return Text("\n").join(lines)
 
 
-def make_renderer(stream: TextIO, color: Literal["auto", "always", "never"]) -> Callable[[Trace], str]:
-    """What writes a trace as a waterfall and an empty line, as wide as the terminal behind `stream` is then."""
+def make_console(stream: TextIO, color: Literal["auto", "always", "never"]) -> Console:
+    """As wide as the terminal behind `stream`; in colour as the setting says, or nothing but text."""
     console = Console(
         file=stream,
         force_terminal={"auto": None, "always": True, "never": False}[color],
@@ -189,6 +189,12 @@ def make_renderer(stream: TextIO, color: Literal["auto", "always", "never"]) -> 
     if color == "never" or console.no_color or not console.is_terminal:
         # NO_COLOR lets rich keep bold and dim; whoever wants no colours wants no escape sequences.
         console = Console(file=stream, color_system=None, force_terminal=False, highlight=False)
+    return console
+
+
+def make_renderer(stream: TextIO, color: Literal["auto", "always", "never"]) -> Callable[[Trace], str]:
+    """What writes a trace as a waterfall and an empty line, as wide as the terminal behind `stream` is then."""
+    console = make_console(stream, color)
 
     def render(trace: Trace) -> str:
         # Rendered apart from writing: on a broken pipe rich itself would end the program.

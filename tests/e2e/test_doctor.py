@@ -1,5 +1,6 @@
-"""`run --dry-run` on a real nginx."""
+"""`doctor` on real nginx, and `run --dry-run`."""
 
+import json
 import os
 import re
 import shutil
@@ -7,13 +8,16 @@ import struct
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from e2e.agent_process import PROGRAM, AgentProcess
 from e2e.nginx_server import NGINX, NginxServer, free_ports
+from otel_nginx_ebpf.sites import BOUNDARIES
 
 _BREAKPOINT = 0xCC
+_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 
 
 @pytest.fixture
@@ -50,6 +54,149 @@ def run(*command: str | Path, environment: dict[str, str] | None = None) -> "sub
     )
     assert "Traceback" not in ended.stderr
     return ended
+
+
+def examined(*arguments: str, prefix: tuple[str, ...] = ()) -> tuple[int, dict[str, Any]]:
+    """The doctor's exit code and JSON."""
+    ended = run(*prefix, PROGRAM, "doctor", "--json", *arguments)
+    return ended.returncode, json.loads(ended.stdout)
+
+
+def test_it_tells_what_nginx_and_readelf_tell(start: Callable[..., NginxServer]) -> None:
+    server = start("plain")
+    code, report = examined("--pid", str(server.worker_pids()[0]))
+    assert (code, report["ok"], report["problems"]) == (0, True, [])
+    (nginx,) = report["nginx"]
+    binary = server.prefix.parent / "nginx"
+    assert (nginx["path"], nginx["state"], nginx["problems"]) == (str(binary), "ok", [])
+    assert nginx["instances"] == [
+        {
+            "pid": server.pid,
+            "workers": 2,
+            "pids": [server.pid, *sorted(server.worker_pids())],
+            "shares_pid_namespace": True,
+        }
+    ]
+    told = run(binary, "-V").stderr
+    assert f"nginx version: nginx/{nginx['version']}\n" in told
+    options = told.split("configure arguments:")[1].split()
+    assert {flag for flag, there in nginx["flags"].items() if there} == set(options) & set(nginx["flags"])
+    assert len(nginx["flags"]) == 5
+    assert f"Build ID: {nginx['build_id']}" in run("readelf", "-n", binary).stdout
+    assert nginx["layout"]["assumed"] is False
+    assert [each["boundary"] for each in nginx["boundaries"]] == [boundary.name for boundary in BOUNDARIES]
+    symbols = run("readelf", "--wide", "--dyn-syms", binary).stdout
+    for each in nginx["boundaries"]:
+        entry = re.search(rf"([0-9a-f]{{16}}) .* {each['function']}$", symbols, re.MULTILINE)
+        assert entry
+        address = int(entry[1], 16) + each["displacement"]
+        bounds = (f"--start-address={address}", f"--stop-address={address + 15}")
+        listing = run("objdump", "-d", "-M", "intel", *bounds, binary).stdout
+        assert re.search(rf"^ +{address:x}:\t.*\t{each['instruction'].split()[0]} ", listing, re.MULTILINE)
+        assert each["cost_us"] == [0.6, 1.1]
+    system = report["system"]
+    assert system["kernel"]["found"] == f"Linux {os.uname().release}"
+    assert {system[name]["state"] for name in ("bpf", "ring_buffer", "uprobes", "capabilities", "bcc")} == {"ok"}
+    bcc = run("/usr/bin/python3", "-c", "import bcc; print(bcc.__version__)").stdout.strip()
+    assert system["bcc"]["found"] == f"{bcc} at /usr/lib/python3/dist-packages/bcc"
+
+
+def test_a_screen_of_a_hostile_name(start: Callable[..., NginxServer]) -> None:
+    server = start("evil\x1b[31m[red]")
+    ended = run(PROGRAM, "doctor", "--pid", str(server.pid))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = ended.stdout.splitlines()
+    assert r"evil\x1b[31m[red]/nginx" in "".join(lines)
+    assert ended.stdout.replace("\n", "").isprintable()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 40
+    assert lines[-1] == "Nothing is in the way of tracing."
+
+
+def test_without_root_it_tells_what_it_can(start: Callable[..., NginxServer]) -> None:
+    server = start("private")
+    # A directory of settings that nobody may not read is another problem, of another test.
+    command = (*_NOBODY, "env", "HOME=/nonexistent")
+    code, report = examined(prefix=command)
+    assert code == 1
+    assert report["system"]["capabilities"]["found"] == "CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE missing"
+    assert report["system"]["kernel"]["state"] == "ok"
+    assert report["system"]["bcc"]["state"] == "ok"
+    (hidden,) = [problem for problem in report["problems"] if problem.startswith(f"pid {server.pid} ")]
+    assert "not allowed to look at it; run as root" in hidden
+    ended = run(*command, PROGRAM, "doctor", "--pid", str(server.pid))
+    assert ended.returncode == 1
+    assert "FAIL capabilities           CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE missing" in ended.stdout
+    assert f"FAIL nginx                  --pid {server.pid}: not allowed to look at it" in ended.stdout
+
+
+def test_all_problems_at_once(start: Callable[..., NginxServer]) -> None:
+    """Of two that cannot be traced, one whose release is not known, one without an export; and one that is no nginx."""
+    unknown = start("unknown", lambda raw: raw.replace(b"nginx/1.22.1", b"nginx/9.22.1"))
+    blind = start("blind", lambda raw: raw.replace(b"\0ngx_http_free_request\0", b"\0ngx_http_free_requesX\0"))
+    partial = start("partial", lambda raw: raw.replace(b"\0ngx_setproctitle\0", b"\0ngx_setproctitlX\0"))
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        pids = [unknown.pid, blind.pid, partial.pid, sleeper.pid, 2**22 + 1]
+        code, report = examined(*(word for pid in pids for word in ("--pid", str(pid))))
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    assert (code, report["ok"]) == (1, False)
+    assert report["problems"] == [f"--pid {2**22 + 1}: no such process"]
+    by_pid = {nginx["instances"][0]["pid"]: nginx for nginx in report["nginx"]}
+
+    told = by_pid[unknown.pid]
+    assert (told["state"], told["version"], told["layout"]) == ("fail", "9.22.1", None)
+    assert "layouts add" in told["problems"][0]
+    assert all(each["state"] == "ok" for each in told["boundaries"]), "the binary tells its sites without a layout"
+
+    told = by_pid[blind.pid]
+    assert told["state"] == "fail"
+    assert "no usable probe site for “request ends”: ngx_http_free_request is not exported" in told["problems"][0]
+    assert [each["boundary"] for each in told["boundaries"] if each["state"] == "fail"] == ["request ends"]
+    assert told["layout"]["source"]
+
+    told = by_pid[partial.pid]
+    assert (told["state"], told["problems"]) == ("note", [])
+    (missing,) = [each for each in told["boundaries"] if each["state"] != "ok"]
+    assert missing["without"] == "the accept and the first read of a new worker's first request"
+    assert missing["reason"] == "ngx_setproctitle is not exported"
+
+    told = by_pid[sleeper.pid]
+    assert told["state"] == "fail"
+    assert "/sleep is not an nginx with the http module" in told["problems"][0]
+
+
+def test_no_nginx() -> None:
+    """In a pid namespace of its own it finds none, and knows that it sees little."""
+    code, report = examined(prefix=("unshare", "--pid", "--fork", "--mount-proc"))
+    assert code == 1
+    assert report["nginx"] == []
+    assert report["problems"] == ["no nginx found: start it, or name it with --pid or --binary"]
+    assert report["system"]["pid_namespace"]["state"] == "note"
+
+
+def test_another_projects_bcc_and_none(tmp_path: Path) -> None:
+    (tmp_path / "bcc").mkdir()
+    (tmp_path / "bcc" / "__init__.py").write_text("")
+    _, report = examined(prefix=("env", f"PYTHONPATH={tmp_path}"))
+    assert report["system"]["bcc"]["state"] == "fail"
+    assert report["system"]["bcc"]["found"] == f"another project's package at {tmp_path}/bcc"
+    (tmp_path / "empty").mkdir()
+    hide = f'mount --bind {tmp_path}/empty /usr/lib/python3/dist-packages && exec "$@"'
+    _, report = examined(prefix=("unshare", "--mount", "sh", "-c", hide, "sh"))
+    assert report["system"]["bcc"]["state"] == "fail"
+    assert report["system"]["bcc"]["found"] == "none"
+    assert "apt-get install python3-bpfcc" in report["system"]["bcc"]["advice"]
+
+
+def test_modules_beside_the_user_are_not_imported(tmp_path: Path) -> None:
+    """Root may stand in anyone's directory."""
+    for name in ("bcc", "json", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('hijacked')")
+    ended = run("sh", "-c", f'cd {tmp_path} && exec "$@"', "sh", PROGRAM, "doctor", "--json")
+    assert json.loads(ended.stdout)["system"]["bcc"]["state"] == "ok"
 
 
 def instruction_bytes(server: NginxServer, binary: Path) -> set[int]:

@@ -1,0 +1,271 @@
+"""What is in the way of tracing, on this machine and in every nginx that runs on it: looked at, not touched."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from otel_nginx_ebpf import __version__, sites
+from otel_nginx_ebpf.config import Settings
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.kernel import preflight
+from otel_nginx_ebpf.kernel.preflight import Check, State
+from otel_nginx_ebpf.nginx.binary import Binary, Site
+from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
+from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, pid_namespace, title
+from otel_nginx_ebpf.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site
+from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.tracing import by_binary, find_instances
+
+# Of a uprobe on an instruction that the kernel emulates, as every chosen site is: in a hot loop … on the proxied path.
+_COST_US = (0.6, 1.1)
+
+_FLAGS = ("--with-compat", "--with-debug", "--with-http_ssl_module", "--with-http_v2_module", "--with-http_v3_module")
+
+_TO_HAVE_ALL = "all else is traced; to have this too: a build that exports its functions (-Wl,-E), or its debug symbols"
+
+_STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "fail": "bold red"}
+
+
+# The fields of these are the keys of --json.
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryReport:
+    """Where the probe for a boundary of `sites.BOUNDARIES` would sit; what is None there is none of."""
+
+    boundary: str
+    state: State
+    function: str | None
+    displacement: int | None
+    """Bytes from the function's entry."""
+    instruction: str | None
+    cost_us: tuple[float, float] | None
+    """About what a hit costs nginx: at least, at most, in microseconds."""
+    reason: str | None
+    """Why there is no site."""
+    without: str | None
+    """What traces lack for want of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReport:
+    """A master and its workers."""
+
+    pid: int
+    workers: int
+    pids: tuple[int, ...]
+    shares_pid_namespace: bool
+    """Whether it counts pids as this process does."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutReport:
+    """Where the struct layout would be from; `nginx.layouts.Layout` explains."""
+
+    source: str
+    assumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NginxReport:
+    """One binary and all instances that run it. What could not be found out is None or empty."""
+
+    state: State
+    path: str | None
+    version: str | None
+    build_id: str | None
+    flags: dict[str, bool]
+    """Options of nginx's ./configure that matter here, and whether they were given."""
+    instances: tuple[InstanceReport, ...]
+    layout: LayoutReport | None
+    boundaries: tuple[BoundaryReport, ...]
+    problems: tuple[str, ...]
+    """Each with the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All that was found out. `ok`: nothing is in the way of tracing."""
+
+    program_version: str
+    ok: bool
+    system: dict[str, Check]
+    nginx: tuple[NginxReport, ...]
+    problems: tuple[str, ...]
+    """Of finding nginx, each with the next step."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine(settings: Settings) -> Report:
+    """Looks at everything and raises for nothing: each problem is reported beside the others."""
+    checks = (*(check() for check in preflight.CHECKS), preflight.bcc(), _pid_namespace())
+    instances, problems = _find(settings)
+    nginx = tuple(_examine_nginx(group) for group in by_binary(instances))
+    states = [check.state for check in checks] + [each.state for each in nginx]
+    ok = not problems and "fail" not in states
+    return Report(__version__, ok, {check.name.replace(" ", "_"): check for check in checks}, nginx, problems)
+
+
+def _pid_namespace() -> Check:
+    name = "pid namespace"
+    if pid_namespace()[1] == HOST_PID_NAMESPACE_INODE:
+        return Check(name, "ok", "the host's own")
+    return Check(name, "note", "a container's", "only nginx in it is found; --pid=host or a shared one shows more")
+
+
+def _find(settings: Settings) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
+    """The instances that are wanted, and why others that are wanted were not found."""
+    found: dict[int, Instance] = {}
+    problems: list[str] = []
+    wanted = (
+        [settings.model_copy(update={"pid": (pid,)}) for pid in settings.pid]
+        or [settings.model_copy(update={"binary": (path,)}) for path in settings.binary]
+        or [settings]
+    )
+    for each in wanted:
+        try:
+            found |= {instance.master_pid: instance for instance in find_instances(each, Watch(each.binary))}
+        except UserError as error:
+            problems.append(str(error))
+    if not settings.pid and not settings.binary and (hidden := list(_hidden())):
+        problems = hidden
+    return tuple(found.values()), tuple(problems)
+
+
+def _hidden() -> Iterator[str]:
+    """Of each process that calls itself an nginx master but may not be looked at."""
+    for pid in psutil.pids():
+        if (name := title(pid)).startswith("nginx: master process"):
+            try:
+                file_identity(pid)
+            except PermissionError:
+                yield f"pid {pid} ({name}): not allowed to look at it; run as root or with CAP_SYS_PTRACE"
+            except OSError:
+                continue
+
+
+def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
+    running = tuple(
+        InstanceReport(each.master_pid, each.workers, each.pids, each.shares_our_pid_namespace) for each in instances
+    )
+    try:
+        binary = Binary(instances[0].executable)
+    except UserError as error:
+        return NginxReport("fail", None, None, None, {}, running, None, (), (str(error),))
+    problems: list[str] = []
+    layout: Layout | None = None
+    try:
+        layout = layout_for(binary)
+    except UserError as error:
+        problems.append(str(error))
+    # Without a layout the binary still tells where its probes would sit.
+    boundaries = tuple(_examine_boundary(binary, layout, boundary, problems) for boundary in sites.BOUNDARIES)
+    noted = any(boundary.state == "note" for boundary in boundaries) or (layout is not None and layout.assumed)
+    return NginxReport(
+        state="fail" if problems else "note" if noted else "ok",
+        path=binary.name,
+        version=binary.version,
+        build_id=binary.build_id or None,
+        flags=_flags(binary),
+        instances=running,
+        layout=LayoutReport(layout.source, layout.assumed) if layout else None,
+        boundaries=boundaries,
+        problems=tuple(problems),
+    )
+
+
+def _flags(binary: Binary) -> dict[str, bool]:
+    given = binary.configure_arguments.split()
+    # The module signature says it, whatever became of the arguments' text.
+    return {flag: flag in given for flag in _FLAGS} | {"--with-compat": binary.with_compat}
+
+
+def _examine_boundary(
+    binary: Binary, layout: Layout | None, boundary: sites.Boundary, problems: list[str]
+) -> BoundaryReport:
+    found = find_site(binary, layout, boundary)
+    if isinstance(found, Site):
+        return BoundaryReport(
+            boundary.name, "ok", found.function, found.displacement, found.instruction, _COST_US, None, None
+        )
+    if boundary.required:
+        problems.append(no_site(binary, boundary, found))
+    state: State = "fail" if boundary.required else "note"
+    return BoundaryReport(boundary.name, state, None, None, None, None, found, boundary.without)
+
+
+def render(report: Report) -> RenderableType:
+    """The report for people: from 60 columns on, whatever processes and paths are called."""
+    parts: list[RenderableType] = [Text(f"otel-nginx-ebpf {report.program_version}", style="bold"), Text()]
+    system = _table()
+    for check in report.system.values():
+        _row(system, check.state, check.name, check.found, check.advice)
+    parts.append(system)
+    for nginx in report.nginx:
+        name = f"nginx {nginx.version} {nginx.path}" if nginx.version else "nginx"
+        parts += [Text(), Text(printable(name), style="bold", overflow="fold"), _nginx_table(nginx)]
+    if report.problems:
+        nowhere = _table()
+        for problem in report.problems:
+            _row(nowhere, "fail", "nginx", problem)
+        parts += [Text(), nowhere]
+    end = "Nothing is in the way of tracing." if report.ok else "Something is in the way of tracing: see FAIL."
+    return Group(*parts, Text(), Text(end, style=_STYLES["ok" if report.ok else "fail"]))
+
+
+def _table() -> Table:
+    table = Table.grid(padding=(0, 1, 0, 0), expand=True)
+    table.add_column(width=4)
+    table.add_column(width=22)
+    table.add_column(ratio=1, overflow="fold")
+    return table
+
+
+def _row(table: Table, state: State | None, name: str, found: str, advice: str = "") -> None:
+    mark = "FAIL" if state == "fail" else state or ""
+    text = Text(printable(found), style="" if state in (None, "ok") else _STYLES[state])
+    if advice:
+        text = Text.assemble(text, "\n", printable(advice))
+    table.add_row(Text(mark, style=_STYLES[state] if state else ""), Text(name), text)
+
+
+def _nginx_table(nginx: NginxReport) -> Table:
+    table = _table()
+    for instance in nginx.instances:
+        workers = f"{instance.workers} worker{'' if instance.workers == 1 else 's'}"
+        elsewhere = "" if instance.shares_pid_namespace else ", in another pid namespace"
+        _row(table, None, "pid", f"{instance.pid}, {workers}{elsewhere}")
+    if nginx.flags:
+        given = " ".join(flag for flag, there in nginx.flags.items() if there)
+        absent = " ".join(flag for flag, there in nginx.flags.items() if not there)
+        _row(table, None, "configured", (given or "plainly") + (f", not {absent}" if absent else ""))
+        _row(table, None, "build-id", nginx.build_id or "none")
+    if nginx.layout:
+        advice = "taken for true once nginx's memory agrees, at its first requests" if nginx.layout.assumed else ""
+        _row(table, "note" if nginx.layout.assumed else "ok", "layout", nginx.layout.source, advice)
+    for each in nginx.boundaries:
+        if each.reason is None:
+            _row(table, each.state, each.boundary, f"{each.function}+{each.displacement} ({each.instruction})")
+        elif each.state == "note":
+            _row(table, each.state, each.boundary, f"no {each.without}: {each.reason}", _TO_HAVE_ALL)
+    if any(each.cost_us for each in nginx.boundaries):
+        _row(table, None, "", "a hit of one costs about {} to {} µs".format(*_COST_US))
+    for problem in nginx.problems:
+        _row(table, "fail", "tracing", problem)
+    return table
+
+
+def text(report: Report, console: Console) -> str:
+    """The report as `console` would show it."""
+    # Rendered apart from writing: on a broken pipe rich itself would end the program.
+    with console.capture() as capture:
+        console.print(render(report))
+    return "\n".join(line.rstrip() for line in capture.get().split("\n"))
