@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 import pytest
@@ -70,9 +71,25 @@ def make_nginx(directory: Path) -> Iterator["type[PrivateNginx]"]:
         assert each.server.problems() == []
 
 
-def agent_on(directory: Path, *binaries: Path) -> AgentProcess:
-    named = [word for binary in binaries for word in ("--binary", str(binary))]
-    return AgentProcess(0, directory, ["run", *named, "--exporter", "json", "--output", directory / "traces.jsonl"])
+class StartAgent(Protocol):
+    def __call__(self, *arguments: str | Path, name: str = "agent") -> AgentProcess: ...
+
+
+@pytest.fixture
+def start_agent(directory: Path) -> Iterator[StartAgent]:
+    """Starts `run` with these arguments and the JSON exporter; none is left behind, whatever fails."""
+    started: list[AgentProcess] = []
+
+    def start(*arguments: str | Path, name: str = "agent") -> AgentProcess:
+        (directory / name).mkdir()
+        output = directory / name / "traces.jsonl"
+        command = ["run", *map(str, arguments), "--exporter", "json", "--output", output]
+        started.append(AgentProcess(0, directory / name, command))
+        return started[-1]
+
+    yield start
+    for agent in started:
+        agent.kill()
 
 
 def paths(agent: AgentProcess) -> list[str]:
@@ -95,11 +112,11 @@ def resources(traces: list[Trace]) -> dict[str, dict[str, object]]:
     return {trace.server.attributes["url.path"]: trace.resource for trace in traces}
 
 
-def test_two_builds_at_once_each_with_its_resource(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+def test_two_builds_at_once_each_with_its_resource(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
     one, two = make_nginx("one"), make_nginx("two")
     one.start()
     two.start()
-    agent = agent_on(directory, one.binary, two.binary)
+    agent = start_agent("--binary", one.binary, "--binary", two.binary)
     wait_for_ready_lines(agent, 2)
     one.get("/one")
     two.get("/two")
@@ -116,14 +133,13 @@ def test_two_builds_at_once_each_with_its_resource(directory: Path, make_nginx: 
     assert found["/one"]["service.instance.id"] != found["/two"]["service.instance.id"]
 
 
-def test_one_binary_two_instances(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+def test_one_binary_two_instances(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
     """The same build, one of it started after the agent; --pid wants only its own."""
     one = make_nginx("one")
     two = make_nginx("two", one.binary)
     one.start()
-    agent = agent_on(directory, one.binary)
-    (directory / "only").mkdir()
-    only = AgentProcess(one.server.pid, directory / "only")
+    agent = start_agent("--binary", one.binary)
+    only = start_agent("--pid", str(one.server.pid), name="only")
     two.start()
     two.get("/two")
     one.get("/one")
@@ -140,11 +156,13 @@ def test_one_binary_two_instances(directory: Path, make_nginx: type[PrivateNginx
     assert first.outline() == ["downstream read", "downstream write"]
 
 
-def test_started_later_replaced_under_its_path_and_gone(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+def test_started_later_replaced_under_its_path_and_gone(
+    make_nginx: type[PrivateNginx], start_agent: StartAgent
+) -> None:
     early = make_nginx("early")
     early.start()
     late = make_nginx("late")
-    agent = agent_on(directory, early.binary, late.binary)
+    agent = start_agent("--binary", early.binary, "--binary", late.binary)
     late.start()
     wait_for_ready_lines(agent, 2)
     late.get("/late")
@@ -171,7 +189,7 @@ def test_started_later_replaced_under_its_path_and_gone(directory: Path, make_ng
     assert "lost 0" in agent.stderr()
 
 
-def test_upgraded_on_the_fly(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+def test_upgraded_on_the_fly(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
     """USR2 starts the new binary beside the old; WINCH and QUIT end the old one."""
     nginx = make_nginx("upgraded")
     config = nginx.server.prefix / "nginx.conf"
@@ -181,7 +199,7 @@ def test_upgraded_on_the_fly(directory: Path, make_nginx: type[PrivateNginx]) ->
     wait_until(lambda: pid_file.exists() and pid_file.read_text() != "", "nginx")
     nginx.server._process.wait()
     old_pid = int(pid_file.read_text())
-    agent = agent_on(directory, nginx.binary)
+    agent = start_agent("--binary", nginx.binary)
     nginx.get("/old")
     replacement = nginx.binary.with_name("new")
     shutil.copy(NGINX, replacement)
@@ -214,24 +232,24 @@ def _workers(master: int, but: int) -> list[int]:
     return [child.pid for child in psutil.Process(master).children() if child.pid != but]
 
 
-def test_a_deleted_binary(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+def test_a_deleted_binary(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
     """A package upgrade removes the file; the process goes on, and so does tracing it."""
     nginx = make_nginx("deleted")
     nginx.start()
     nginx.binary.unlink()
-    agent = AgentProcess(nginx.server.pid, directory)
+    agent = start_agent("--pid", str(nginx.server.pid))
     nginx.get("/deleted")
     wait_for_paths(agent, "/deleted")
     agent.stop()
 
 
-def test_nginx_in_another_pid_namespace(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+def test_nginx_in_another_pid_namespace(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
     """As in a container seen from its host: its pids are other numbers there."""
     nginx = make_nginx("contained", command=("unshare", "--pid", "--fork", "--mount-proc"))
     nginx.start()
     try:
         master = psutil.Process(nginx.server.pid).children()[0].pid
-        agent = AgentProcess(master, directory)
+        agent = start_agent("--pid", str(master))
         nginx.get("/first")
         before = {child.pid for child in psutil.Process(master).children()}
         os.kill(master, signal.SIGHUP)
@@ -286,15 +304,11 @@ nginx.wait()
     assert all(int(trace.server.attributes["nginx.worker.pid"]) < 100 for trace in traces)
 
 
-def test_every_request_of_a_reload_under_load(directory: Path, make_nginx: type[PrivateNginx]) -> None:
+def test_every_request_of_a_reload_under_load(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
     """Old workers finish theirs, new ones are seen from their first; the log counts."""
     nginx = make_nginx("loaded")
     nginx.start()
-    traces = directory / "traces.jsonl"
-    room = ["--ring-buffer-mib", "64"]
-    agent = AgentProcess(
-        0, directory, ["run", "--pid", str(nginx.server.pid), *room, "--exporter", "json", "--output", traces]
-    )
+    agent = start_agent("--pid", str(nginx.server.pid), "--ring-buffer-mib", "64")
     host, port = nginx.address
     load = subprocess.Popen(
         ["ab", "-q", "-k", "-r", "-c", "16", "-n", "60000", f"http://{host}:{port}/load"], stdout=subprocess.DEVNULL

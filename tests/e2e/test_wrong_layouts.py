@@ -55,13 +55,14 @@ def directory(public_directory: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_a_newer_patch_release_is_assumed_to_be_alike_and_found_so(directory: Path) -> None:
     liar = Liar(directory, "1.22.9")
+    agent = AgentProcess(liar.server.pid, directory)
     try:
-        agent = AgentProcess(liar.server.pid, directory)
         assert "layout catalogue 1.22.1 (assumed)" in agent.stderr()
         assert [liar.get(target) for target in ("/one", "/proxied")] == [200, 200]
         wait_until(lambda: len(agent.poll()) == 3, "the traces of two requests and of what one of them proxied")
         agent.stop()
     finally:
+        agent.kill()
         liar.server.stop()
     routes = {
         trace.server.attributes["url.path"]: trace.outline() for trace in agent.traces if "upstream" in str(trace)
