@@ -274,7 +274,8 @@ def add_layouts(
 
     It is looked for where `run` looks for it: in the binary, in its debug
     file, on the servers of $DEBUGINFOD_URLS. Afterwards `run` knows every
-    build of that release that was configured --with-compat.
+    build of that release that was configured --with-compat. Your own
+    catalogue is that of the user you are: of root, for a `run` by root.
 
     Example:
 

@@ -137,7 +137,8 @@ def own_path() -> Path:
     """Where a user's own catalogue is: $OTEL_NGINX_EBPF_CATALOGUE, else in the XDG data directory."""
     if path := os.environ.get(PATH_VARIABLE):
         return Path(path)
-    data = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    # Not Path.home(), which fails where a container's user has none.
+    data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return Path(data) / "otel-nginx-ebpf" / "layouts.json"
 
 

@@ -98,14 +98,17 @@ def _number(variable: str, default: int) -> int:
 def _cache_directory() -> Path:
     if path := os.environ.get("DEBUGINFOD_CACHE_PATH"):
         return Path(path)
-    older = Path.home() / ".debuginfod_client_cache"
+    # Not Path.home(), which fails where a container's user has none.
+    older = Path(os.path.expanduser("~/.debuginfod_client_cache"))
     if older.is_dir():
         return older
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "debuginfod_client"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "debuginfod_client"
 
 
 def _store(path: Path, content: bytes) -> None:
     """Without a cache it works as well, and slower."""
+    if not path.is_absolute():
+        return  # ~, of a user without a home directory
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from hypothesis import given
 from hypothesis import strategies as st
-from matrix.builds import BUILDS, BuildError, CompiledBuild, obtain
+from matrix.builds import NO_COMPAT, BuildError, CompiledBuild, obtain
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.nginx import catalogue
@@ -28,7 +29,6 @@ PROGRAM = Path(sys.executable).with_name("otel-nginx-ebpf")
 DEBIANS = Path("/usr/sbin/nginx")
 
 WITH_DEBUG_INFO = CompiledBuild("debug", "-g -O1")
-WITHOUT_COMPAT = next(build for build in BUILDS if build.name == "no-compat")
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +54,7 @@ def whole() -> Path:
 
 @pytest.fixture(scope="module")
 def without_compat() -> Path:
-    assert isinstance(WITHOUT_COMPAT, CompiledBuild)
-    return built(WITHOUT_COMPAT)
+    return built(NO_COMPAT)
 
 
 class Split:
@@ -164,6 +163,18 @@ def test_a_catalogue_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.json").mkdir()
     with pytest.raises(UserError, match=r"cannot read the layouts in .*own\.json"):
         layout_for(Binary(DEBIANS))
+
+
+def test_a_user_without_a_home_directory_has_no_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a user id that /etc/passwd does not list."""
+
+    def unlisted(uid: int) -> pwd.struct_passwd:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_DATA_HOME", catalogue.PATH_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unlisted)
+    assert catalogue.known() == catalogue.shipped()
 
 
 # --- by release
