@@ -117,6 +117,8 @@ def bpf() -> Check:
 
 def ring_buffer() -> Check:
     """Whether the kernel has BPF ring buffers."""
+    if bpf().state != "ok":
+        return Check("ring buffer", "note", "unknown", "cannot be tried; see bpf")
     advice = "this kernel has no BPF ring buffer, which came with 5.8; use a newer kernel"
     return _try_map("ring buffer", _MAP_TYPE_RINGBUF, 0, 4096, Check("ring buffer", "fail", "none", advice))
 

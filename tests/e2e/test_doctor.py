@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,19 @@ from e2e.nginx_server import NGINX, NginxServer, free_ports
 from otel_nginx_ebpf.sites import BOUNDARIES
 
 _BREAKPOINT = 0xCC
-_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
+# Starts a program under a filter (seccomp(2)) that lets bpf(), system call 321, fail with EPERM.
+_WITHOUT_BPF = """
+import ctypes, os, struct, sys
+rules = struct.pack("HBBI" * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 321, 0x06, 0, 0, 0x00050001, 0x06, 0, 0, 0x7FFF0000)
+code = ctypes.create_string_buffer(rules)
+class Filter(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
+filtered = Filter(4, ctypes.addressof(code))
+assert ctypes.CDLL(None).prctl(22, 2, ctypes.byref(filtered)) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+# No capability, as any other user; yet this user, who alone may be able to read the checkout.
+_POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
 
 @pytest.fixture
@@ -115,16 +128,14 @@ def test_a_screen_of_a_hostile_name(start: Callable[..., NginxServer]) -> None:
 
 def test_without_root_it_tells_what_it_can(start: Callable[..., NginxServer]) -> None:
     server = start("private")
-    # A directory of settings that nobody may not read is another problem, of another test.
-    command = (*_NOBODY, "env", "HOME=/nonexistent")
-    code, report = examined(prefix=command)
+    code, report = examined(prefix=_POWERLESS)
     assert code == 1
     assert report["system"]["capabilities"]["found"] == "CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE missing"
     assert report["system"]["kernel"]["state"] == "ok"
     assert report["system"]["bcc"]["state"] == "ok"
     (hidden,) = [problem for problem in report["problems"] if problem.startswith(f"pid {server.pid} ")]
     assert "not allowed to look at it; run as root" in hidden
-    ended = run(*command, PROGRAM, "doctor", "--pid", str(server.pid))
+    ended = run(*_POWERLESS, PROGRAM, "doctor", "--pid", str(server.pid))
     assert ended.returncode == 1
     assert "FAIL capabilities           CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE missing" in ended.stdout
     assert f"FAIL nginx                  --pid {server.pid}: not allowed to look at it" in ended.stdout
@@ -189,6 +200,37 @@ def test_another_projects_bcc_and_none(tmp_path: Path) -> None:
     assert report["system"]["bcc"]["state"] == "fail"
     assert report["system"]["bcc"]["found"] == "none"
     assert "apt-get install python3-bpfcc" in report["system"]["bcc"]["advice"]
+
+
+def test_lockdown_and_tracefs_where_they_are_mounted() -> None:
+    """In a mount namespace of the program's own; the doctor itself mounts nothing."""
+    mount = "mount -t securityfs none /sys/kernel/security; mount -t tracefs none /sys/kernel/tracing"
+    prefix = (
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        f'{mount}; cat /sys/kernel/security/lockdown || echo [unknown]; exec "$@"',
+        "sh",
+    )
+    state, _, told = run(*prefix, PROGRAM, "doctor", "--json").stdout.partition("\n")
+    system = json.loads(told)["system"]
+    active = re.search(r"\[(\w+)\]", state)
+    assert active, state
+    assert system["lockdown"]["found"] == active[1]
+    assert system["tracefs"]["found"] == "/sys/kernel/tracing"
+
+
+def test_a_system_call_filter() -> None:
+    """As containers have: bpf() fails for root as well."""
+    prefix = (sys.executable, "-c", _WITHOUT_BPF)
+    _, report = examined(prefix=prefix)
+    assert report["system"]["bpf"]["state"] == "fail"
+    assert report["system"]["ring_buffer"]["found"] == "unknown"
+    ended = run(*prefix, PROGRAM, "run", "--exporter", "json")
+    assert ended.returncode == 2
+    assert ended.stderr == f"otel-nginx-ebpf: {report['system']['bpf']['advice']}\n"
+    assert "seccomp" in ended.stderr
 
 
 def test_modules_beside_the_user_are_not_imported(tmp_path: Path) -> None:
