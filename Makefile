@@ -7,7 +7,7 @@ PACKAGES := nginx openssl python3-bpfcc python3-venv
 # to hold our struct layouts against.
 PACKAGES += apache2-utils libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
 PACKAGES += ca-certificates libpython3.11
-PACKAGES += binutils gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
+PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test matrix check clean

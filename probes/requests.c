@@ -349,7 +349,11 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
     record->worker_pid = tgid;
     record->upstream_states = count_upstream_states(MEMBER(process->request, u64, ngx_http_request_s, upstream_states));
+#ifdef OFFSET_ngx_connection_s__ssl
     record->tls = MEMBER(process->connection, u64, ngx_connection_s, ssl) != 0;
+#else
+    record->tls = 0; /* a build without TLS */
+#endif
     record->multiplexed = multiplexed;
     record->attempts_lost = active.attempts_lost > 255 ? 255 : active.attempts_lost;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);

@@ -56,10 +56,12 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
 
     if (peer_connection) {
         struct socket_key socket_key = {.tgid = tgid};
-        u64 ssl = 0;
         bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(peer_connection + OFFSET_ngx_connection_s__fd));
+#ifdef OFFSET_ngx_connection_s__ssl
+        u64 ssl = 0;
         read_pointer(&ssl, peer_connection + OFFSET_ngx_connection_s__ssl);
         ended.attempt.tls = ssl != 0;
+#endif
         struct socket *socket = sockets.lookup(&socket_key);
         if (socket) {
             ended.attempt.connect_start_ns = socket->opened_ns;
