@@ -53,6 +53,10 @@ class DebianBuild:
     name: str
     suite: str
 
+    @property
+    def description(self) -> str:
+        return f"Debian's package of {self.suite}, with that release's libraries"
+
     def make(self, directory: Path) -> None:
         tree = directory / "tree"
         tree.mkdir()
@@ -85,6 +89,12 @@ class CompiledBuild:
     stripped: bool = False
     suite: str = "trixie"
 
+    @property
+    def description(self) -> str:
+        flags = f"`{self.compiler}`" + (f", linked with `{self.linker}`" if self.linker else "")
+        compatible = "" if self.compatible else ", without `--with-compat`"
+        return f"compiled with {flags}{compatible}{', stripped' if self.stripped else ''}"
+
     def make(self, directory: Path) -> None:
         with tempfile.TemporaryDirectory() as name:
             download(self.suite, Path(name), "source", "nginx")
@@ -113,6 +123,10 @@ class StrippedBuild:
     original: CompiledBuild
     refusal: str = field(repr=False)
     """What the program must say, as this build is out of its reach."""
+
+    @property
+    def description(self) -> str:
+        return f"{self.original.name}, stripped"
 
     def make(self, directory: Path) -> None:
         subprocess.run(["strip", "--strip-all", "-o", directory / "nginx", obtain(self.original) / "nginx"], check=True)
