@@ -53,9 +53,13 @@ class Column:
     problem: str = ""
 
     def of(self, module: str) -> str:
-        here = [each for each in self.results if each.module == module]
-        passed = sum(each.outcome == "passed" for each in here)
-        return str(passed) if passed == len(here) else f"**{passed} of {len(here)}**"
+        counts = Counter(each.outcome for each in self.results if each.module == module)
+        passed = counts["passed"]
+        if counts["failed"]:
+            return f"**{passed} of {counts.total()}**"
+        if counts["skipped"]:
+            return f"{passed} of {counts.total()}" if passed else "none"
+        return str(passed)
 
     @property
     def exceptions(self) -> list[Result]:
@@ -108,8 +112,9 @@ def run_pytest(name: str, directory: Path, selection: Sequence[str]) -> tuple[Re
 
 
 def result_of(case: ElementTree.Element) -> Result:
-    module = case.attrib["classname"].rpartition(".")[2]
-    scenario = case.attrib["name"].removeprefix("test_")
+    # A module that is skipped as a whole has no classname.
+    module = (case.attrib["classname"] or case.attrib["name"]).rpartition(".")[2]
+    scenario = case.attrib["name"].removeprefix("test_") if case.attrib["classname"] else "all"
     for outcome, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
         for tag in tags:
             if (found := case.find(tag)) is not None:
