@@ -20,7 +20,7 @@ KINDS = {
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
 
 # HTTP/0.9 requests name no version.
-PROTOCOL_VERSIONS = {"HTTP/1.0": "1.0", "HTTP/1.1": "1.1", "HTTP/2.0": "2"}
+PROTOCOL_VERSIONS = {"HTTP/1.0": "1.0", "HTTP/1.1": "1.1", "HTTP/2.0": "2", "HTTP/3.0": "3"}
 
 ATTEMPTS_MAX = 32
 """Further ones have no spans, and are counted in nginx.upstream.attempts_lost."""

@@ -4,7 +4,6 @@ import poplib
 import re
 import socket
 import struct
-import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import pytest
 
 from e2e.dns_server import DnsServer
 from e2e.http1_client import Address, Http1Connection, trusting_tls
-from e2e.nginx_server import BUILD, START
+from e2e.nginx_server import BUILD, nginx_build
 from e2e.pop3_server import Pop3Server
 from e2e.stage import Stage
 from e2e.timing import Slack
@@ -27,7 +26,7 @@ NAME = "found.test"
 
 def _loading(module: str) -> str | None:
     """The directive that loads a module; empty where it is built in, None where this nginx has none."""
-    options = subprocess.run([START, "-V"], check=True, capture_output=True, text=True).stderr
+    options = nginx_build()
     if re.search(rf"--with-{module}(\s|$)", options):
         return ""
     directory = re.search(r"--modules-path=/(\S+)", options)
