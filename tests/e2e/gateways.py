@@ -32,11 +32,29 @@ class UwsgiServer:
         self._process.wait(10)
 
 
+class Fcgiwrap:
+    """FastCGI that keeps connections, which uwsgi's does not: runs a script for each request."""
+
+    def __init__(self, directory: Path) -> None:
+        own = _own_directory(directory, "fcgiwrap")
+        path = own / "socket"
+        self.script = own / "answer"
+        self.script.write_text("#!/bin/sh\nsleep 0.02\nprintf 'Content-Type: text/plain\\r\\n\\r\\nxxxxx'\n")
+        self.script.chmod(0o755)
+        with (own / "log").open("wb") as log:
+            command = ["fcgiwrap", "-s", f"unix:{path}"]
+            self._process = _start(command, log, own, user=UNPRIVILEGED)
+        self.address = f"unix:{path}"
+        wait_until(path.exists, "fcgiwrap to listen")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+
+
 class Memcached:
     def __init__(self, directory: Path) -> None:
-        own = directory / "memcached"
-        own.mkdir()
-        shutil.chown(own, UNPRIVILEGED)
+        own = _own_directory(directory, "memcached")
         path = own / "socket"
         with (own / "log").open("wb") as log:
             self._process = _start(["memcached", "-s", str(path), "-a", "0666", "-u", UNPRIVILEGED], log, own)
@@ -54,5 +72,15 @@ class Memcached:
         self._process.wait(10)
 
 
-def _start(command: list[str], log: IO[bytes], directory: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+def _own_directory(directory: Path, name: str) -> Path:
+    """A directory where an unprivileged server can make its socket."""
+    own = directory / name
+    own.mkdir()
+    shutil.chown(own, UNPRIVILEGED)
+    return own
+
+
+def _start(command: list[str], log: IO[bytes], directory: Path, user: str | None = None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, cwd=directory, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, user=user
+    )

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
-from e2e.gateways import Memcached, UwsgiServer
+from e2e.gateways import Fcgiwrap, Memcached, UwsgiServer
 from e2e.grpc_server import SERVICE, GrpcServer, call
 from e2e.stage import Stage
 from e2e.timing import LAG_MAX_MS, Slack
@@ -23,7 +23,8 @@ READ_WRITE = ["downstream read", "downstream write"]
 GATEWAYS = ("uwsgi", "fastcgi", "scgi")
 
 pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, ("uwsgi", "memcached"))), reason="needs uwsgi and memcached; `make setup` installs them"
+    not all(map(shutil.which, ("uwsgi", "fcgiwrap", "memcached"))),
+    reason="needs uwsgi, fcgiwrap and memcached; `make setup` installs them",
 )
 
 
@@ -38,16 +39,19 @@ def memcached(public_directory: Path) -> Iterator[Memcached]:
 def upstream_addresses(
     upstream_addresses: dict[str, str], public_directory: Path, memcached: Memcached
 ) -> Iterator[dict[str, str]]:
-    uwsgi = UwsgiServer(public_directory)
+    uwsgi, fcgiwrap = UwsgiServer(public_directory), Fcgiwrap(public_directory)
     grpc_server = GrpcServer(public_directory)
     yield {
         **upstream_addresses,
         **uwsgi.addresses,
+        "fcgiwrap": fcgiwrap.address,
+        "script": str(fcgiwrap.script),
         "memcached": memcached.address,
         **grpc_server.addresses,
     }
     grpc_server.stop()
     uwsgi.stop()
+    fcgiwrap.stop()
 
 
 # --- FastCGI, uwsgi, SCGI
@@ -143,6 +147,22 @@ def test_dead_gateway_then_a_live_one(stage: Stage, protocol: str) -> None:
     each = stage.exchange()
     assert each.trace.outline() == ["downstream read", "upstream connect", *NEW[1:]]
     assert each.trace.named("upstream connect")[0].error == "ECONNREFUSED"
+
+
+@pytest.mark.nginx(
+    http="upstream @NAME@ { server @FCGIWRAP@; keepalive 2; }",
+    server="location / { fastcgi_pass @NAME@; fastcgi_keep_conn on; fastcgi_param SCRIPT_FILENAME @SCRIPT@;"
+    + " ".join(f"fastcgi_param {each};" for each in PARAMETERS)
+    + "}",
+)
+def test_kept_alive_gateway(stage: Stage) -> None:
+    """FastCGI marks an answer's end itself, and nginx may keep the connection."""
+    for _ in range(3):
+        assert stage.get("/").body == b"xxxxx"
+    traces = [each.trace for each in stage.exchanges(3)]
+    assert [trace.outline() for trace in traces] == [NEW, REUSED, REUSED]
+    for trace in traces:
+        assert trace.named("upstream exchange")[0].attributes["nginx.upstream.time_to_first_byte_ns"] > 0.02e9
 
 
 # --- memcached
