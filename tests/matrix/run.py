@@ -13,6 +13,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -198,12 +200,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
     parser.add_argument("builds", nargs="*", metavar="BUILD", help=f"of {', '.join(each.name for each in BUILDS)}")
     parser.add_argument("-k", metavar="EXPRESSION", help="pytest's: only scenarios whose names match")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="builds at a time (default: 2)")
     arguments = parser.parse_args()
     if unknown := set(arguments.builds) - {each.name for each in BUILDS}:
         parser.error(f"no build is called {', '.join(sorted(unknown))}")
     chosen = [each for each in BUILDS if not arguments.builds or each.name in arguments.builds]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    columns = [run(build, ["-k", arguments.k] if arguments.k else []) for build in chosen]
+    # Scenarios mostly wait. Compilers do not, so all builds are made first.
+    for build in chosen:
+        with suppress(BuildError):  # said below
+            obtain(build)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        columns = list(pool.map(lambda build: run(build, ["-k", arguments.k] if arguments.k else []), chosen))
     text = table(columns)
     TABLE.write_text(text)
     print(text)
