@@ -3,12 +3,11 @@
 /* ngx_http_create_request(ngx_connection_t *c) */
 int enter_ngx_http_create_request(struct pt_regs *ctx)
 {
-    u64 now = bpf_ktime_get_ns();
-    u32 tgid = current_tgid();
-    struct process *process = probed_process(tgid);
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(&tgid, &now);
     if (!process)
         return 0;
-    process->last_event_ns = now;
 
     struct request_key key = {.connection = PT_REGS_PARM1(ctx), .tgid = tgid};
     struct active_request active = {.created_ns = now};
@@ -38,12 +37,11 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
 /* ngx_http_request_body_save_filter(ngx_http_request_t *r, ngx_chain_t *in): a part of a body, in any protocol */
 int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
 {
-    u64 now = bpf_ktime_get_ns();
-    u32 tgid = current_tgid();
-    struct process *process = probed_process(tgid);
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(&tgid, &now);
     if (!process)
         return 0;
-    process->last_event_ns = now;
 
     struct request_key key = {.tgid = tgid};
     struct socket_key socket_key = {.tgid = tgid};
@@ -67,12 +65,11 @@ int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
 /* ngx_http_v2_send_output_queue(ngx_http_v2_connection_t *h2c): which streams are about to write */
 int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
 {
-    u64 now = bpf_ktime_get_ns();
-    u32 tgid = current_tgid();
-    struct process *process = probed_process(tgid);
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(&tgid, &now);
     if (!process)
         return 0;
-    process->last_event_ns = now;
 
     u64 h2c = PT_REGS_PARM1(ctx), connection, frame, stream, request;
     struct socket_key socket_key = {.tgid = tgid};
@@ -105,12 +102,11 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
 /* ngx_http_send_header(ngx_http_request_t *r): where the frames of HTTP/2 cannot be seen */
 int enter_ngx_http_send_header(struct pt_regs *ctx)
 {
-    u64 now = bpf_ktime_get_ns();
-    u32 tgid = current_tgid();
-    struct process *process = probed_process(tgid);
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(&tgid, &now);
     if (!process)
         return 0;
-    process->last_event_ns = now;
 
     u64 r = PT_REGS_PARM1(ctx), main_request;
     struct request_key key = {.tgid = tgid};
@@ -278,12 +274,11 @@ static __always_inline void learn_core_module_index(struct process *process, u64
 /* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
 int enter_ngx_http_free_request(struct pt_regs *ctx)
 {
-    u64 now = bpf_ktime_get_ns();
-    u32 tgid = current_tgid();
-    struct process *process = probed_process(tgid);
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(&tgid, &now);
     if (!process)
         return 0;
-    process->last_event_ns = now;
 
     u64 r = PT_REGS_PARM1(ctx);
     struct request_key key = {.tgid = tgid};

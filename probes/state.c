@@ -138,6 +138,17 @@ static __always_inline struct process *probed_process(u32 tgid)
     return process;
 }
 
+/* What every uprobe begins with. NULL: the process is not to be traced. */
+static __always_inline struct process *entered(u32 *tgid, u64 *now)
+{
+    *now = bpf_ktime_get_ns();
+    *tgid = current_tgid();
+    struct process *process = probed_process(*tgid);
+    if (process)
+        process->last_event_ns = *now;
+    return process;
+}
+
 /* Reads 8 bytes of nginx's memory. False: counted, and the caller gives up. */
 static __always_inline bool read_pointer(u64 *value, u64 address)
 {

@@ -3,12 +3,11 @@
 /* ngx_http_upstream_free_round_robin_peer(ngx_peer_connection_t *pc, void *data, ngx_uint_t state) */
 int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
 {
-    u64 now = bpf_ktime_get_ns();
-    u32 tgid = current_tgid();
-    struct process *process = probed_process(tgid);
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(&tgid, &now);
     if (!process)
         return 0;
-    process->last_event_ns = now;
 
     u64 pc = PT_REGS_PARM1(ctx);
     u64 upstream = pc - OFFSET_ngx_http_upstream_s__peer;
