@@ -5,7 +5,7 @@ BIN := .venv/bin
 PACKAGES := nginx openssl python3-bpfcc python3-venv
 # For tests only: a load generator, servers of other protocols, what rotel and Go need; nginx's own sources and a compiler
 # to hold our struct layouts against.
-PACKAGES += apache2-utils libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
+PACKAGES += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
 PACKAGES += ca-certificates libpython3.11
 PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
 

@@ -17,8 +17,8 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
         count_loss(LOST_READ_FAILED);
         return 0;
     }
-    /* A stream of HTTP/3 has no descriptor of its own (ngx_quic_create_stream). */
-    struct socket *socket = socket_key.fd >= 0 ? find_or_add_socket(&socket_key) : NULL;
+    /* A stream of HTTP/3 has the listening socket's descriptor (ngx_quic_create_stream). */
+    struct socket *socket = find_or_add_socket(&socket_key);
     if (socket) {
         active.read_ns = socket->last_read_ns;
         active.unclaimed_read = socket->unclaimed_read;
@@ -322,7 +322,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         record->accepted_ns = socket->opened_ns;
         record->first_read_ns = multiplexed || active.unclaimed_read ? active.read_ns : 0;
         record->first_write_ns = multiplexed ? active.first_write_ns : socket->first_write_ns;
-        if (socket->last_write_ns > active.created_ns)
+        /* HTTP/3 packets carry many streams' frames, and leave after the request's end (ngx_quic_push_handler). */
+        if (socket->last_write_ns > active.created_ns && http_version != HTTP_VERSION_3)
             record->last_write_ns = socket->last_write_ns;
         if (!multiplexed) {
             if (socket->request_read_ns > active.created_ns && socket->request_read_ns > record->last_read_ns)
