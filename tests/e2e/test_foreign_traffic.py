@@ -30,7 +30,7 @@ def _loading(module: str) -> str | None:
     if re.search(rf"--with-{module}(\s|$)", options):
         return ""
     directory = re.search(r"--modules-path=/(\S+)", options)
-    if f"--with-{module}=dynamic" not in options or directory is None:
+    if directory is None:
         return None
     file = f"{directory[1]}/ngx_{module}_module.so"
     return f"load_module /{file};" if (Path(BUILD, "tree") if BUILD else Path("/")).joinpath(file).exists() else None
