@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from e2e.http1_client import Address, family_of
@@ -166,6 +167,14 @@ http {{
     def worker_pids(self) -> list[int]:
         children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
+
+    def off_processor_ms(self) -> float:
+        """How long its workers have been ready to run and were not, in all: /proc/PID/schedstat, second field."""
+        waited_ns = 0
+        for pid in self.worker_pids():
+            with suppress(OSError):  # it has ended since
+                waited_ns += int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
+        return waited_ns / 1e6
 
     def reload(self) -> None:
         """Asks the master to replace its workers and waits for the new ones."""

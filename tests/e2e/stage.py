@@ -4,7 +4,7 @@ import re
 import shutil
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -127,6 +127,7 @@ class Stage:
         self.addresses = addresses
         self.lags = Lags()
         self.log = log
+        self._off_processor_ms = site.nginx.off_processor_ms()
         self._connections: list[Http1Connection] = []
 
     def connect(
@@ -186,8 +187,10 @@ class Stage:
             raise AssertionError(f"{len(missing)} of {len(lines)} requests have no trace: {missing[0]}, …") from None
         exchanges = [Exchange(line, by_key[key]) for line, key in zip(lines, wanted, strict=True)]
         violations = []
+        pauses_ms = max(0.0, self.site.nginx.off_processor_ms() - self._off_processor_ms)
         for each in exchanges:
             allowed = slack if isinstance(slack, Slack) else slack(each.log)
+            allowed = replace(allowed, late_max_ms=allowed.late_max_ms + pauses_ms)
             found = check_facts(each.trace, each.log)
             found += check_times(each.trace, each.log, self.lags, allowed)
             if found:

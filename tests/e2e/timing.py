@@ -5,7 +5,8 @@ to milliseconds. The cached clock is therefore never ahead of the true one (but 
 by as long as the turn has lasted: microseconds on an idle machine, but a worker that the scheduler takes off
 the processor in the middle of a turn is behind by the whole pause. Tests share two cores with an upstream, a
 client and the agent, where pauses of several scheduler slices were seen; LAG_MAX_MS leaves room for those,
-and the medians show that they are the exception.
+and so does what the kernel counted of them for the workers meanwhile (NginxServer.off_processor_ms). The
+medians show that they are the exception.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from e2e.oracle import LoggedAttempt, TracedAttempt, pair_attempts, traced_attem
 
 EARLY_MAX_MS = 2.0
 """How far a true time may lie before nginx's: both ends of a difference are cut to a millisecond."""
-LAG_MAX_MS = 25.0
+LAG_MAX_MS = 50.0
+"""Beyond the pauses that the kernel counted: for those that only the machine's hypervisor knows of."""
 LONG_TURN_MS = 1000.0
 """For responses so large that writing all that the client takes at once makes a single long turn."""
 MEDIAN_MAX_MS = 3.0
