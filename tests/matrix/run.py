@@ -120,7 +120,9 @@ def result_of(case: ElementTree.Element) -> Result:
     for outcome, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
         for tag in tags:
             if (found := case.find(tag)) is not None:
-                return Result(module, scenario, outcome, first_line(found.get("message", "")))
+                whole_module = re.search(r"Skipped: (.*)['\"]\)", found.text or "")
+                reason = whole_module[1] if whole_module else found.get("message", "")
+                return Result(module, scenario, outcome, first_line(reason))
     return Result(module, scenario, "passed")
 
 
