@@ -2,7 +2,6 @@
 
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,16 +33,18 @@ Take = Callable[[bytes, int, Mapping[str, AttributeValue]], None]
 
 
 @contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set, instead of what they do outside."""
-    stop = threading.Event()
+def _signals_received() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come, instead of what they do outside.
 
-    def request_stop(signal_number: int, frame: FrameType | None) -> None:
-        stop.set()
+    Not a threading.Event: set() in a handler that interrupts the main thread's wait() can block for ever."""
+    received: list[int] = []
 
-    before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    def receive(signal_number: int, frame: FrameType | None) -> None:
+        received.append(signal_number)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield stop
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -61,11 +62,12 @@ def _trace(settings: Settings, stats: Stats, take: Take, idle: Callable[[], None
         if taken:
             idle()
 
-    with _stop_requested() as stop:
+    with _signals_received() as stop:
         try:
             tracing.begin()
             next_sweep_s = time.monotonic() + _SWEEP_S
-            while not stop.wait(_POLL_S):
+            while not stop:
+                time.sleep(_POLL_S)
                 take_all()
                 if time.monotonic() >= next_sweep_s:
                     tracing.sweep()

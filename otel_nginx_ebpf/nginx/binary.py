@@ -84,6 +84,11 @@ class Binary:
                         self._symbols[symbol.name] = symbol["st_value"]
         rodata = b"\0".join(data for _, _, _, data in self._segments)
         version = _VERSION.search(rodata)
+        if version is not None and not self._symbols:
+            raise UserError(
+                f"{self.name} is nginx without a symbol to find its functions by: linked statically and stripped; "
+                "run a build that is linked dynamically, or one that is not stripped"
+            )
         if version is None or "ngx_http_core_module" not in self._symbols:
             raise UserError(f"{self.name} is not an nginx with the http module: give nginx's own binary or process")
         self.version = (version[1] or version[2]).decode()

@@ -249,7 +249,11 @@ def test_kept_alive_grpc(stage: Stage, channel: grpc.Channel, scheme: str) -> No
     for delay_ms in delays_ms:
         call(channel, "unary_unary", [{"delay_ms": delay_ms}], prefix=f"/{scheme}")
     exchanges = stage.exchanges(5, Slack(first_byte_unseen=scheme == "grpcs"))
-    assert [sorted(each.trace.outline()) for each in exchanges] == [sorted(NEW)] + [sorted(REUSED)] * 4
+    outlines = [sorted(each.trace.outline()) for each in exchanges]
+    assert outlines[0] == sorted(NEW)
+    # A ping on an idle connection makes nginx close it (ngx_http_upstream_keepalive_close_handler).
+    assert all(outline in (sorted(NEW), sorted(REUSED)) for outline in outlines)
+    assert sorted(REUSED) in outlines
     for each, delay_ms in zip(exchanges, delays_ms, strict=True):
         exchange = each.trace.named("upstream exchange")[0]
         assert exchange.seconds > delay_ms / 1000

@@ -6,7 +6,7 @@ import pytest
 
 from e2e.http1_client import request_bytes, trusting_tls
 from e2e.stage import LARGE_BYTES, Stage
-from e2e.timing import LONG_TURN_MS, NO_SLACK, Slack
+from e2e.timing import LONG_TURN_MS, Slack
 
 READ_WRITE = ["downstream read", "downstream write"]
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
@@ -104,7 +104,7 @@ def test_tls_upstream(stage: Stage, version: str) -> None:
     """The connect span covers the handshake, as $upstream_connect_time does."""
     for _ in range(3):
         assert stage.get(f"/{version}?delay_ms=50").status == 200
-    for each in stage.exchanges(3, TICKETS if version == "TLSv1.3" else NO_SLACK):
+    for each in stage.exchanges(3, TICKETS):
         assert each.trace.outline() == NEW
         assert each.trace.named("upstream exchange")[0].seconds > 0.049
 
@@ -118,7 +118,7 @@ def test_kept_alive_tls_upstream(stage: Stage, version: str) -> None:
     with stage.connect() as connection:
         for index in range(6):
             assert connection.request(f"/{version}?bytes={index * 20_000}").status == 200
-    exchanges = stage.exchanges(6, TICKETS if version == "TLSv1.3" else NO_SLACK)
+    exchanges = stage.exchanges(6, TICKETS)
     assert [each.trace.outline() for each in exchanges] == [NEW] + [REUSED] * 5
 
 
