@@ -127,7 +127,7 @@ def test_tls_on_both_sides(stage: Stage) -> None:
     with stage.connect(tls=trusting_tls()) as connection:
         assert connection.request("/", "POST", body=b"b" * 5000).status == 200
         assert connection.request("/?bytes=300000").body_bytes == 300_000
-    assert [each.trace.outline() for each in stage.exchanges(2)] == [NEW, NEW]
+    assert [each.trace.outline() for each in stage.exchanges(2, TICKETS)] == [NEW, NEW]
 
 
 @pytest.mark.nginx(
