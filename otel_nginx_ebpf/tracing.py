@@ -95,6 +95,8 @@ class Tracing:
         self._clock = Clock()
         self._watch = Watch(settings.binary)
         self._traced: dict[FileIdentity, _TracedBinary] = {}
+        self._retired: list[_TracedBinary] = []
+        """Detached since the last sweep; what they had in their ring buffers is still read."""
         self._refused: dict[FileIdentity, str] = {}
         self._silent: dict[FileIdentity, frozenset[str]] = {}
         self._attaching: dict[FileIdentity, Future[_TracedBinary]] = {}
@@ -144,6 +146,9 @@ class Tracing:
 
     def sweep(self) -> None:
         """Looks for nginx that has come, and forgets what has gone."""
+        for traced in self._retired:
+            self._give_back(traced)
+        self._retired.clear()
         if self._settings.pid:
             self._find_new_workers()
         else:
@@ -151,7 +156,7 @@ class Tracing:
                 self._found(instance)
         for identity in self._reattach & self._traced.keys():
             instances = tuple(instance for instance in self._traced[identity].plan.instances if instance.is_running)
-            self._close(identity)
+            self._retire(identity)
             if instances:
                 self._attaching[identity] = self._attacher.submit(self._attach, instances)
         self._reattach.clear()
@@ -166,7 +171,7 @@ class Tracing:
             self._stats.lose("lost_worker_gone", traced.attachment.forget_dead_processes())
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("nginx %s (%s) has ended", traced.plan.binary.version, traced.plan.binary.name)
-                self._close(identity)
+                self._retire(identity)
 
     def _find_new_workers(self) -> None:
         """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
@@ -190,7 +195,7 @@ class Tracing:
         Raises:
             UserError: nginx's memory contradicts its layout, and nothing else is left to trace.
         """
-        for identity, traced in list(self._traced.items()):
+        for traced in [*self._traced.values(), *self._retired]:
             unix_offset_ns = self._clock.unix_offset_ns()
             wrong = self._layout_mismatch(traced)
             if not wrong:
@@ -204,13 +209,22 @@ class Tracing:
                         self._avoid_silent(traced)
                     yield raw, unix_offset_ns, traced.resource(worker_pid(raw))
             if wrong:
-                self._close(identity)
-                self._refuse(
-                    identity,
-                    f"nginx {traced.plan.binary.version} ({traced.plan.binary.name}) does not look in memory as its "
-                    f"layout ({traced.plan.layout.source}) says: {wrong}; detached. Is it a patched build?",
-                )
-                self._require_something()
+                self._contradicted(traced, wrong)
+
+    def _contradicted(self, traced: _TracedBinary, wrong: str) -> None:
+        """Lets a binary go whose memory is not as its layout says. Raises `UserError` when nothing is left to trace."""
+        identity = traced.plan.instances[0].file_identity
+        if traced in self._retired:
+            self._retired.remove(traced)
+        else:
+            del self._traced[identity]
+        self._give_back(traced)
+        self._refuse(
+            identity,
+            f"nginx {traced.plan.binary.version} ({traced.plan.binary.name}) does not look in memory as its "
+            f"layout ({traced.plan.layout.source}) says: {wrong}; detached. Is it a patched build?",
+        )
+        self._require_something()
 
     def _avoid_silent(self, traced: _TracedBinary) -> None:
         """Attaches anew without the function that is never called: to the next candidate, if there is one."""
@@ -254,11 +268,18 @@ class Tracing:
         for future in self._attaching.values():
             if future.done() and not future.cancelled() and future.exception() is None:
                 future.result().attachment.close()
-        for identity in list(self._traced):
-            self._close(identity)
+        for traced in [*self._traced.values(), *self._retired]:
+            self._give_back(traced)
+        self._traced.clear()
+        self._retired.clear()
 
-    def _close(self, identity: FileIdentity) -> None:
+    def _retire(self, identity: FileIdentity) -> None:
+        """Detaches from a binary; its ring buffer is read until the next sweep."""
         traced = self._traced.pop(identity)
+        traced.attachment.detach()
+        self._retired.append(traced)
+
+    def _give_back(self, traced: _TracedBinary) -> None:
         for cause, count in traced.attachment.losses().items():
             self._stats.lose(cause, count)
         traced.attachment.close()
