@@ -106,12 +106,7 @@ def _header(trace: Trace, width: int) -> Text:
     uri = _text(attributes, URL_PATH, absent="-") + (f"?{query}" if query else "")
     status = attributes.get(HTTP_RESPONSE_STATUS_CODE)
     method = _text(attributes, HTTP_REQUEST_METHOD, absent="-")
-    port = attributes.get(CLIENT_PORT)
-    client = str(Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None))
-    peers = dict.fromkeys(
-        _text(span.attributes, UPSTREAM_PEER) for span in trace.spans if UPSTREAM_PEER in span.attributes
-    )
-    way = " → ".join([client, *([", ".join(peers)] if peers else [])])
+    way = " → ".join(filter(None, (_client(attributes), _peers(trace))))
 
     head = Text.assemble(
         (f"{local:%H:%M:%S}.{local.microsecond // 1000:03d} ", "dim"),

@@ -235,10 +235,7 @@ class OtlpExporter:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closing)
-            self._changed.wait_for(
-                lambda: self._queued_spans >= self._batch_spans or self._send_now or self._closing,
-                self._delay_s,
-            )
+            self._changed.wait_for(self._due, self._delay_s)
             batch: list[Trace] = []
             if self._abandoned:
                 return batch
