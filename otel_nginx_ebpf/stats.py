@@ -24,6 +24,6 @@ class Stats:
     def summary(self) -> str:
         """One line: `received 10, exported 9, lost 1 (queue_full 1)`."""
         causes = {cause: count for cause, count in sorted(self.lost.items()) if count}
-        total = sum(count for cause, count in causes.items() if not cause.startswith(("partial_", "began_")))
+        total = sum(count for cause, count in causes.items() if not cause.startswith(("partial_", "began_", "not_")))
         detail = ", ".join(f"{cause} {count}" for cause, count in causes.items())
         return f"received {self.received}, exported {self.exported}, lost {total}" + (f" ({detail})" if detail else "")

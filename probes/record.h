@@ -24,6 +24,14 @@ enum string_kind {
     STRING_PEER = 9,          /* ngx_http_upstream_state_t.peer: as in $upstream_addr */
     STRING_UPSTREAM = 10,     /* ngx_http_upstream_srv_conf_t.host: the upstream block's name */
     STRING_SUBREQUEST_URI = 11,
+    STRING_TRACESTATE = 12,   /* never cut. `attempt` numbers the header's lines, from 0 */
+};
+
+/* Why a request that the sampler left out came all the same. */
+enum kept {
+    KEPT_SAMPLED = 0,         /* the sampler did not leave it out */
+    KEPT_ERROR = 1,
+    KEPT_SLOW = 2,
 };
 
 /* Index into the `loss_counts` map. "lost" causes lose a whole trace, the others a part of one. */
@@ -39,7 +47,8 @@ enum loss {
     PARTIAL_ATTEMPTS_LIMIT = 8, /* more than ATTEMPTS_MAX upstream attempts in one request */
     PARTIAL_STRING_CUT = 9,
     PARTIAL_STRING_READ_FAILED = 10,
-    LOSS_CAUSES = 11,
+    NOT_SAMPLED = 11,         /* not a loss: the sampler left the request out */
+    LOSS_CAUSES = 12,
 };
 
 enum limit {
@@ -74,7 +83,12 @@ struct request_record {
     __u8 attempts_lost;
     __u32 method;             /* r->method, a bit of NGX_HTTP_GET, …. Must agree with STRING_METHOD */
     __u32 requests_seen;      /* of this connection, since it was accepted: must agree with connection_requests; 0: unknown */
-    __u32 reserved;
+    __u8 trace_flags;         /* W3C trace-flags of the spans: bit 0, sampled, is what was decided here */
+    __u8 kept;
+    __u16 reserved;
+    __u64 trace_id_high;      /* the incoming context's, what nginx told its upstream, or random; never all 0 */
+    __u64 trace_id_low;
+    __u64 parent_span_id;     /* the incoming context's; 0: the trace begins here */
 };
 
 struct upstream_attempt {
@@ -95,6 +109,7 @@ struct upstream_attempt {
     __s32 connect_errno;
     __u32 subrequest;         /* made by a subrequest (auth_request, mirror, SSI, slice) */
     __u32 tls;
+    __u64 span_id;            /* of the exchange span, as the peer was told; attempts of one request may share it. 0: it was told none */
 };
 
 struct string_header {

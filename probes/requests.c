@@ -355,6 +355,11 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
     record->requests_seen = active.requests_seen;
     record->reserved = 0;
+    record->trace_id_high = random_id();
+    record->trace_id_low = random_id();
+    record->parent_span_id = 0;
+    record->trace_flags = 1;
+    record->kept = KEPT_SAMPLED;
 
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     record->attempts = 0;

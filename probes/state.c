@@ -149,6 +149,13 @@ static __always_inline struct process *entered(u32 *tgid, u64 *now)
     return process;
 }
 
+/* Never 0, which is no id. */
+static __always_inline u64 random_id(void)
+{
+    u64 id = (u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32();
+    return id ? id : 1;
+}
+
 /* Reads 8 bytes of nginx's memory. False: counted, and the caller gives up. */
 static __always_inline bool read_pointer(u64 *value, u64 address)
 {

@@ -368,8 +368,9 @@ def test_whatever_was_seen_no_span_is_empty_or_leaves_its_parent(
 
 
 def test_every_string_that_can_be_cut_has_an_attribute_to_name() -> None:
-    trace = build(replace(REQUEST, cut=tuple(STRING_KINDS)))
-    assert len(trace.spans[0].attributes["nginx.truncated_attributes"]) == len(STRING_KINDS)
+    cut = tuple(STRING_KINDS.keys() - {"STRING_TRACESTATE"})  # sent whole or not at all
+    trace = build(replace(REQUEST, cut=cut))
+    assert len(trace.spans[0].attributes["nginx.truncated_attributes"]) == len(cut)
 
 
 def test_a_client_that_left_while_nginx_worked_is_named_though_nginx_ends_with_rc_0() -> None:
