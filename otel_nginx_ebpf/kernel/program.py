@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
-_HEADERS = ("record.h", "x86_64.h")
+_HEADERS = ("record.h", "x86_64.h", "context.h")
 _SOURCES = ("state.c", "processes.c", "sockets.c", "upstreams.c", "requests.c")
 
 
