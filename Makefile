@@ -7,10 +7,14 @@ PACKAGES := nginx openssl python3-bpfcc python3-venv
 # to hold our struct layouts against.
 PACKAGES += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
 PACKAGES += ca-certificates libpython3.11
+# For measurements only.
+PACKAGES += bpftool nghttp2-client
 PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test matrix check clean
+BENCH ?= worker
+
+.PHONY: help setup demo test matrix bench check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +30,9 @@ test: setup ## all tests, on the real kernel, a real nginx and a real collector
 
 matrix: setup ## the end-to-end scenarios against a dozen builds of nginx, as one table; or against BUILDS="debian-11 o3"
 	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
+
+bench: setup ## what tracing costs, as tables and in bench.json; parts and options: BENCH="worker --help"
+	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
 
 check: setup ## format, lint, types, layers and unit tests; needs no root once set up
 	$(BIN)/ruff format --check .

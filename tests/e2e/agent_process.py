@@ -76,6 +76,7 @@ class AgentProcess:
         directory: Path,
         arguments: Sequence[str | Path] = (),
         environment: Mapping[str, str] = EMPTY,
+        program: Path = PROGRAM,
     ) -> None:
         self.output = directory / "traces.jsonl"
         default = ["run", "--pid", str(nginx_pid), "--exporter", "json", "--output", self.output]
@@ -83,7 +84,7 @@ class AgentProcess:
         self._stderr_path = directory / "agent.log"
         with self._stderr_path.open("wb") as stderr:
             self._process = subprocess.Popen(
-                [PROGRAM, *(arguments or default)],
+                [program, *(arguments or default)],
                 env={**inherited, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -97,6 +98,10 @@ class AgentProcess:
             self.kill()
             sys.stderr.write(self.stderr())
             raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def stderr(self) -> str:
         return self._stderr_path.read_text(errors="backslashreplace")

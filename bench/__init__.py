@@ -1,0 +1,1 @@
+"""What tracing costs: in nginx, on the machine, in the program. `make bench`; the methods are in README, "Overhead"."""

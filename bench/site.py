@@ -1,0 +1,103 @@
+"""The nginx under load: one worker with a processor of its own, and an upstream that no probe is on."""
+
+import shutil
+import socket
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from e2e.nginx_server import NGINX, NginxServer, free_ports
+from e2e.upstreams import make_certificate
+
+from bench.machine import NGINX_CPU, cpu_ns
+
+_BODY = b"x" * 120 + b"\n"
+
+_UPSTREAM = "server {{ listen 127.0.0.1:{port}; keepalive_requests 100000000; return 200 {body}; }}"
+
+_HTTP = """
+keepalive_requests 100000000;
+keepalive_timeout 600;
+upstream application {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 100000000; }}
+ssl_certificate {directory}/certificate.pem;
+ssl_certificate_key {directory}/key.pem;
+server {{
+    listen 127.0.0.1:{plain};
+    listen 127.0.0.1:{tls} ssl http2;
+    root {directory};
+    location /static/ {{ alias {directory}/html/; }}
+    location /proxied/ {{ proxy_pass http://application; proxy_http_version 1.1; proxy_set_header Connection ""; }}
+    location /closing/ {{ proxy_pass http://127.0.0.1:{upstream}; }}
+    location = /served {{ stub_status; }}
+}}
+"""
+
+
+class Scenario(NamedTuple):
+    """One kind of request. `requests` are how many a measurement makes at most speed: some half a second's worth."""
+
+    path: str
+    http2: bool
+    tls: bool
+    requests: int
+
+
+SCENARIOS = {
+    "static": Scenario("/static/page.html", False, False, 30_000),
+    "proxied": Scenario("/proxied/page", False, False, 20_000),
+    "proxied-closing": Scenario("/closing/page", False, False, 8_000),
+    "static-tls": Scenario("/static/page.html", False, True, 25_000),
+    "static-h2": Scenario("/static/page.html", True, True, 25_000),
+    "proxied-h2": Scenario("/proxied/page", True, True, 15_000),
+}
+
+
+class Site:
+    """`directory` must be readable and searchable by everyone."""
+
+    def __init__(self, directory: Path) -> None:
+        self.plain_port, self.tls_port, upstream_port = free_ports(3)
+        make_certificate(directory)
+        (directory / "key.pem").chmod(0o644)
+        (directory / "html").mkdir()
+        (directory / "html" / "page.html").write_bytes(_BODY)
+        prefixes = directory / "nginx", directory / "upstream"
+        for prefix in prefixes:
+            prefix.mkdir()
+        # Copies of the binary: a uprobe is on the file, so that other processes of the same file would be hit as well.
+        traced, untraced = (shutil.copy(NGINX, prefix / "nginx") for prefix in prefixes)
+        self._upstream = NginxServer(
+            prefixes[1], _UPSTREAM.format(port=upstream_port, body=_BODY.decode().strip()), command=[untraced]
+        )
+        http = _HTTP.format(directory=directory, plain=self.plain_port, tls=self.tls_port, upstream=upstream_port)
+        self.nginx = NginxServer(prefixes[0], http, main=f"worker_cpu_affinity {1 << NGINX_CPU:b};", command=[traced])
+        self._upstream.start([("127.0.0.1", upstream_port)])
+        self.nginx.start([("127.0.0.1", self.plain_port)])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.nginx.stop()
+        self._upstream.stop()
+
+    @property
+    def worker(self) -> int:
+        return self.nginx.worker_pids()[0]
+
+    def url(self, scenario: Scenario) -> str:
+        scheme, port = ("https", self.tls_port) if scenario.tls else ("http", self.plain_port)
+        return f"{scheme}://127.0.0.1:{port}{scenario.path}"
+
+    def served_and_cpu_ns(self) -> tuple[int, int]:
+        """Requests that the worker has served (nginx's own count, the one that asks included), and its CPU time.
+
+        The difference of two calls is exact: it has the second call's request and its time.
+        """
+        with socket.create_connection(("127.0.0.1", self.plain_port)) as connection:
+            connection.sendall(b"GET /served HTTP/1.0\r\n\r\n")
+            answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
+        # “server accepts handled requests\n A H R \n”
+        return int(answer.partition("requests\n")[2].split()[2]), cpu_ns(self.worker)

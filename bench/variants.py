@@ -1,0 +1,51 @@
+"""What is compared with an nginx that nobody traces: the program, with different arguments or from another checkout."""
+
+import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from e2e.agent_process import PROGRAM, AgentProcess
+
+OFF = "off"
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    program: Path
+    arguments: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        """`NAME`, `NAME=ARGUMENTS` or `NAME=PATH/otel-nginx-ebpf ARGUMENTS`."""
+        name, _, rest = text.partition("=")
+        words = shlex.split(rest)
+        program = Path(words.pop(0)) if words and not words[0].startswith("-") else PROGRAM
+        return cls(name, program, tuple(words))
+
+
+@contextmanager
+def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | None]:
+    """The probes of `variant` live, records written to a file and no further; nothing for None."""
+    if variant is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="otel-bench-") as directory:
+        arguments = ["record", "--pid", str(nginx_pid), *variant.arguments, "-o", f"{directory}/capture"]
+        agent = AgentProcess(nginx_pid, Path(directory), arguments, program=variant.program)
+        try:
+            yield agent
+        except BaseException:
+            agent.kill()
+            raise
+        agent.stop()
+        _say_losses(variant, agent)
+
+
+def _say_losses(variant: Variant, agent: AgentProcess) -> None:
+    last = agent.stderr().strip().splitlines()[-1]
+    if "lost 0" not in last:
+        print(f"{variant.name}: {last}", flush=True)

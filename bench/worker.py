@@ -1,0 +1,99 @@
+"""What tracing costs in the nginx worker and in a process that has nothing to do with nginx."""
+
+import os
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from bench.figures import paired, summary
+from bench.load import at_most_speed
+from bench.machine import NGINX_CPU
+from bench.programs import counting, programs_of
+from bench.site import SCENARIOS, Site
+from bench.variants import OFF, Variant, tracing
+
+BYSTANDER = "bystander"
+"""A process that does nothing but system calls; its figures are of one call."""
+_BYSTANDER_CALLS = 1_000_000
+
+Series = dict[str, list[float]]
+"""By variant, a value for each round."""
+
+
+def cpu_us_a_request(site: Site, name: str) -> tuple[float, float]:
+    """Processor time of the worker, microseconds a request, and requests a second as one client thread gets them."""
+    scenario = SCENARIOS[name]
+    served, cpu_ns = site.served_and_cpu_ns()
+    requests_a_second = at_most_speed(site.url(scenario), scenario)
+    served_after, cpu_after_ns = site.served_and_cpu_ns()
+    return (cpu_after_ns - cpu_ns) / 1000 / (served_after - served), requests_a_second
+
+
+def bystander_us_a_call() -> float:
+    """Processor time of a read or write of one byte, microseconds, in coreutils' dd on nginx's processor."""
+    command = f"dd if=/dev/zero of=/dev/null bs=1 count={_BYSTANDER_CALLS // 2} status=none"
+    process = subprocess.Popen(["taskset", "--cpu-list", str(NGINX_CPU), *command.split()])
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"dd ended with {process.returncode}")
+    return (usage.ru_utime + usage.ru_stime) * 1e6 / _BYSTANDER_CALLS
+
+
+def interleave(
+    site: Site, names: Iterable[str], variants: Sequence[Variant], rounds: int, advance: Callable[[str], None]
+) -> tuple[dict[str, Series], dict[str, Series]]:
+    """CPU time and throughput by scenario and variant. Each round has every variant, in an order that changes."""
+    names = list(names)
+    cpu_us: dict[str, Series] = {name: {} for name in names}
+    rate: dict[str, Series] = {name: {} for name in names}
+    for number in range(rounds):
+        order = [None, *variants]
+        for variant in order if number % 2 else reversed(order):
+            with tracing(variant, site.nginx.pid):
+                for name in names:
+                    label = variant.name if variant else OFF
+                    advance(f"round {number + 1}, {label}: {name}")
+                    if name == BYSTANDER:
+                        cpu_us[name].setdefault(label, []).append(bystander_us_a_call())
+                        continue
+                    cpu, requests_a_second = cpu_us_a_request(site, name)
+                    cpu_us[name].setdefault(label, []).append(cpu)
+                    rate[name].setdefault(label, []).append(requests_a_second)
+    return cpu_us, rate
+
+
+def compare(series: Series) -> dict[str, Any]:
+    """The series' figures, and how far each variant is above `off` in the same round."""
+    return {
+        label: {
+            **summary(values),
+            "rounds": values,
+            **({} if label == OFF else {"above_off": summary(paired(values, series[OFF]))}),
+        }
+        for label, values in series.items()
+    }
+
+
+def probe_accounts(site: Site, name: str, variant: Variant) -> list[dict[str, Any]]:
+    """For each program of ours: runs and program time a request, and how large it is."""
+    with tracing(variant, site.nginx.pid) as agent, counting():
+        assert agent is not None
+        before = {program.name: program for program in programs_of(agent.pid)}
+        served, _ = site.served_and_cpu_ns()
+        at_most_speed(site.url(SCENARIOS[name]), SCENARIOS[name])
+        served_after, _ = site.served_and_cpu_ns()
+        after = programs_of(agent.pid)
+    requests = served_after - served
+    return [
+        {
+            "program": program.name,
+            "instructions": program.instructions,
+            "machine_code_bytes": program.machine_code_bytes,
+            "runs_a_request": (program.runs - before[program.name].runs) / requests,
+            "ns_a_run": (program.run_ns - before[program.name].run_ns)
+            / max(program.runs - before[program.name].runs, 1),
+            "us_a_request": (program.run_ns - before[program.name].run_ns) / requests / 1000,
+        }
+        for program in after
+    ]

@@ -1,0 +1,84 @@
+"""The arithmetic and the parsers of `make bench`."""
+
+import pytest
+
+from bench.figures import paired, percentile, quartiles
+from bench.load import parse_rate
+from bench.programs import Program, parse_program
+from bench.variants import Variant
+from bench.worker import compare
+
+# From h2load 1.52, its progress left out.
+H2LOAD = """\
+finished in 974.19ms, 20529.86 req/s, 2.92MB/s
+requests: 20000 total, 20000 started, 20000 done, 20000 succeeded, 0 failed, 0 errored, 0 timeout
+status codes: {answered} 2xx, 0 3xx, 0 4xx, 0 5xx
+traffic: 2.84MB (2980000) total, 2.06MB (2160000) headers (space savings 0.00%), 39.06KB (40000) data
+"""
+
+
+@pytest.mark.parametrize(("percent", "expected"), [(50, 50), (99, 99), (99.9, 100), (100, 100), (0, 1)])
+def test_a_percentile_is_one_of_the_values(percent: float, expected: int) -> None:
+    assert percentile(range(1, 101), percent) == expected
+
+
+def test_percentiles_of_one_value_and_of_none() -> None:
+    assert percentile([7], 99.9) == 7
+    with pytest.raises(ValueError, match="no values"):
+        percentile([], 50)
+
+
+def test_quartiles() -> None:
+    assert quartiles([5]) == (5, 5, 5)
+    assert quartiles([4, 1, 3, 2, 5]) == (2, 3, 4)
+
+
+def test_what_both_of_a_round_share_drops_out() -> None:
+    assert paired([13, 33, 23], [10, 30, 20]) == [3, 3, 3]
+    with pytest.raises(ValueError, match="shorter"):
+        paired([1, 2], [1])
+
+
+def test_a_variant_is_held_against_off_round_by_round() -> None:
+    figures = compare({"off": [10, 30, 20], "on": [13, 33, 23]})
+    assert figures["on"]["above_off"] == {"median": 3, "lower_quartile": 3, "upper_quartile": 3, "least": 3}
+    assert figures["off"]["median"] == 20
+    assert "above_off" not in figures["off"]
+
+
+def test_h2load_tells_its_rate() -> None:
+    assert parse_rate(H2LOAD.format(answered=20000), 20000) == 20529.86
+
+
+def test_a_run_with_failures_is_no_measurement() -> None:
+    with pytest.raises(RuntimeError, match="did not get 20000"):
+        parse_rate(H2LOAD.format(answered=19999), 20000)
+
+
+def test_bpftool_tells_runs_only_while_the_kernel_counts() -> None:
+    shown = {
+        "id": 9,
+        "type": "kprobe",
+        "name": "enter_ngx_http_free_request",
+        "bytes_xlated": 13160,
+        "bytes_jited": 7742,
+    }
+    assert parse_program(shown) == Program("free_request", 1645, 7742, 0, 0)
+    shown |= {"run_cnt": 4, "run_time_ns": 4000}
+    assert parse_program(shown) == Program("free_request", 1645, 7742, 4, 4000)
+
+
+@pytest.mark.parametrize(
+    ("text", "program", "arguments"),
+    [
+        ("on", "otel-nginx-ebpf", ()),
+        ("request=--detail request", "otel-nginx-ebpf", ("--detail", "request")),
+        ("before=/other/otel-nginx-ebpf --no-query", "/other/otel-nginx-ebpf", ("--no-query",)),
+    ],
+)
+def test_a_variant_is_the_program_with_arguments_or_another_program(
+    text: str, program: str, arguments: tuple[str, ...]
+) -> None:
+    variant = Variant.parse(text)
+    assert (variant.name, variant.arguments) == (text.partition("=")[0], arguments)
+    assert str(variant.program).endswith(program)
