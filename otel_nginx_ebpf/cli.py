@@ -60,10 +60,10 @@ def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
     """The option of a setting. It takes text: all sources of a setting are checked by the same code."""
     field = config.Settings.model_fields[name]
     notes = [f"env: {', '.join(config.variables(name))}"]
-    if field.default not in (None, ()):
+    if field.default not in (None, (), False):
         default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
         notes.append(f"default: {default}")
-    if metavar is not None and name in ("pid", "binary", "exporter"):
+    if metavar is not None and name in ("pid", "binary", "exporter", "propagators"):
         notes.append("may be repeated")
     return typer.Option(
         *(declarations or (config.flag(name),)),
@@ -83,6 +83,13 @@ ExporterNames = Annotated[list[str] | None, _option("exporter", "NAME")]
 Output = Annotated[str | None, _option("output", "FILE")]
 Query = Annotated[bool | None, _option("query", None, "--query/--no-query")]
 Color = Annotated[str | None, _option("color", "WHEN")]
+Sampler = Annotated[str | None, _option("sampler", "NAME")]
+SamplerArg = Annotated[str | None, _option("sampler_arg", "RATIO")]
+KeepErrors = Annotated[bool | None, _option("keep_errors", None, "--keep-errors")]
+KeepSlowerThan = Annotated[str | None, _option("keep_slower_than", "TIME")]
+Propagators = Annotated[list[str] | None, _option("propagators", "NAME")]
+AdoptUpstreamContext = Annotated[bool | None, _option("adopt_upstream_context", None, "--adopt-upstream-context")]
+Propagate = Annotated[bool | None, _option("propagate", None, "--propagate")]
 RingBuffer = Annotated[str | None, _option("ring_buffer_mib", "MIB")]
 MaxActiveRequests = Annotated[str | None, _option("max_active_requests", "N")]
 QueueSize = Annotated[str | None, _option("queue_size", "SPANS")]
@@ -125,6 +132,13 @@ def run(
     output: Output = None,
     query: Query = None,
     color: Color = None,
+    sampler: Sampler = None,
+    sampler_arg: SamplerArg = None,
+    keep_errors: KeepErrors = None,
+    keep_slower_than: KeepSlowerThan = None,
+    propagators: Propagators = None,
+    adopt_upstream_context: AdoptUpstreamContext = None,
+    propagate: Propagate = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
     queue_size: QueueSize = None,
@@ -166,6 +180,13 @@ def record(
     file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The capture file to write.")],
     pid: Pid = None,
     binary: Binary = None,
+    sampler: Sampler = None,
+    sampler_arg: SamplerArg = None,
+    keep_errors: KeepErrors = None,
+    keep_slower_than: KeepSlowerThan = None,
+    propagators: Propagators = None,
+    adopt_upstream_context: AdoptUpstreamContext = None,
+    propagate: Propagate = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
     config_file: ConfigFile = None,

@@ -6,10 +6,11 @@ standard meaning; those not listed here are read by the OpenTelemetry SDK and it
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -27,6 +28,17 @@ PREFIX = "OTEL_NGINX_EBPF_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
 
 ExporterName = Literal["otlp", "console", "line", "json"]
+Sampler = Literal[
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+]
+Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
+
+_NANOSECONDS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 
 
 def _split(value: object) -> object:
@@ -38,6 +50,19 @@ def _power_of_two(value: int) -> int:
     if value & (value - 1):
         raise ValueError("not a power of two")
     return value
+
+
+def _lower(value: object) -> object:
+    """The specification's enumerated values are case-insensitive."""
+    return value.lower() if isinstance(value, str) else value
+
+
+def _nanoseconds(value: object) -> object:
+    """A number and its unit: `500ms`, `1.5s`, `800us`."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(us|ms|s)", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("not a duration")
+    return round(float(match[1]) * _NANOSECONDS[match[2]])
 
 
 _Listed = (NoDecode, BeforeValidator(_split))
@@ -87,6 +112,51 @@ class Settings(BaseSettings):
         "auto",
         description="Colours of the console exporter; auto: on a terminal, unless NO_COLOR is set.",
         examples=["auto, always or never"],
+    )
+    sampler: Annotated[Sampler, BeforeValidator(_lower)] = Field(
+        "parentbased_always_on",
+        validation_alias=_standard("sampler", "OTEL_TRACES_SAMPLER"),
+        description="Which requests are traced: always_on, always_off, traceidratio, or parentbased_ and one of these, "
+        "for requests whose incoming context does not say.",
+        examples=[f"one of {', '.join(get_args(Sampler))}"],
+    )
+    sampler_arg: Annotated[float, Field(ge=0, le=1)] = Field(
+        1.0,
+        validation_alias=_standard("sampler_arg", "OTEL_TRACES_SAMPLER_ARG"),
+        description="The part of the traces that the samplers traceidratio take.",
+        examples=["a number from 0 to 1"],
+    )
+    keep_errors: bool = Field(
+        False,
+        description="Trace also what the sampler leaves out where its status is 500 or more, "
+        "unless the incoming context said no.",
+        examples=["true or false"],
+    )
+    keep_slower_than: Annotated[int, Field(gt=0), BeforeValidator(_nanoseconds)] | None = Field(
+        None,
+        description="Trace also what the sampler leaves out where it took longer (500ms, 2s), "
+        "unless the incoming context said no.",
+        examples=["a number and its unit, us, ms or s, such as 500ms"],
+    )
+    propagators: Annotated[
+        tuple[Annotated[Propagator, BeforeValidator(_lower)], ...], Field(min_length=1), *_Listed
+    ] = Field(
+        ("tracecontext",),
+        validation_alias=_standard("propagators", "OTEL_PROPAGATORS"),
+        description="Whose headers tell a request's trace: tracecontext (W3C), b3, b3multi, "
+        "xrequestid (X-Request-ID is the trace id), or none. baggage is accepted and has no effect.",
+        examples=[f"of {', '.join(get_args(Propagator))}"],
+    )
+    adopt_upstream_context: bool = Field(
+        False,
+        description="Where nginx itself sends a traceparent upstream (proxy_set_header), take its ids for our spans.",
+        examples=["true or false"],
+    )
+    propagate: bool = Field(
+        False,
+        description="Write our traceparent into the requests that nginx sends upstream, in its memory. "
+        "Needs a kernel that is not locked down.",
+        examples=["true or false"],
     )
     ring_buffer_mib: Annotated[int, Field(ge=1, le=256), AfterValidator(_power_of_two)] = Field(
         16,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from otel_nginx_ebpf import sites
+from otel_nginx_ebpf import sampling, sites
 from otel_nginx_ebpf.config import Settings
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
@@ -53,6 +53,7 @@ class Plan:
             {
                 f"SITE_{end.function}": end.address,
                 f"ADDRESS_{sites.CORE_MODULE}": self.binary.address(sites.CORE_MODULE),
+                **sampling.constants(settings),
             },
             follow_all=not settings.pid,
             follow_forks=all(instance.shares_our_pid_namespace for instance in self.instances),

@@ -4,6 +4,7 @@
  * The loader puts in front of this text: record.h, x86_64.h, and from the layout and the binary
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    bytes
  *     SITE_ngx_http_free_request, ADDRESS_ngx_http_core_module    virtual addresses in the binary
+ *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE    the settings: sampling.py
  *     FOLLOW_ALL    1: every process that hits a probe is traced; 0: only those the agent named, and their children
  *     FOLLOW_FORKS    1: a fork's result is the child's pid as the agent counts; 0: nginx has another pid namespace
  *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the agent's, unless that is the host's

@@ -10,7 +10,7 @@ _SOURCES = ("state.c", "processes.c", "sockets.c", "upstreams.c", "requests.c")
 
 def program_text(
     layout: Mapping[str, Mapping[str, int]],
-    addresses: Mapping[str, int],
+    constants: Mapping[str, int],
     *,
     follow_all: bool,
     follow_forks: bool,
@@ -22,33 +22,34 @@ def program_text(
 
     Args:
         layout: member offsets in bytes, by struct; `sizeof` is the struct's size.
-        addresses: names and virtual addresses of the binary that the program needs (`SITE_…`, `ADDRESS_…`).
+        constants: what else it is to know, by name: addresses in the binary (`SITE_…`, `ADDRESS_…`), the sampler's.
         follow_all: trace every process that hits a probe, not only those named to the loader and their children.
         follow_forks: nginx counts pids as this process does, so that a fork's result names the child.
         pid_namespace: device and inode of this process's, or None for the host's own.
         active_requests_max: how many requests may be in flight at once.
         ring_buffer_bytes: a power of two of at least a page.
     """
-    constants = dict(addresses)
+    defined = dict(constants)
     for struct, members in layout.items():
         for member, offset in members.items():
             name = f"SIZEOF_{struct}" if member == "sizeof" else f"OFFSET_{struct}__{member}"
-            constants[name] = offset
-    constants |= {
+            defined[name] = offset
+    defined |= {
         "FOLLOW_ALL": int(follow_all),
         "FOLLOW_FORKS": int(follow_forks),
         "ACTIVE_REQUESTS_MAX": active_requests_max,
         "RING_BUFFER_PAGES": ring_buffer_bytes // 4096,
     }
     if pid_namespace is not None:
-        device, constants["PID_NAMESPACE_INODE"] = pid_namespace
-        constants["PID_NAMESPACE_DEVICE"] = os.major(device) << 20 | os.minor(device)  # the kernel's own dev_t
+        device, defined["PID_NAMESPACE_INODE"] = pid_namespace
+        defined["PID_NAMESPACE_DEVICE"] = os.major(device) << 20 | os.minor(device)  # the kernel's own dev_t
     probes = files("otel_nginx_ebpf.probes")
     return "\n".join(
         [
             "#include <linux/types.h>",
             "#include <uapi/linux/ptrace.h>",
-            *(f"#define {name} {value}" for name, value in constants.items()),
+            # Hexadecimal: unsigned in C where it takes all 64 bits.
+            *(f"#define {name} {value:#x}" for name, value in defined.items()),
             *((probes / name).read_text(encoding="utf-8") for name in _HEADERS + _SOURCES),
         ]
     )

@@ -29,6 +29,8 @@ def test_defaults() -> None:
     assert (settings.queue_size, settings.batch_size, settings.batch_delay_ms) == (65536, 512, 5000)
     assert settings.query is True
     assert settings.otlp_protocol == "grpc"
+    assert (settings.sampler, settings.sampler_arg) == ("parentbased_always_on", 1.0)
+    assert settings.propagators == ("tracecontext",)
 
 
 def test_flags_win_over_environment_over_file_over_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +78,20 @@ def test_standard_variables_count_and_the_more_special_one_wins(
     assert getattr(load({name: text}, path), name) == value
 
 
+def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.125")
+    monkeypatch.setenv("OTEL_PROPAGATORS", "b3multi,tracecontext, baggage")
+    settings = load({})
+    assert (settings.sampler, settings.sampler_arg) == ("traceidratio", 0.125)
+    assert settings.propagators == ("b3multi", "tracecontext", "baggage")
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "jaeger_remote")
+    with pytest.raises(
+        UserError, match=r"OTEL_TRACES_SAMPLER.*always_on, always_off, traceidratio, parentbased_always_on"
+    ):
+        load({})
+
+
 def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "")
     assert load({}).queue_size == 65536
@@ -119,6 +135,14 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
         ("exporter", ""),
         ("otlp_protocol", "http/json"),
         ("queue_size", "0"),
+        ("sampler", "jaeger_remote"),
+        ("sampler_arg", "1.1"),
+        ("sampler_arg", "nan"),
+        ("propagators", ["tracecontext", "xray"]),
+        ("keep_slower_than", "500"),
+        ("keep_slower_than", "0ms"),
+        ("keep_slower_than", "2 h"),
+        ("keep_slower_than", "9" * 400 + "s"),
     ],
 )
 def test_values_outside_of_what_is_allowed(name: str, text: object) -> None:
