@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from typing import Any
 
+from otel_nginx_ebpf.kernel import uprobes
+
 _DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
 
 HANDED_OVER_MAPS = ("records", "loss_counts", "processes", "sockets", "active_requests", "attempts")
@@ -89,6 +91,24 @@ def _import_bcc() -> Any:
     return bcc
 
 
+def _attach_uprobe(lib: Any, program: int, name: str, executable: str, file_offset: int) -> int:
+    """By a link, or by a perf event where the kernel has no links for uprobes; the descriptor."""
+    what = f"cannot attach {name} to {executable} at offset {file_offset:#x}"
+    if uprobes.links_work():
+        try:
+            return uprobes.attach(program, executable, file_offset)
+        except OSError as error:
+            raise _LoadError(f"{what}: {error.strerror}") from error
+    # Not BPF.attach_uprobe: it takes an address for a symbol's, and its clean-up at exit would disable the probe. The
+    # last argument is the place of a USDT probe's counter, of which BCC's Python knows nothing: left out, it is any
+    # number, and where that is the place of nginx's data, the kernel counts there.
+    event = f"{name}_{os.getpid()}".encode()
+    descriptor = int(lib.bpf_attach_uprobe(program, 0, event, executable.encode(), file_offset, -1, 0))
+    if descriptor < 0:
+        raise _LoadError(f"{what}; {uprobes.PERF_EVENTS_ADVICE}")
+    return descriptor
+
+
 def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     bcc = _import_bcc()
     from bcc.libbcc import lib
@@ -113,17 +133,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             raise _LoadError(f"cannot attach to the raw tracepoint {name}")
         probes.append(descriptor)
     for probe in request["probes"]:
-        handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE)
-        event = f"{probe['handler']}_{os.getpid()}".encode()
-        # Not BPF.attach_uprobe: it takes an address for a symbol's, and its clean-up at exit would disable the probe.
-        descriptor = lib.bpf_attach_uprobe(
-            handler.fd, 0, event, request["executable"].encode(), probe["file_offset"], -1
-        )
-        if descriptor < 0:
-            raise _LoadError(
-                f"cannot attach {probe['handler']} to {request['executable']} at offset {probe['file_offset']:#x}"
-            )
-        probes.append(descriptor)
+        handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
+        probes.append(_attach_uprobe(lib, handler.fd, probe["handler"], request["executable"], probe["file_offset"]))
     process_bytes = ctypes.sizeof(processes.Leaf)
     return {"probes": len(probes), "process_bytes": process_bytes}, maps + probes
 

@@ -1,20 +1,19 @@
-"""Walks, fills and clears a BPF hash map by its descriptor: bpf(2), without a library."""
+"""Walks, fills and clears a BPF hash map by its descriptor."""
 
 import ctypes
 import errno
 import os
 from collections.abc import Callable, Iterator
 
-# linux/bpf.h, and x86-64's system call number.
-_SYS_BPF = 321
+from otel_nginx_ebpf.kernel.system_call import bpf
+
+# linux/bpf.h
 _BPF_MAP_CREATE = 0
 _BPF_MAP_UPDATE_ELEM = 2
 _BPF_MAP_DELETE_ELEM = 3
 _BPF_MAP_GET_NEXT_KEY = 4
 
 _BPF_NOEXIST = 1
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class _KeyAttribute(ctypes.Structure):
@@ -36,12 +35,7 @@ class _CreateAttribute(ctypes.Structure):
 
 def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int) -> int:
     """A new map's descriptor. Raises `OSError` where the kernel refuses it."""
-    attribute = _CreateAttribute(kind, key_bytes, value_bytes, entries)
-    descriptor = int(_libc.syscall(_SYS_BPF, _BPF_MAP_CREATE, ctypes.byref(attribute), ctypes.sizeof(attribute)))
-    if descriptor < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return descriptor
+    return bpf(_BPF_MAP_CREATE, _CreateAttribute(kind, key_bytes, value_bytes, entries))
 
 
 class HashMap:
@@ -57,12 +51,13 @@ class HashMap:
         """Whether there was such a key. Raises `OSError` for any other failure."""
         key_address = ctypes.addressof(key) if key is not None else 0
         attribute = _KeyAttribute(self._descriptor, key_address, value_or_next_key, flags)
-        if _libc.syscall(_SYS_BPF, command, ctypes.byref(attribute), ctypes.sizeof(attribute)) == 0:
-            return True
-        error = ctypes.get_errno()
-        if error not in (errno.ENOENT, errno.EEXIST):
-            raise OSError(error, os.strerror(error))
-        return False
+        try:
+            bpf(command, attribute)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EEXIST):
+                raise
+            return False
+        return True
 
     def all_keys(self) -> Iterator[bytes]:
         """Every key, once unless the map changes meanwhile; a change may bring some again, or end the walk early."""

@@ -15,6 +15,7 @@ from typing import Literal
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import loader_command
 from otel_nginx_ebpf.kernel.maps import create_map
+from otel_nginx_ebpf.kernel.uprobes import PERF_EVENTS_ADVICE, links_work
 
 State = Literal["ok", "note", "fail"]
 """`note`: works, or may work, but is worth knowing; `fail`: in the way of tracing."""
@@ -135,12 +136,19 @@ def jit() -> Check:
 
 
 def uprobes() -> Check:
-    """Whether uprobes can be attached as perf events, which needs no tracefs."""
-    kind = _read(_UPROBE_PMU)
-    if kind is None:
+    """Whether uprobes can be attached, and how: by BPF links, or, as older kernels do it, as perf events."""
+    if _read(_UPROBE_PMU) is None:
         advice = f"this kernel has no uprobes ({_UPROBE_PMU} is missing: CONFIG_UPROBE_EVENTS); use one that has them"
         return Check("uprobes", "fail", "none", advice)
-    return Check("uprobes", "ok", f"PMU type {kind}")
+    try:
+        by_links = links_work()
+    except OSError:
+        return Check("uprobes", "note", "unknown", "cannot be tried; see capabilities and bpf")
+    if by_links:
+        return Check("uprobes", "ok", "by BPF links")
+    if _effective_capabilities() >> _CAPABILITIES["CAP_SYS_ADMIN"] & 1:
+        return Check("uprobes", "ok", "as perf events")
+    return Check("uprobes", "note", "as perf events", PERF_EVENTS_ADVICE)
 
 
 def lockdown(text: str | None = None) -> Check:

@@ -18,17 +18,21 @@ from e2e.nginx_server import NGINX, NginxServer, free_ports
 from otel_nginx_ebpf.sites import BOUNDARIES
 
 _BREAKPOINT = 0xCC
-# Starts a program under a filter (seccomp(2)) that lets bpf(), system call 321, fail with EPERM.
-_WITHOUT_BPF = """
+# Starts a program under a filter (seccomp(2)): words of its first argument, then the program and its arguments.
+_FILTERED = """
 import ctypes, os, struct, sys
-rules = struct.pack("HBBI" * 4, 0x20, 0, 0, 0, 0x15, 0, 1, 321, 0x06, 0, 0, 0x00050001, 0x06, 0, 0, 0x7FFF0000)
-code = ctypes.create_string_buffer(rules)
+words = [int(word, 0) for word in sys.argv[1].split()]
+code = ctypes.create_string_buffer(struct.pack("HBBI" * (len(words) // 4), *words))
 class Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("code", ctypes.c_void_p))
-filtered = Filter(4, ctypes.addressof(code))
-assert ctypes.CDLL(None).prctl(22, 2, ctypes.byref(filtered)) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
-os.execv(sys.argv[1], sys.argv[1:])
+rules = Filter(len(words) // 4, ctypes.addressof(code))
+assert ctypes.CDLL(None).prctl(22, 2, ctypes.byref(rules)) == 0  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+os.execv(sys.argv[2], sys.argv[2:])
 """
+# bpf(), system call 321, fails with EPERM.
+_WITHOUT_BPF = "0x20 0 0 0  0x15 0 1 321  0x06 0 0 0x00050001  0x06 0 0 0x7FFF0000"
+# Its command 28, BPF_LINK_CREATE, fails with EINVAL, as for uprobes before Linux 6.6.
+_WITHOUT_LINKS = "0x20 0 0 0  0x15 0 3 321  0x20 0 0 16  0x15 0 1 28  0x06 0 0 0x00050016  0x06 0 0 0x7FFF0000"
 # No capability, as any other user; yet this user, who alone may be able to read the checkout.
 _POWERLESS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
 
@@ -223,7 +227,7 @@ def test_lockdown_and_tracefs_where_they_are_mounted() -> None:
 
 def test_a_system_call_filter() -> None:
     """As containers have: bpf() fails for root as well."""
-    prefix = (sys.executable, "-c", _WITHOUT_BPF)
+    prefix = (sys.executable, "-c", _FILTERED, _WITHOUT_BPF)
     _, report = examined(prefix=prefix)
     assert report["system"]["bpf"]["state"] == "fail"
     assert report["system"]["ring_buffer"]["found"] == "unknown"
@@ -231,6 +235,30 @@ def test_a_system_call_filter() -> None:
     assert ended.returncode == 2
     assert ended.stderr == f"otel-nginx-ebpf: {report['system']['bpf']['advice']}\n"
     assert "seccomp" in ended.stderr
+
+
+def test_uprobes_where_the_kernel_has_no_links_for_them(start: Callable[..., NginxServer]) -> None:
+    """As perf events, which this kernel gives to CAP_SYS_ADMIN only."""
+    server = start("unlinked")
+    prefix = (sys.executable, "-c", _FILTERED, _WITHOUT_LINKS)
+    code, report = examined("--pid", str(server.pid), prefix=prefix)
+    assert (code, report["system"]["uprobes"]["found"]) == (0, "as perf events")
+    dry_run = (PROGRAM, "run", "--dry-run", "--pid", str(server.pid))
+    assert run(*prefix, *dry_run).stderr.startswith("ready: ")
+    ended = run(*prefix, "/usr/bin/setpriv", "--bounding-set=-sys_admin", *dry_run)
+    assert ended.returncode == 2
+    assert "Linux 6.6, they may take CAP_SYS_ADMIN as well" in ended.stderr
+
+
+def test_least_capabilities(start: Callable[..., NginxServer]) -> None:
+    """A user who is not root, with nothing but what README names; dac_override is for the private checkout of tests."""
+    server = start("least")
+    wanted = "-all,+bpf,+perfmon,+sys_ptrace,+dac_override"
+    user = ("--reuid=nobody", "--regid=nogroup", "--clear-groups", "--no-new-privs")
+    prefix = ("setpriv", *user, f"--inh-caps={wanted}", f"--ambient-caps={wanted}", f"--bounding-set={wanted}")
+    code, report = examined("--pid", str(server.pid), prefix=prefix)
+    assert (code, report["system"]["capabilities"]["found"]) == (0, "CAP_SYS_PTRACE, CAP_PERFMON, CAP_BPF")
+    assert run(*prefix, PROGRAM, "run", "--dry-run", "--pid", str(server.pid)).stderr.startswith("ready: ")
 
 
 def test_modules_beside_the_user_are_not_imported(tmp_path: Path) -> None:

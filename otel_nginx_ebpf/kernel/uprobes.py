@@ -1,0 +1,84 @@
+"""Uprobes by BPF links: what a process without CAP_SYS_ADMIN may attach.
+
+The older way, a perf event, is kept to CAP_SYS_ADMIN by kernels since July 2025 (CVE-2025-38466, in stable ones too).
+Links for uprobes came with Linux 6.6 and ask for CAP_BPF and CAP_PERFMON, when their program is loaded.
+"""
+
+import ctypes
+import errno
+import os
+from functools import cache
+
+from otel_nginx_ebpf.kernel.system_call import bpf
+
+# linux/bpf.h
+ATTACH_TYPE = 48  # BPF_TRACE_UPROBE_MULTI
+_BPF_PROG_LOAD = 5
+_BPF_LINK_CREATE = 28
+_PROG_TYPE_KPROBE = 2
+
+PERF_EVENTS_ADVICE = "without BPF links for uprobes, which came with Linux 6.6, they may take CAP_SYS_ADMIN as well"
+
+# r0 = 0; exit
+_PROGRAM = bytes.fromhex("b7000000000000009500000000000000")
+
+
+class _LinkAttribute(ctypes.Structure):
+    """union bpf_attr, the part for BPF_LINK_CREATE of uprobes."""
+
+    _fields_ = (
+        ("prog_fd", ctypes.c_uint32),
+        ("target_fd", ctypes.c_uint32),
+        ("attach_type", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("path", ctypes.c_char_p),
+        ("offsets", ctypes.POINTER(ctypes.c_uint64)),
+        ("ref_ctr_offsets", ctypes.c_uint64),
+        ("cookies", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("multi_flags", ctypes.c_uint32),
+        ("pid", ctypes.c_uint32),
+    )
+
+
+class _LoadAttribute(ctypes.Structure):
+    """union bpf_attr, the part for BPF_PROG_LOAD."""
+
+    _fields_ = (
+        ("prog_type", ctypes.c_uint32),
+        ("instruction_count", ctypes.c_uint32),
+        ("instructions", ctypes.c_char_p),
+        ("license", ctypes.c_char_p),
+        ("_logging", ctypes.c_uint32 * 4),
+        ("kernel_version", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("name", ctypes.c_char * 16),
+        ("interface_index", ctypes.c_uint32),
+        ("expected_attach_type", ctypes.c_uint32),
+    )
+
+
+def attach(program: int, executable: str, file_offset: int) -> int:
+    """The descriptor of a link that runs a program, of `ATTACH_TYPE`, wherever `executable` runs.
+
+    Raises:
+        OSError: The kernel refuses it; EINVAL where it has no links for uprobes.
+    """
+    offsets = (ctypes.c_uint64 * 1)(file_offset)
+    attribute = _LinkAttribute(program, 0, ATTACH_TYPE, 0, os.fsencode(executable), offsets, count=1)
+    return bpf(_BPF_LINK_CREATE, attribute)
+
+
+@cache
+def links_work() -> bool:
+    """Whether the kernel has links for uprobes; attaches none. Raises `OSError` where no program may be loaded."""
+    attribute = _LoadAttribute(_PROG_TYPE_KPROBE, 2, _PROGRAM, b"GPL", expected_attach_type=ATTACH_TYPE)
+    program = bpf(_BPF_PROG_LOAD, attribute)
+    try:
+        # No file, which is EBADF to a kernel that comes so far.
+        os.close(attach(program, "/", 0))
+    except OSError as error:
+        return error.errno == errno.EBADF
+    finally:
+        os.close(program)
+    return True
