@@ -104,7 +104,7 @@ static __always_inline void decide(struct trace_context *context, u8 state)
     context->flags = state == '0' ? 0 : FLAG_SAMPLED;
 }
 
-/* What follows b3's trace id: `-{span}[-{state}[-{parent}]]`, `length` bytes. */
+/* What follows b3's trace id: `-{span}[-{state}[-{parent}]]`, `length` bytes (huge: less than none). */
 static __always_inline void read_b3_tail(struct trace_context *context, u64 high, u64 low, const u8 *value, u64 length, u64 bad)
 {
     u64 span = decode_16(value + 1, 0, &bad);
@@ -129,19 +129,17 @@ static __always_inline void read_b3_tail(struct trace_context *context, u64 high
 /* openzipkin/b3-propagation, "Single Header": `{trace}-{span}[-{state}[-{parent}]]`, or the state alone. */
 static __always_inline void read_b3(struct trace_context *context, const u8 *value, u64 length)
 {
-    u64 bad = 0, low = 0;
+    u64 bad = 0;
     if (length == 1) {
         if (value[0] == '0' || value[0] == '1' || value[0] == 'd')
             decide(context, value[0]);
         return;
     }
-    if (length < 33)
-        return;
     u64 first = decode_16(value, 0, &bad);
     if (value[16] == '-') {
         read_b3_tail(context, 0, first, value + 16, length - 16, bad);
-    } else if (length > 48) {
-        low = decode_16(value + 16, 0, &bad);
+    } else {
+        u64 low = decode_16(value + 16, 0, &bad);
         read_b3_tail(context, first, low, value + 32, length - 32, bad);
     }
 }

@@ -1,5 +1,6 @@
-"""Asks gcc, through the debug information it writes, how it lays structs out."""
+"""gcc: how it lays structs out, by the debug information that it writes; and what C code does, by running it."""
 
+import ctypes
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -22,6 +23,26 @@ def compile_object(source: str, include: Sequence[Path] = ()) -> bytes:
         )
         assert compiled.returncode == 0, compiled.stderr.decode()
         return target.read_bytes()
+
+
+def compile_library(source: str, include: Sequence[Path] = ()) -> ctypes.CDLL:
+    """The functions of a C text, to be called. Warnings are errors."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "library.so"
+        compiled = subprocess.run(
+            [
+                *("gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-x", "c"),
+                *(f"-I{path}" for path in include),
+                "-o",
+                target,
+                "-",
+            ],
+            input=source.encode(),
+            capture_output=True,
+            check=False,
+        )
+        assert compiled.returncode == 0, compiled.stderr.decode()
+        return ctypes.CDLL(str(target))
 
 
 class DebugInfo:
