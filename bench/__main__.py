@@ -14,21 +14,23 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import machine, tables, worker
+from bench import latency, machine, tables, worker
 from bench.site import SCENARIOS, Site
 from bench.variants import Variant
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="What tracing costs, measured.")
 console = Console(width=None if sys.stdout.isatty() else 120)
 
 Rounds = Annotated[int, typer.Option(min=1, help="How often each is measured, off and on in turn.")]
 Output = Annotated[Path, typer.Option("--json", help="Where the figures go.")]
 OUTPUT = Path("bench.json")
-
-
-@app.callback()
-def _about() -> None:
-    """What tracing costs, measured."""
+Scenarios = Annotated[
+    list[str] | None, typer.Option("--scenario", help=f"One of {', '.join(SCENARIOS)}, {worker.BYSTANDER}; repeatable.")
+]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option("--variant", help="What to hold against an untraced nginx; repeatable.", metavar="NAME=[PROGRAM] …"),
+]
 
 
 @contextmanager
@@ -69,13 +71,8 @@ def _write(path: Path, part: str, figures: dict[str, Any], load_before: tuple[fl
 
 @app.command("worker")
 def worker_command(
-    scenario: Annotated[
-        list[str] | None, typer.Option(help=f"One of {', '.join(SCENARIOS)}, {worker.BYSTANDER}; all if none.")
-    ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=[PROGRAM] ARGUMENTS: what to hold against an untraced nginx.", metavar="NAME=…"),
-    ] = None,
+    scenario: Scenarios = None,
+    variant: Variants = None,
     rounds: Rounds = 10,
     json_file: Output = OUTPUT,
 ) -> None:
@@ -100,6 +97,24 @@ def worker_command(
     console.print(tables.cpu(figures["cpu_us"]))
     console.print(tables.programs(programs))
     _write(json_file, "worker", figures, load)
+
+
+@app.command("latency")
+def latency_command(
+    scenario: Scenarios = None,
+    variant: Variants = None,
+    rounds: Rounds = 5,
+    rate: Annotated[int, typer.Option(min=1, help="Requests a second.")] = 3000,
+    json_file: Output = OUTPUT,
+) -> None:
+    """Latency at a fixed rate below saturation."""
+    names = scenario or ["static", "proxied", "static-tls", "proxied-h2"]
+    variants = [Variant.parse(text) for text in variant or ["on"]]
+    load = os.getloadavg()
+    with _site() as site, _progress(rounds * len(names) * (len(variants) + 1)) as advance:
+        figures = latency.measure(site, names, variants, rounds, rate, advance)
+    console.print(tables.latency(figures, rate))
+    _write(json_file, "latency", {"requests_a_second": rate, "latency_us": figures}, load)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,20 @@
-"""Load generators: h2load at most speed, for processor time and throughput."""
+"""Load generators: h2load at most speed, for processor time and throughput; vegeta at a fixed rate, for latency."""
 
+import csv
 import re
 import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 
 from bench.site import Scenario
 
 CONNECTIONS = 8
 STREAMS = 4
 """Of each HTTP/2 connection."""
+
+_OPEN_LOOP_CONNECTIONS = 32
+_OPEN_LOOP_IN_FLIGHT = 512
 
 
 def at_most_speed(url: str, scenario: Scenario) -> float:
@@ -26,3 +33,49 @@ def parse_rate(output: str, requests: int) -> float:
     if not finished or not succeeded or int(succeeded[1]) != requests:
         raise RuntimeError(f"h2load did not get {requests} answers:\n{output}")
     return float(finished[1])
+
+
+def vegeta() -> Path:
+    """Its binary. Raises CalledProcessError where it cannot be built."""
+    script = Path(__file__).with_name("install-vegeta")
+    return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+
+
+def at_rate(url: str, scenario: Scenario, requests_a_second: int, seconds: int) -> list[float]:
+    """Latencies of requests that begin at a fixed rate whatever the answers do, microseconds, sorted.
+
+    Each is counted from when the request was due, so that one that had to wait for its turn shows it. Raises
+    RuntimeError if any fails.
+    """
+    attack = [
+        "attack",
+        f"-rate={requests_a_second}",
+        f"-duration={seconds}s",
+        f"-http2={'true' if scenario.http2 else 'false'}",
+        "-insecure",
+        f"-max-workers={_OPEN_LOOP_IN_FLIGHT}",
+        f"-max-connections={1 if scenario.http2 else _OPEN_LOOP_CONNECTIONS}",
+    ]
+    with tempfile.TemporaryFile() as results:
+        subprocess.run([vegeta(), *attack], input=f"GET {url}\n".encode(), stdout=results, check=True)
+        results.seek(0)
+        table = subprocess.run([vegeta(), "encode", "-to=csv"], stdin=results, stdout=subprocess.PIPE, text=True)
+    return sorted(parse_latencies(table.stdout.splitlines(), requests_a_second))
+
+
+def parse_latencies(lines: Iterable[str], requests_a_second: int) -> list[float]:
+    """Microseconds from the moment each request was due to its answer, out of vegeta's table.
+
+    Its columns are: begin in Unix ns, status, ns taken, bytes out and in, error, body, name, number, and more. Request
+    n is due n / rate after the first; the one that was least late fixes when that was.
+    """
+    period_ns = 1e9 / requests_a_second
+    began_ns: dict[int, int] = {}
+    answered_ns: dict[int, int] = {}
+    for row in csv.reader(lines):
+        number, begin_ns = int(row[8]), int(row[0])
+        if row[1] != "200":
+            raise RuntimeError(f"request {number} was answered with {row[1]}: {row[5]}")
+        began_ns[number], answered_ns[number] = begin_ns, begin_ns + int(row[2])
+    first_due_ns = min(begin_ns - number * period_ns for number, begin_ns in began_ns.items())
+    return [(answer_ns - first_due_ns - number * period_ns) / 1000 for number, answer_ns in answered_ns.items()]

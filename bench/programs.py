@@ -1,6 +1,7 @@
 """The kernel's own accounts of our BPF programs, by bpftool."""
 
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +28,11 @@ def _bpftool(*arguments: str) -> Any:
 
 def programs_of(pid: int) -> list[Program]:
     """The programs that the process holds attached."""
-    identifiers = sorted({each["prog_id"] for each in _bpftool("perf", "show") if each["pid"] == pid})
-    return [parse_program(_bpftool("prog", "show", "id", str(identifier))) for identifier in identifiers]
+    # By a link's descriptor, which says so itself, or by a perf event's.
+    links = (path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
+    identifiers = {int(number) for text in links for number in re.findall(r"^prog_id:\s+(\d+)$", text, re.MULTILINE)}
+    identifiers |= {each["prog_id"] for each in _bpftool("perf", "show") if each["pid"] == pid}
+    return [parse_program(_bpftool("prog", "show", "id", str(identifier))) for identifier in sorted(identifiers)]
 
 
 def parse_program(shown: dict[str, Any]) -> Program:

@@ -69,3 +69,19 @@ def programs(figures: dict[str, Any]) -> Table:
             total = sum(each["us_a_request"] for each in programs)
             table.add_row(name, label, "in all", "", "", "", f"{total:.2f}", end_section=True)
     return table
+
+
+def latency(figures: dict[str, Any], requests_a_second: int) -> Table:
+    """Medians over the rounds; the spread is that of the rounds."""
+    columns = [each for series in figures.values() for each in series[OFF]]
+    columns = list(dict.fromkeys(columns))
+    title = f"Latency at {requests_a_second} requests a second, µs: median over the rounds, and quartiles"
+    table = _table(title, "scenario", "", *columns)
+    for name, series in figures.items():
+        for label, percentiles in series.items():
+            cells = [
+                f"{each['median']:.0f} ({each['lower_quartile']:.0f} … {each['upper_quartile']:.0f})"
+                for each in (percentiles[column] for column in columns)
+            ]
+            table.add_row(name, label, *cells)
+    return table

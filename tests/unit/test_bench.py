@@ -3,7 +3,7 @@
 import pytest
 
 from bench.figures import paired, percentile, quartiles
-from bench.load import parse_rate
+from bench.load import parse_latencies, parse_rate
 from bench.programs import Program, parse_program
 from bench.variants import Variant
 from bench.worker import compare
@@ -53,6 +53,22 @@ def test_h2load_tells_its_rate() -> None:
 def test_a_run_with_failures_is_no_measurement() -> None:
     with pytest.raises(RuntimeError, match="did not get 20000"):
         parse_rate(H2LOAD.format(answered=19999), 20000)
+
+
+def vegeta_row(begin_ns: int, taken_ns: int, number: int, status: int = 200) -> str:
+    return f"{begin_ns},{status},{taken_ns},0,5,,,,{number},GET,http://127.0.0.1/,"
+
+
+def test_a_latency_counts_from_when_the_request_was_due() -> None:
+    """The second of four, one due every millisecond, began 2 ms late."""
+    rows = [(10_000_000, 300_000, 0), (13_000_000, 100_000, 1), (13_100_000, 100_000, 2), (13_200_000, 50_000, 3)]
+    lines = [vegeta_row(*row) for row in reversed(rows)]
+    assert sorted(parse_latencies(lines, 1000)) == pytest.approx([250, 300, 1200, 2100])
+
+
+def test_a_failed_request_has_no_latency() -> None:
+    with pytest.raises(RuntimeError, match="request 0 was answered with 502"):
+        parse_latencies([vegeta_row(0, 5, 0, 502)], 1000)
 
 
 def test_bpftool_tells_runs_only_while_the_kernel_counts() -> None:
