@@ -48,7 +48,10 @@ enum loss {
     PARTIAL_STRING_CUT = 9,
     PARTIAL_STRING_READ_FAILED = 10,
     NOT_SAMPLED = 11,         /* not a loss: the sampler left the request out */
-    LOSS_CAUSES = 12,
+    PARTIAL_PROPAGATION_NO_ROOM = 12,   /* --propagate: the request has too many headers for one more */
+    PARTIAL_PROPAGATION_MALFORMED = 13, /* the client's own traceparent is malformed, or there are several */
+    PARTIAL_PROPAGATION_UNSAFE = 14,    /* nginx's header list is not as expected, or could not be written */
+    LOSS_CAUSES = 15,
 };
 
 enum limit {

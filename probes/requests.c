@@ -146,11 +146,6 @@ static __always_inline void append_string(struct process *process, u8 kind, u8 a
     process->record_bytes = at + sizeof(struct string_header) + ((bytes + 7) & ~7ULL);
 }
 
-struct ngx_str {
-    u64 len;
-    u64 data;
-};
-
 /* Appends the ngx_str_t at an address in nginx's memory. */
 static __always_inline void append_str_at(struct process *process, u8 kind, u8 attempt, u64 address, u64 limit)
 {
@@ -202,6 +197,16 @@ static __always_inline void append_request_strings(struct process *process)
                          local_length, SHORT_STRING_BYTES_MAX);
 }
 
+/* Half a list of vendors' entries would be another list: a line comes whole or not at all. */
+static __always_inline void append_tracestate(struct process *process)
+{
+    for (int i = 0; i < TRACESTATE_LINES_MAX && i < process->header_lines[HEADER_TRACESTATE]; i++) {
+        struct ngx_str *line = &process->tracestate[i];
+        if (line->len <= STRING_BYTES_MAX)
+            append_string(process, STRING_TRACESTATE, i, line->data, line->len, STRING_BYTES_MAX);
+    }
+}
+
 /* How many upstream states name a peer or, when there was no live one, the upstream itself. */
 static __always_inline u32 count_upstream_states(u64 states)
 {
@@ -218,7 +223,7 @@ static __always_inline u32 count_upstream_states(u64 states)
 }
 
 /* Copies one finished attempt into the record, with what nginx has noted of it by now. */
-static __always_inline bool take_attempt(struct process *process, struct attempt_key *key)
+static __always_inline bool take_attempt(struct process *process, struct attempt_key *key, u64 told_span_id)
 {
     struct attempt_state *ended = attempts.lookup(key);
     u32 index = key->index;
@@ -227,6 +232,7 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     struct upstream_attempt *attempt =
         (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
     *attempt = ended->attempt;
+    attempt->span_id = told_span_id;
     u8 *state = process->upstream_state;
     if (bpf_probe_read_user(state, SIZEOF_ngx_http_upstream_state_t, (void *)ended->state) != 0)
         return false;
@@ -240,6 +246,15 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     attempt->bytes_sent = -1; /* before 1.15.8 */
 #endif
     attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
+#if ADOPT_UPSTREAM_CONTEXT
+    struct trace_context *told = &ended->told;
+    if (tells_something_new(told, &process->incoming)) {
+        if (!process->told.valid)
+            process->told = *told;
+        if (told->trace_id_high == process->told.trace_id_high && told->trace_id_low == process->told.trace_id_low)
+            attempt->span_id = told->parent_span_id;
+    }
+#endif
     return true;
 }
 
@@ -268,7 +283,40 @@ static __always_inline void learn_core_module_index(struct process *process, u64
         process->core_module_index_known = 1;
 }
 
-#define HTTP_MODULE 0x50545448 /* "HTTP", r->signature */
+/* $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
+static __always_inline u64 final_status(const struct request_record *record)
+{
+    if (record->err_status)
+        return record->err_status;
+    if (record->rc > 0 && (!record->out_status || !record->bytes_sent))
+        return record->rc;
+    return record->out_status;
+}
+
+#define SWITCHING_PROTOCOLS 101
+
+/* Why a request that the sampler left out is sent all the same. KEPT_SAMPLED: it is not. */
+static __always_inline u8 keep(const struct request_record *record)
+{
+    u64 status = final_status(record);
+    if (KEEP_ERRORS && status >= 500)
+        return KEPT_ERROR;
+    u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
+    bool written_last = record->last_write_ns && !record->rc && status != SWITCHING_PROTOCOLS;
+    u64 took_ns = (written_last ? record->last_write_ns : record->ended_ns) - began_ns;
+    return KEEP_SLOWER_THAN_NS && took_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
+}
+
+/* Forgets a request that the sampler left out. */
+static __always_inline void leave_out(struct attempt_key *attempt_key, u32 count)
+{
+    for (u32 i = 0; i < ATTEMPTS_MAX && i < count; i++) {
+        attempt_key->index = i;
+        attempts.delete(attempt_key);
+    }
+    count_loss(NOT_SAMPLED);
+}
+
 #define HTTP_VERSION_3 3000
 
 /* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
@@ -309,6 +357,27 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 
     struct socket_key socket_key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
     struct socket *socket = sockets.lookup(&socket_key);
+    struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
+    struct request_trace *trace = &process->trace;
+    u64 told_span_id = 0;
+#if PROPAGATE
+    told_span_id = active.told_span_id;
+    if (active.decided)
+        recall_trace(process, &active);
+    else
+#endif
+    {
+        read_incoming_context(process);
+        decide_trace(process);
+    }
+#if !ADOPT_UPSTREAM_CONTEXT && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS
+    if (!trace->sampled) {
+        if (socket && !MEMBER(process->request, u64, ngx_http_request_s, stream))
+            socket->unclaimed_read = 0;
+        leave_out(&attempt_key, active.attempts);
+        return 0;
+    }
+#endif
     u64 http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
     u64 multiplexed = MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || http_version == HTTP_VERSION_3;
     struct request_record *record = (struct request_record *)process->record;
@@ -355,17 +424,14 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
     record->requests_seen = active.requests_seen;
     record->reserved = 0;
-    record->trace_id_high = random_id();
-    record->trace_id_low = random_id();
-    record->parent_span_id = 0;
-    record->trace_flags = 1;
-    record->kept = KEPT_SAMPLED;
 
-    struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
+#if ADOPT_UPSTREAM_CONTEXT
+    __builtin_memset(&process->told, 0, sizeof(process->told));
+#endif
     record->attempts = 0;
     for (u32 i = 0; i < ATTEMPTS_MAX && i < active.attempts; i++) {
         attempt_key.index = i;
-        if (!take_attempt(process, &attempt_key)) {
+        if (!take_attempt(process, &attempt_key, told_span_id)) {
             count_loss(LOST_READ_FAILED);
             return 0;
         }
@@ -374,8 +440,26 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
     u32 taken = record->attempts;
 
+#if ADOPT_UPSTREAM_CONTEXT
+    adopt_trace(process);
+#endif
+    record->trace_id_high = trace->trace_id_high;
+    record->trace_id_low = trace->trace_id_low;
+    record->parent_span_id = trace->parent_span_id;
+    record->trace_flags = trace->flags;
+    record->kept = KEPT_SAMPLED;
+    if (!trace->sampled) {
+        record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(record);
+        if (record->kept == KEPT_SAMPLED) {
+            leave_out(&attempt_key, taken);
+            return 0;
+        }
+    }
+
     process->record_bytes = sizeof(struct request_record) + taken * sizeof(struct upstream_attempt);
     append_request_strings(process);
+    if (trace->has_tracestate)
+        append_tracestate(process);
     for (u32 i = 0; i < ATTEMPTS_MAX && i < taken; i++) {
         attempt_key.index = i;
         append_attempt_strings(process, &attempt_key);

@@ -1,7 +1,7 @@
 /*
  * What the probes remember between their hits: processes, sockets, running requests, finished upstream attempts.
  *
- * The loader puts in front of this text: record.h, x86_64.h, and from the layout and the binary
+ * The loader puts in front of this text: record.h, x86_64.h, context.h, and from the layout and the binary
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    bytes
  *     SITE_ngx_http_free_request, ADDRESS_ngx_http_core_module    virtual addresses in the binary
  *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE    the settings: sampling.py
@@ -18,6 +18,39 @@
 /* Room for a bulk read of the struct; the largest of nginx 1.14-1.31 is 1,560 bytes. */
 #define REQUEST_BYTES_MAX 2048
 
+struct ngx_str {
+    u64 len;
+    u64 data;
+};
+
+/* The headers that tell of a trace. */
+enum context_header {
+    HEADER_TRACEPARENT,
+    HEADER_TRACESTATE,
+    HEADER_B3,
+    HEADER_B3_TRACE_ID,
+    HEADER_B3_SPAN_ID,
+    HEADER_B3_SAMPLED,
+    HEADER_B3_FLAGS,
+    HEADER_REQUEST_ID,
+    CONTEXT_HEADERS,
+};
+
+#define HEADERS_IN_PART 20    /* ngx_list_init(&r->headers_in.headers, r->pool, 20, …), in every protocol; a longer list has more parts */
+#define TRACESTATE_LINES_MAX 4
+
+/* What was decided of a request. */
+struct request_trace {
+    u64 trace_id_high;
+    u64 trace_id_low;
+    u64 parent_span_id;
+    u8 flags;
+    u8 sampled;
+    u8 parent_said_no;
+    u8 has_tracestate;        /* the context is W3C's, and valid */
+    u32 reserved;
+};
+
 struct process {
     u64 last_event_ns;        /* the worker's latest system call exit or probe hit: what comes next began no earlier */
     u64 failed_connect_start_ns; /* a connect() that failed at once; nginx closes that socket before the attempt ends */
@@ -28,6 +61,16 @@ struct process {
     u8 request[REQUEST_BYTES_MAX]; /* scratch: a worker runs one probe at a time, while a CPU may be shared by many */
     u8 connection[512];
     u8 upstream_state[256];
+    u8 headers[HEADERS_IN_PART * SIZEOF_ngx_table_elt_t];
+    u8 header_part[24];
+    u64 header_lines[CONTEXT_HEADERS];
+    struct ngx_str header_values[CONTEXT_HEADERS];
+    struct ngx_str tracestate[TRACESTATE_LINES_MAX];
+    u8 context_value[CONTEXT_VALUE_BYTES];
+    struct trace_context incoming;
+    struct trace_context told;
+    struct request_trace trace;
+    u64 found_at;
     u64 record_bytes;
     u8 record[RECORD_BYTES_MAX];
 };
@@ -70,6 +113,11 @@ struct active_request {
     u32 attempts_lost;
     u32 unclaimed_read;
     u32 requests_seen;
+#if PROPAGATE
+    struct request_trace trace;
+    u64 told_span_id;         /* written into the request's headers; 0: not */
+    u64 decided;
+#endif
 };
 
 struct attempt_key {
@@ -83,6 +131,9 @@ struct attempt_state {
     u64 state;                /* ngx_http_upstream_state_t *; stays readable to the request's end: pools free nothing before */
     u64 upstream;             /* ngx_http_upstream_srv_conf_t * */
     u64 request;              /* the subrequest's ngx_http_request_t *, or 0 */
+#if ADOPT_UPSTREAM_CONTEXT
+    struct trace_context told;
+#endif
 };
 
 BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
@@ -165,5 +216,7 @@ static __always_inline bool read_pointer(u64 *value, u64 address)
     count_loss(LOST_READ_FAILED);
     return false;
 }
+
+#define HTTP_MODULE 0x50545448 /* "HTTP", r->signature */
 
 #define MEMBER(bytes, type, structure, member) (*(type *)((bytes) + OFFSET_##structure##__##member))

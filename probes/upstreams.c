@@ -84,6 +84,9 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
         ended.attempt.connect_errno = process->failed_connect_errno;
     }
     process->failed_connect_start_ns = 0;
+#if ADOPT_UPSTREAM_CONTEXT
+    read_told_context(process, upstream, &ended.told);
+#endif
 
     if (active->attempts >= ATTEMPTS_MAX) {
         active->attempts_lost++;

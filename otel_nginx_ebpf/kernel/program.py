@@ -5,7 +5,26 @@ from collections.abc import Mapping
 from importlib.resources import files
 
 _HEADERS = ("record.h", "x86_64.h", "context.h")
-_SOURCES = ("state.c", "processes.c", "sockets.c", "upstreams.c", "requests.c")
+_SOURCES = ("state.c", "processes.c", "sockets.c", "contexts.c", "propagation.c", "upstreams.c", "requests.c")
+
+_CONTEXT_HEADERS = (
+    "traceparent",
+    "tracestate",
+    "b3",
+    "x-b3-traceid",
+    "x-b3-spanid",
+    "x-b3-sampled",
+    "x-b3-flags",
+    "x-request-id",
+)
+
+
+def _ngx_hash(name: str) -> int:
+    """ngx_hash_key (ngx_hash.c): what nginx keeps beside each header's name."""
+    key = 0
+    for byte in name.encode():
+        key = (key * 31 + byte) % 2**64
+    return key
 
 
 def program_text(
@@ -43,6 +62,14 @@ def program_text(
     if pid_namespace is not None:
         device, defined["PID_NAMESPACE_INODE"] = pid_namespace
         defined["PID_NAMESPACE_DEVICE"] = os.major(device) << 20 | os.minor(device)  # the kernel's own dev_t
+    for header in _CONTEXT_HEADERS:
+        name, padded = header.replace("-", "_"), header.encode().ljust(16, b"\0")
+        defined |= {
+            f"HASH_{name}": _ngx_hash(header),
+            f"LENGTH_{name}": len(header),
+            f"NAME_LOW_{name}": int.from_bytes(padded[:8], "little"),
+            f"NAME_HIGH_{name}": int.from_bytes(padded[8:], "little"),
+        }
     probes = files("otel_nginx_ebpf.probes")
     return "\n".join(
         [

@@ -1,0 +1,239 @@
+/*
+ * Which trace a request belongs to: what its headers say, what nginx tells the upstream, and whether it is sampled.
+ *
+ * The loader puts in front of this text, besides what state.c needs,
+ *     PROPAGATOR_…, SAMPLE_…, KEEP_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE    the settings; sampling.py
+ *     HASH_<header>, LENGTH_<header>, NAME_LOW_<header>, NAME_HIGH_<header>    nginx's hash of a name, and its bytes
+ */
+
+#define HEADER_PARTS_MAX 8
+
+/* Notes where the value of a header is, if it is the one. Of several lines the first, of tracestate each has its place. */
+static __always_inline void note_header(struct process *process, u8 *header, u32 place, u64 length, u64 name_low, u64 name_high)
+{
+    u64 name[2] = {};
+    if (MEMBER(header, u64, ngx_table_elt_t, key) != length
+        || bpf_probe_read_user(name, length, (void *)MEMBER(header, u64, ngx_table_elt_t, lowcase_key)) != 0
+        || name[0] != name_low || name[1] != name_high)
+        return;
+    u64 line = process->header_lines[place]++;
+    if (place == HEADER_TRACESTATE) {
+        if (line >= TRACESTATE_LINES_MAX)
+            return;
+        process->tracestate[line & (TRACESTATE_LINES_MAX - 1)] = *(struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value);
+    } else if (line == 0) {
+        process->header_values[place] = *(struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value);
+    }
+}
+
+#define NOTE_HEADER(name, place)                                                                                       \
+    if (hash == HASH_##name)                                                                                           \
+    note_header(process, header, place, LENGTH_##name, NAME_LOW_##name, NAME_HIGH_##name)
+
+/* Goes through the list at r->headers_in.headers; process->request holds r. */
+static __always_inline void find_context_headers(struct process *process)
+{
+    u8 *list = process->request + OFFSET_ngx_http_request_s__headers_in + OFFSET_ngx_http_headers_in_t__headers;
+    u8 *part = list + OFFSET_ngx_list_t__part;
+    u64 elements = MEMBER(part, u64, ngx_list_part_s, elts);
+    u64 count = MEMBER(part, u64, ngx_list_part_s, nelts);
+    u64 next = MEMBER(part, u64, ngx_list_part_s, next);
+
+    __builtin_memset(process->header_lines, 0, sizeof(process->header_lines));
+#pragma clang loop unroll(disable)
+    for (int p = 0; p < HEADER_PARTS_MAX; p++) {
+        if (count > HEADERS_IN_PART)
+            count = HEADERS_IN_PART;
+        u64 bytes = count * SIZEOF_ngx_table_elt_t;
+        if (elements && bytes && bytes <= sizeof(process->headers))
+            bpf_probe_read_user(process->headers, bytes, (void *)elements);
+#pragma clang loop unroll(disable)
+        for (int i = 0; i < HEADERS_IN_PART && i < count; i++) {
+            u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
+            u64 hash = MEMBER(header, u64, ngx_table_elt_t, hash);
+#if PROPAGATOR_TRACECONTEXT
+            NOTE_HEADER(traceparent, HEADER_TRACEPARENT);
+            NOTE_HEADER(tracestate, HEADER_TRACESTATE);
+#endif
+#if PROPAGATOR_B3
+            NOTE_HEADER(b3, HEADER_B3);
+#endif
+#if PROPAGATOR_B3MULTI
+            NOTE_HEADER(x_b3_traceid, HEADER_B3_TRACE_ID);
+            NOTE_HEADER(x_b3_spanid, HEADER_B3_SPAN_ID);
+            NOTE_HEADER(x_b3_sampled, HEADER_B3_SAMPLED);
+            NOTE_HEADER(x_b3_flags, HEADER_B3_FLAGS);
+#endif
+#if PROPAGATOR_XREQUESTID
+            NOTE_HEADER(x_request_id, HEADER_REQUEST_ID);
+#endif
+        }
+        if (!next)
+            break;
+        u8 *following = process->header_part;
+        if (bpf_probe_read_user(following, sizeof(process->header_part), (void *)next) != 0)
+            break;
+        elements = MEMBER(following, u64, ngx_list_part_s, elts);
+        count = MEMBER(following, u64, ngx_list_part_s, nelts);
+        next = MEMBER(following, u64, ngx_list_part_s, next);
+    }
+}
+
+/* Copies a header's value to process->context_value. 0: there is none. */
+static __always_inline u64 read_header_value(struct process *process, u32 place)
+{
+    struct ngx_str *value = &process->header_values[place];
+    u64 bytes = value->len;
+    if (!process->header_lines[place] || !bytes)
+        return 0;
+    if (bytes > CONTEXT_VALUE_BYTES)
+        bytes = CONTEXT_VALUE_BYTES;
+    asm volatile("" : "+r"(bytes));
+    if (bytes > CONTEXT_VALUE_BYTES || bpf_probe_read_user(process->context_value, bytes, (void *)value->data) != 0)
+        return 0;
+    return value->len;
+}
+
+#define READ_HEADER(place, read)                                                                                       \
+    do {                                                                                                               \
+        u64 length = read_header_value(process, place);                                                                \
+        if (length)                                                                                                    \
+            read(context, process->context_value, length);                                                             \
+    } while (0)
+
+/* The context that the request came with, in process->incoming; process->request holds r. */
+static __always_inline void read_incoming_context(struct process *process)
+{
+    struct trace_context *context = &process->incoming;
+    __builtin_memset(context, 0, sizeof(*context));
+    process->trace.has_tracestate = 0;
+#if PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID
+    find_context_headers(process);
+#endif
+#if PROPAGATOR_TRACECONTEXT
+    if (process->header_lines[HEADER_TRACEPARENT] == 1) /* W3C: of two, neither */
+        READ_HEADER(HEADER_TRACEPARENT, read_traceparent);
+    process->trace.has_tracestate = context->valid;
+#endif
+#if PROPAGATOR_B3
+    if (!context->valid)
+        READ_HEADER(HEADER_B3, read_b3);
+#endif
+#if PROPAGATOR_B3MULTI
+    if (!context->valid && context->decision == DECISION_NONE) {
+        READ_HEADER(HEADER_B3_TRACE_ID, read_b3_trace_id);
+        READ_HEADER(HEADER_B3_SPAN_ID, read_b3_span_id);
+        READ_HEADER(HEADER_B3_FLAGS, read_b3_flags);
+        READ_HEADER(HEADER_B3_SAMPLED, read_b3_sampled);
+        finish_b3_multi(context);
+    }
+#endif
+#if PROPAGATOR_XREQUESTID
+    if (!context->valid)
+        READ_HEADER(HEADER_REQUEST_ID, read_request_id);
+#endif
+}
+
+#if ADOPT_UPSTREAM_CONTEXT
+/* Of what was sent upstream, as much is searched. */
+#define SENT_BYTES_MAX 4096
+
+#define LOWER_CASE 0x2020202020202020ULL
+#define RACEPARE 0x6572617065636172ULL /* "racepare", of traceparent in any case */
+
+/* Where the value begins, behind the "racepare" at `at`; 0: that is no header's name.
+ *     HTTP/1   \n traceparent : ' ' value
+ *     FastCGI  16 55 HTTP_TRACEPARENT value
+ *     uwsgi    16 0 HTTP_TRACEPARENT 55 0 value
+ *     SCGI     0 HTTP_TRACEPARENT 0 value */
+static __always_inline u64 sent_value(const u8 *sent, u64 at)
+{
+    const u8 *name = sent + at, *behind = name + 10;
+    if ((name[-1] | 0x20) != 't' || (name[8] | 0x20) != 'n' || (name[9] | 0x20) != 't')
+        return 0;
+    if (name[-2] == '\n')
+        return behind[0] == ':' && behind[1] == ' ' ? at + 12 : 0;
+    if (name[-2] != '_')
+        return 0;
+    if (name[-7] == TRACEPARENT_BYTES && name[-8] == 16)
+        return at + 10;
+    if (name[-7] == 0 && name[-8] == 16)
+        return at + 12;
+    return name[-7] == 0 && behind[0] == 0 ? at + 11 : 0;
+}
+
+/* What nginx told the upstream in a traceparent, if it did: from the first buffer of u->request_bufs, that of the header.
+ * It is read when the attempt ends, and process->record is free. */
+static __always_inline void read_told_context(struct process *process, u64 upstream, struct trace_context *told)
+{
+    u64 chain = 0, buffer = 0, start = 0, last = 0;
+    if (!read_pointer(&chain, upstream + OFFSET_ngx_http_upstream_s__request_bufs) || !chain
+        || !read_pointer(&buffer, chain + OFFSET_ngx_chain_s__buf) || !buffer
+        || !read_pointer(&start, buffer + OFFSET_ngx_buf_s__start) || !read_pointer(&last, buffer + OFFSET_ngx_buf_s__last))
+        return;
+    u64 bytes = last - start;
+    if (!start || last <= start)
+        return;
+    if (bytes > SENT_BYTES_MAX)
+        bytes = SENT_BYTES_MAX;
+    asm volatile("" : "+r"(bytes));
+    if (bytes > SENT_BYTES_MAX || bpf_probe_read_user(process->record, bytes, (void *)start) != 0)
+        return;
+
+    process->found_at = 0; /* in the map's memory, so that the verifier need not tell one place from another */
+#pragma clang loop unroll(disable)
+    for (int i = 8; i < SENT_BYTES_MAX && i + 8 < bytes; i++) {
+        if ((*(u64 *)(process->record + i) | LOWER_CASE) == RACEPARE) {
+            process->found_at = i;
+            break;
+        }
+    }
+    asm volatile("" ::: "memory");
+    u64 at = process->found_at;
+    if (at < 8 || at >= SENT_BYTES_MAX)
+        return;
+    u64 value = sent_value(process->record, at);
+    asm volatile("" : "+r"(value));
+    if (value && value <= SENT_BYTES_MAX + 16 && value + TRACEPARENT_BYTES <= bytes)
+        read_traceparent(told, process->record + value, TRACEPARENT_BYTES);
+}
+
+static __always_inline bool tells_something_new(const struct trace_context *told, const struct trace_context *incoming)
+{
+    return told->valid
+        && (told->parent_span_id != incoming->parent_span_id || told->trace_id_low != incoming->trace_id_low
+            || told->trace_id_high != incoming->trace_id_high);
+}
+#endif
+
+/* The request's trace, in process->trace: the one it came with, or a new one. */
+static __always_inline void decide_trace(struct process *process)
+{
+    struct trace_context *incoming = &process->incoming;
+    struct request_trace *trace = &process->trace;
+    trace->trace_id_high = incoming->valid ? incoming->trace_id_high : random_id();
+    trace->trace_id_low = incoming->valid ? incoming->trace_id_low : random_id();
+    trace->parent_span_id = incoming->valid ? incoming->parent_span_id : 0;
+    trace->parent_said_no = incoming->decision == DECISION_NO;
+    trace->sampled = is_sampled(incoming, trace->trace_id_low);
+    trace->flags = (incoming->flags & FLAG_RANDOM) | trace->sampled;
+}
+
+#if ADOPT_UPSTREAM_CONTEXT
+/* Where nginx told the upstream of another trace than the one it was told of, that is the request's, from here on. */
+static __always_inline void adopt_trace(struct process *process)
+{
+    struct trace_context *told = &process->told;
+    struct request_trace *trace = &process->trace;
+    if (!told->valid || (told->trace_id_high == trace->trace_id_high && told->trace_id_low == trace->trace_id_low))
+        return;
+    trace->trace_id_high = told->trace_id_high;
+    trace->trace_id_low = told->trace_id_low;
+    trace->parent_span_id = 0;
+    trace->has_tracestate = 0;
+#if !PROPAGATE
+    trace->sampled = is_sampled(&process->incoming, told->trace_id_low);
+    trace->flags = trace->sampled;
+#endif
+}
+#endif

@@ -1,0 +1,146 @@
+/*
+ * --propagate: tells the upstream of the exchange span, by a traceparent in the request headers that nginx holds.
+ *
+ * When all headers are parsed nothing has been made of them: what stands in r->headers_in then is what any upstream
+ * protocol will carry. Nothing is written unless all that it rests on was read, and holds, for this very request.
+ */
+
+#if PROPAGATE
+
+#define LIST_KEY_BYTES 16      /* "traceparent", and zeros */
+#define LIST_TEXT_BYTES (LIST_KEY_BYTES + TRACEPARENT_BYTES + 1)
+#define TEXT_ELEMENTS 2        /* the array's last, which hold key and value */
+
+static __always_inline bool write_user(u64 address, const void *bytes, u32 count)
+{
+    if (bpf_probe_write_user((void *)address, bytes, count) == 0)
+        return true;
+    count_loss(PARTIAL_PROPAGATION_UNSAFE);
+    return false;
+}
+
+/* Puts our span into the client's own header: same length, same memory. */
+static __always_inline bool overwrite_traceparent(struct process *process, u64 span_id)
+{
+    struct ngx_str *value = &process->header_values[HEADER_TRACEPARENT];
+    struct request_trace *trace = &process->trace;
+    u8 text[TRACEPARENT_BYTES + 1] = {};
+    if (!process->incoming.valid && value->len != TRACEPARENT_BYTES) {
+        count_loss(PARTIAL_PROPAGATION_MALFORMED);
+        return false;
+    }
+    write_traceparent(text, trace->trace_id_high, trace->trace_id_low, span_id, trace->flags);
+    if (!process->incoming.valid)
+        return write_user(value->data, text, TRACEPARENT_BYTES);
+    if (!trace->sampled) /* the parent stays the client's span: ours will not be */
+        return trace->parent_said_no || write_user(value->data + 54, text + 54, 1);
+    return write_user(value->data + 36, text + 36, 16);
+}
+
+/* Whether the list is as ngx_list_init and ngx_list_push leave one of a single part, with room for one more and the text. */
+static __always_inline bool has_room(struct process *process, u64 list_address, const u8 *list)
+{
+    const u8 *part = list + OFFSET_ngx_list_t__part;
+    u64 count = MEMBER(part, u64, ngx_list_part_s, nelts), elements = MEMBER(part, u64, ngx_list_part_s, elts);
+    bool holds = elements && (elements & 7) == 0 && MEMBER(list, u64, ngx_list_t, size) == SIZEOF_ngx_table_elt_t;
+
+    if (MEMBER(part, u64, ngx_list_part_s, next) || MEMBER(list, u64, ngx_list_t, nalloc) != HEADERS_IN_PART
+        || count + 1 + TEXT_ELEMENTS > HEADERS_IN_PART) {
+        count_loss(PARTIAL_PROPAGATION_NO_ROOM);
+        return false;
+    }
+    holds &= MEMBER(list, u64, ngx_list_t, last) == list_address + OFFSET_ngx_list_t__part;
+#pragma clang loop unroll(disable)
+    for (int i = 0; i < HEADERS_IN_PART && i < count; i++) { /* find_context_headers has read them */
+        u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
+        struct ngx_str *key = (struct ngx_str *)(header + OFFSET_ngx_table_elt_t__key);
+        struct ngx_str *value = (struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value);
+        holds &= key->len - 1 < 65536 && key->data && value->len < 1048576 && value->data
+              && MEMBER(header, u64, ngx_table_elt_t, lowcase_key);
+    }
+    if (!holds)
+        count_loss(PARTIAL_PROPAGATION_UNSAFE);
+    return holds;
+}
+
+/* Adds a header to the list. Its text lies in the array's last elements, which the list is told that it does not have. */
+static __always_inline bool append_traceparent(struct process *process, u64 list_address, const u8 *list, u64 span_id)
+{
+    const u8 *part = list + OFFSET_ngx_list_t__part;
+    struct request_trace *trace = &process->trace;
+    u64 count = MEMBER(part, u64, ngx_list_part_s, nelts), elements = MEMBER(part, u64, ngx_list_part_s, elts);
+    u64 room = HEADERS_IN_PART - TEXT_ELEMENTS;
+    u64 text_address = elements + room * SIZEOF_ngx_table_elt_t;
+    u8 text[LIST_TEXT_BYTES] = "traceparent";
+    u8 header[SIZEOF_ngx_table_elt_t] = {};
+
+    write_traceparent(text + LIST_KEY_BYTES, trace->trace_id_high, trace->trace_id_low, span_id, trace->flags);
+    MEMBER(header, u64, ngx_table_elt_t, hash) = HASH_traceparent;
+    *(struct ngx_str *)(header + OFFSET_ngx_table_elt_t__key) = (struct ngx_str){LENGTH_traceparent, text_address};
+    *(struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value) =
+        (struct ngx_str){TRACEPARENT_BYTES, text_address + LIST_KEY_BYTES};
+    MEMBER(header, u64, ngx_table_elt_t, lowcase_key) = text_address;
+
+    u64 more = count + 1;
+    return write_user(text_address, text, sizeof(text))
+        && write_user(elements + count * SIZEOF_ngx_table_elt_t, header, sizeof(header))
+        && write_user(list_address + OFFSET_ngx_list_t__nalloc, &room, sizeof(room))
+        && write_user(list_address + OFFSET_ngx_list_t__part + OFFSET_ngx_list_part_s__nelts, &more, sizeof(more));
+}
+
+/* ngx_http_process_request(ngx_http_request_t *r): all headers are parsed */
+int enter_ngx_http_process_request(struct pt_regs *ctx)
+{
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(&tgid, &now);
+    if (!process)
+        return 0;
+
+    u64 r = PT_REGS_PARM1(ctx);
+    struct request_key key = {.tgid = tgid};
+    if (!read_pointer(&key.connection, r + OFFSET_ngx_http_request_s__connection))
+        return 0;
+    struct active_request *active = active_requests.lookup(&key);
+    if (!active || active->decided)
+        return 0;
+    if (bpf_probe_read_user(process->request, SIZEOF_ngx_http_request_s, (void *)r) != 0
+        || MEMBER(process->request, u32, ngx_http_request_s, signature) != HTTP_MODULE
+        || MEMBER(process->request, u64, ngx_http_request_s, main) != r) {
+        count_loss(PARTIAL_PROPAGATION_UNSAFE);
+        return 0;
+    }
+    read_incoming_context(process);
+    decide_trace(process);
+    active->trace = process->trace;
+    active->decided = 1;
+
+    u64 span_id = random_id(), list_offset = OFFSET_ngx_http_request_s__headers_in + OFFSET_ngx_http_headers_in_t__headers;
+    u64 lines = process->header_lines[HEADER_TRACEPARENT];
+    const u8 *list = process->request + list_offset;
+    bool written = false;
+    if (lines == 1)
+        written = overwrite_traceparent(process, span_id);
+    else if (lines > 1)
+        count_loss(PARTIAL_PROPAGATION_MALFORMED);
+    else if (has_room(process, r + list_offset, list))
+        written = append_traceparent(process, r + list_offset, list, span_id);
+    if (written && process->trace.sampled)
+        active->told_span_id = span_id;
+    return 0;
+}
+
+/* What was decided when the headers were parsed; they tell of our own span since then. */
+static __always_inline void recall_trace(struct process *process, const struct active_request *active)
+{
+    process->trace = active->trace;
+    process->incoming.trace_id_high = active->trace.trace_id_high;
+    process->incoming.trace_id_low = active->trace.trace_id_low;
+    process->incoming.parent_span_id = active->trace.parent_span_id;
+    process->incoming.decision = active->trace.parent_said_no ? DECISION_NO : DECISION_NONE;
+    process->incoming.valid = active->trace.parent_span_id != 0;
+    if (active->trace.has_tracestate)
+        find_context_headers(process);
+}
+
+#endif
