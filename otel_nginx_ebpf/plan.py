@@ -61,7 +61,9 @@ class Plan:
             active_requests_max=settings.max_active_requests,
             ring_buffer_bytes=settings.ring_buffer_mib << 20,
         )
-        probes = tuple(ProbeRequest(f"enter_{site.function}", site.file_offset) for _, site in self.chosen)
+        probes = tuple(
+            ProbeRequest(f"enter_{site.function}", site.file_offset, boundary.writes) for boundary, site in self.chosen
+        )
         return LoadRequest(text, str(self.binary.path), probes, sites.TRACEPOINTS, self.pids)
 
     def ready_line(self) -> str:
@@ -74,11 +76,12 @@ class Plan:
         )
 
 
-def make_plan(instances: tuple[Instance, ...], silent: frozenset[str] = frozenset()) -> Plan:
+def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:
     """The plan for instances that run one binary.
 
     Args:
         instances: What runs it.
+        settings: Some boundaries are probed only where a setting wants them.
         silent: Functions that are exported and were found to be never called.
 
     Raises:
@@ -89,6 +92,8 @@ def make_plan(instances: tuple[Instance, ...], silent: frozenset[str] = frozense
     chosen: list[tuple[sites.Boundary, Site]] = []
     missing: list[Missing] = []
     for boundary in sites.BOUNDARIES:
+        if boundary.setting is not None and not getattr(settings, boundary.setting):
+            continue
         found = find_site(binary, layout, boundary, silent)
         if isinstance(found, Site):
             chosen.append((boundary, found))

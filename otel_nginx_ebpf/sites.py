@@ -17,6 +17,10 @@ class Boundary:
     required: bool
     without: str
     """What traces lack without it."""
+    setting: str | None = None
+    """The setting that must be on for it to be probed."""
+    writes: bool = False
+    """Whether its handler writes to nginx's memory."""
 
 
 BOUNDARIES: tuple[Boundary, ...] = (
@@ -62,6 +66,15 @@ BOUNDARIES: tuple[Boundary, ...] = (
         arguments=1,
         required=False,
         without="downstream write spans on HTTP/2",
+    ),
+    Boundary(
+        name="headers are parsed",
+        functions=("ngx_http_process_request",),
+        arguments=1,
+        required=False,
+        without="the application's part (--propagate)",
+        setting="propagate",
+        writes=True,
     ),
 )
 

@@ -120,7 +120,7 @@ class Tracing:
         self._require_something()
 
     def _attach(self, instances: tuple[Instance, ...]) -> _TracedBinary:
-        plan = make_plan(instances, self._silent.get(instances[0].file_identity, frozenset()))
+        plan = make_plan(instances, self._settings, self._silent.get(instances[0].file_identity, frozenset()))
         for missing in plan.missing:
             _log.warning(
                 "nginx %s (%s): no %s: %s",
@@ -130,6 +130,11 @@ class Tracing:
                 missing.reason,
             )
         attachment = Attachment(plan.load_request(self._settings), self._settings.ring_buffer_mib << 20)
+        if attachment.refused:
+            _log.warning(
+                "--propagate does nothing: this kernel refuses bpf_probe_write_user (lockdown, or no CAP_SYS_ADMIN); "
+                "requests are traced, and applications are not told"
+            )
         return _TracedBinary(plan, attachment)
 
     def _went_live(self, traced: _TracedBinary) -> None:

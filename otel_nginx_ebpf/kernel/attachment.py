@@ -7,7 +7,7 @@ import struct
 import subprocess
 from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, LoadRequest, loader_command
@@ -21,8 +21,8 @@ _PID = struct.Struct("=I")
 _DESCRIPTORS_MAX = 253
 
 
-def _load(request: LoadRequest) -> tuple[list[int], int]:
-    """Runs the loader to its end; the descriptors it handed over, and the size of a process's state in bytes."""
+def _load(request: LoadRequest) -> tuple[list[int], dict[str, Any]]:
+    """Runs the loader to its end; the descriptors it handed over, and its answer."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
@@ -43,7 +43,7 @@ def _load(request: LoadRequest) -> tuple[list[int], int]:
         raise UserError(f"{answer['error']}\n{_last_lines(messages)}".strip())
     if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"]:
         raise UserError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
-    return descriptors, answer["process_bytes"]
+    return descriptors, answer
 
 
 def _last_lines(text: bytes, count: int = 12) -> str:
@@ -58,7 +58,10 @@ class Attachment:
     """
 
     def __init__(self, request: LoadRequest, ring_buffer_bytes: int) -> None:
-        descriptors, self._process_bytes = _load(request)
+        descriptors, answer = _load(request)
+        self._process_bytes: int = answer["process_bytes"]
+        self.refused: tuple[str, ...] = tuple(answer["refused"])
+        """Handlers that write to nginx's memory, where the kernel does not allow that."""
         self._probes = descriptors[len(HANDED_OVER_MAPS) :]
         maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
         self._records = RingBuffer(maps["records"], ring_buffer_bytes)

@@ -29,6 +29,8 @@ class ProbeRequest:
 
     handler: str
     file_offset: int
+    writes: bool = False
+    """The handler writes to nginx's memory, which a kernel may refuse; the others go live all the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +134,18 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         if descriptor < 0:
             raise _LoadError(f"cannot attach to the raw tracepoint {name}")
         probes.append(descriptor)
+    refused: list[str] = []
     for probe in request["probes"]:
-        handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
+        try:
+            handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
+        except Exception:
+            if not probe["writes"]:
+                raise
+            refused.append(probe["handler"])
+            continue
         probes.append(_attach_uprobe(lib, handler.fd, probe["handler"], request["executable"], probe["file_offset"]))
     process_bytes = ctypes.sizeof(processes.Leaf)
-    return {"probes": len(probes), "process_bytes": process_bytes}, maps + probes
+    return {"probes": len(probes), "refused": refused, "process_bytes": process_bytes}, maps + probes
 
 
 def _tell_version() -> dict[str, str]:
