@@ -4,7 +4,12 @@ import os
 from collections.abc import Generator
 from typing import Any
 
+import hypothesis
 import pytest
+
+# A busy machine is not a failure.
+hypothesis.settings.register_profile("no-deadline", deadline=None)
+hypothesis.settings.load_profile("no-deadline")
 
 # The harness asserts too, and its failures should show their values.
 pytest.register_assert_rewrite("e2e")
