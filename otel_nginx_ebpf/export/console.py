@@ -7,6 +7,7 @@ from typing import Literal, TextIO
 from opentelemetry.semconv.attributes.client_attributes import CLIENT_ADDRESS, CLIENT_PORT
 from opentelemetry.semconv.attributes.http_attributes import HTTP_REQUEST_METHOD, HTTP_RESPONSE_STATUS_CODE
 from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
+from opentelemetry.trace import SpanKind
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
@@ -128,7 +129,7 @@ def _length(span: Span) -> int:
 def _detail(span: Span) -> str:
     """What is worth saying beside a span: its error, else how its peer answered."""
     parts = []
-    if span.parent_span_id is not None and HTTP_RESPONSE_STATUS_CODE in span.attributes:
+    if span.kind is not SpanKind.SERVER and HTTP_RESPONSE_STATUS_CODE in span.attributes:
         parts.append(_text(span.attributes, HTTP_RESPONSE_STATUS_CODE))
     if span.attributes.get(CONNECTION_REUSED):
         parts.append("reused connection")

@@ -43,6 +43,12 @@ def test_a_wide_terminal_has_everything_on_one_line() -> None:
     assert shown[5].endswith("11.5 ms  200")
 
 
+def test_a_continued_trace_looks_like_one_that_begins_here() -> None:
+    trace = retried_trace()
+    continued = replace(trace, spans=(replace(trace.spans[0], parent_span_id=77), *trace.spans[1:]))
+    assert waterfall(continued, 160).plain == waterfall(trace, 160).plain
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 160, 250])
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     trace = retried_trace()
