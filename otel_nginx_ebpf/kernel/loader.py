@@ -127,13 +127,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         processes[ctypes.c_uint(pid)] = processes.Leaf()
 
     maps = [program[name.encode()].map_fd for name in HANDED_OVER_MAPS]
-    probes: list[int] = []
-    for name in request["tracepoints"]:
-        handler = program.load_func(f"raw_tracepoint__{name}".encode(), bcc.BPF.RAW_TRACEPOINT)
-        descriptor = lib.bpf_attach_raw_tracepoint(handler.fd, name.encode())
-        if descriptor < 0:
-            raise _LoadError(f"cannot attach to the raw tracepoint {name}")
-        probes.append(descriptor)
+    # BCC has attached these, by their handlers' names. Before Linux 6.10 a second time would be refused (EEXIST).
+    probes = [program.raw_tracepoint_fds[name.encode()] for name in request["tracepoints"]]
     refused: list[str] = []
     for probe in request["probes"]:
         try:
