@@ -1,0 +1,132 @@
+"""Runs a command of this checkout as root in a virtual machine with another kernel, without KVM: slow, but anywhere.
+
+The checkout is at the same path inside, as a copy that is thrown away; so is whatever else the command writes, but for
+the files it leaves in `RESULTS`. There is no network but loopback.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from matrix.builds import BuildError
+
+from vm.images import CACHE, KERNELS, kernel, make_image, root_image
+
+REPOSITORY = Path(__file__).parents[2]
+RESULTS = Path("/run/results")
+CHECKOUT_BYTES = 2 << 30
+RESULTS_BYTES = 256 << 20
+
+# `mitigations` and `audit` only cost time here. Without a journal or a clock to trust a guest need not wait for them.
+KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off audit=0 random.trust_cpu=on tsc=reliable"
+
+
+class MachineError(Exception):
+    """The guest did not come to the end of the command."""
+
+
+def run(name: str, command: Sequence[str], results: Path, seconds: float, kernel_arguments: str = "") -> int:
+    """Boots the kernel (one of `images.KERNELS`), runs `command` in the checkout, copies what it left to `results`.
+
+    The console goes to this process's output. Returns the command's exit code.
+
+    Raises:
+        matrix.builds.BuildError: a package cannot be had.
+        MachineError: it took longer than `seconds`, or the guest crashed.
+    """
+    linux, root = kernel(name), root_image()
+    with tempfile.TemporaryDirectory(dir=CACHE) as directory:
+        place = Path(directory)
+        _pack_checkout(place)
+        _pack_memory_disk(place, linux.modules, command)
+        handed_back = place / "results.tar"
+        with handed_back.open("wb") as file:
+            file.truncate(RESULTS_BYTES)
+        disks = ((root, "on"), (place / "checkout.ext4", "off"), (handed_back, "off"))
+        machine = [
+            # QEMU 7.2 gets cmpxchg16b's flags wrong now and then, and newer kernels allocate memory with it.
+            *("nice", "-n", "15", "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "qemu64,-cx16"),
+            *("-smp", "2", "-m", "3G", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
+            *("-kernel", linux.image, "-initrd", place / "memory-disk"),
+            *("-append", f"{KERNEL_ARGUMENTS} {kernel_arguments}"),
+        ]
+        for image, throw_away in disks:
+            machine += ["-drive", f"file={image},format=raw,if=virtio,snapshot={throw_away},cache=unsafe"]
+        try:
+            subprocess.run(machine, stdin=subprocess.DEVNULL, timeout=seconds, check=True)
+        except subprocess.TimeoutExpired:
+            raise MachineError(f"the guest with Linux {linux.release} did not end within {seconds:.0f} s") from None
+        except subprocess.CalledProcessError as error:
+            raise MachineError(f"qemu failed with {error.returncode}") from None
+        results.mkdir(parents=True, exist_ok=True)
+        exit_code = results / "exit-code"
+        exit_code.unlink(missing_ok=True)
+        subprocess.run(["tar", "--extract", "--file", handed_back, "--directory", results], stderr=subprocess.DEVNULL)
+        if not exit_code.exists():
+            raise MachineError(f"the guest with Linux {linux.release} crashed")
+    return int(exit_code.read_text())
+
+
+def _pack_checkout(place: Path) -> None:
+    """What git knows or would know, and the virtual environment."""
+    tree = place / "checkout"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    names = [os.fsdecode(name) for name in listed.stdout.split(b"\0") if name]
+    for name in names:
+        if (REPOSITORY / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, tree / name)
+    subprocess.run(["cp", "--archive", "--link", REPOSITORY / ".venv", tree], check=True)
+    make_image(tree, place / "checkout.ext4", CHECKOUT_BYTES)
+    shutil.rmtree(tree)
+
+
+def _pack_memory_disk(place: Path, modules: Sequence[Path], command: Sequence[str]) -> None:
+    tree = place / "memory"
+    (tree / "bin").mkdir(parents=True)
+    (tree / "modules").mkdir()
+    shutil.copy("/bin/busybox", tree / "bin/busybox")
+    (tree / "bin/sh").symlink_to("busybox")
+    shutil.copy(Path(__file__).with_name("init"), tree / "init")
+    for module in modules:
+        shutil.copy(module, tree / "modules")
+    (tree / "modules/order").write_text("\n".join(module.name for module in modules))
+    (tree / "checkout").write_text(str(REPOSITORY))
+    (tree / "command").write_text(
+        "export HOME=/root PATH=/usr/sbin:/usr/bin:/sbin:/bin LANG=C.UTF-8\n"
+        f"cd {shlex.quote(str(REPOSITORY))} && {shlex.join(command)}\n"
+    )
+    names = "\n".join(str(path.relative_to(tree)) for path in sorted(tree.rglob("*"))) + "\n"
+    with (place / "memory-disk").open("wb") as archive:
+        pack = ["/bin/busybox", "cpio", "-o", "-H", "newc"]
+        subprocess.run(pack, cwd=tree, input=names.encode(), stdout=archive, stderr=subprocess.DEVNULL, check=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="tests/vm/run", description=__doc__)
+    parser.add_argument("kernel", choices=KERNELS)
+    parser.add_argument("command", nargs="+", help="after `--`")
+    parser.add_argument("--results", type=Path, default=CACHE / "results", help=f"where files left in {RESULTS} go")
+    parser.add_argument("--seconds", type=float, default=1800, help="how long the guest may take (default: 1800)")
+    parser.add_argument("--append", default="", help="more arguments for the kernel, such as lockdown=integrity")
+    arguments = parser.parse_args()
+    try:
+        return run(arguments.kernel, arguments.command, arguments.results, arguments.seconds, arguments.append)
+    except (BuildError, MachineError) as error:
+        print(f"vm: {error}", file=sys.stderr)
+        return 125
+
+
+if __name__ == "__main__":
+    sys.exit(main())
