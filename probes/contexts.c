@@ -40,18 +40,16 @@ static __always_inline void find_context_headers(struct process *process)
     u64 next = MEMBER(part, u64, ngx_list_part_s, next);
 
     __builtin_memset(process->header_lines, 0, sizeof(process->header_lines));
-#pragma clang loop unroll(disable)
     for (int p = 0; p < HEADER_PARTS_MAX; p++) {
         if (count > HEADERS_IN_PART)
             count = HEADERS_IN_PART;
         u64 bytes = count * SIZEOF_ngx_table_elt_t;
         if (elements && bytes && bytes <= sizeof(process->headers))
             bpf_probe_read_user(process->headers, bytes, (void *)elements);
-#pragma clang loop unroll(disable)
-        for (int i = 0; i < HEADERS_IN_PART && i < count; i++) {
+        EACH(i, count, HEADERS_IN_PART) {
             u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
             u64 hash = MEMBER(header, u64, ngx_table_elt_t, hash);
-#if PROPAGATOR_TRACECONTEXT
+#if PROPAGATOR_TRACECONTEXT || PROPAGATE
             NOTE_HEADER(traceparent, HEADER_TRACEPARENT);
             NOTE_HEADER(tracestate, HEADER_TRACESTATE);
 #endif
@@ -107,7 +105,7 @@ static __always_inline void read_incoming_context(struct process *process)
     struct trace_context *context = &process->incoming;
     __builtin_memset(context, 0, sizeof(*context));
     process->trace.has_tracestate = 0;
-#if PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID
+#if PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE
     find_context_headers(process);
 #endif
 #if PROPAGATOR_TRACECONTEXT

@@ -24,17 +24,18 @@ static __always_inline bool overwrite_traceparent(struct process *process, u64 s
 {
     struct ngx_str *value = &process->header_values[HEADER_TRACEPARENT];
     struct request_trace *trace = &process->trace;
+    bool valid = trace->has_tracestate; /* the context is this header's, and not that of another propagator */
     u8 text[TRACEPARENT_BYTES + 1] = {};
-    if (!process->incoming.valid && value->len != TRACEPARENT_BYTES) {
+    if (value->len < TRACEPARENT_BYTES || (!valid && value->len != TRACEPARENT_BYTES)) {
         count_loss(PARTIAL_PROPAGATION_MALFORMED);
         return false;
     }
     write_traceparent(text, trace->trace_id_high, trace->trace_id_low, span_id, trace->flags);
-    if (!process->incoming.valid)
+    if (!valid)
         return write_user(value->data, text, TRACEPARENT_BYTES);
     if (!trace->sampled) /* the parent stays the client's span: ours will not be */
-        return trace->parent_said_no || write_user(value->data + 54, text + 54, 1);
-    return write_user(value->data + 36, text + 36, 16);
+        return trace->parent_said_no || write_user(value->data + 53, text + 53, 2);
+    return write_user(value->data + 36, text + 36, 19); /* span id and flags */
 }
 
 /* Whether the list is as ngx_list_init and ngx_list_push leave one of a single part, with room for one more and the text. */
@@ -50,8 +51,7 @@ static __always_inline bool has_room(struct process *process, u64 list_address, 
         return false;
     }
     holds &= MEMBER(list, u64, ngx_list_t, last) == list_address + OFFSET_ngx_list_t__part;
-#pragma clang loop unroll(disable)
-    for (int i = 0; i < HEADERS_IN_PART && i < count; i++) { /* find_context_headers has read them */
+    EACH(i, count, HEADERS_IN_PART) { /* find_context_headers has read them */
         u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
         struct ngx_str *key = (struct ngx_str *)(header + OFFSET_ngx_table_elt_t__key);
         struct ngx_str *value = (struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value);

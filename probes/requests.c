@@ -200,7 +200,8 @@ static __always_inline void append_request_strings(struct process *process)
 /* Half a list of vendors' entries would be another list: a line comes whole or not at all. */
 static __always_inline void append_tracestate(struct process *process)
 {
-    for (int i = 0; i < TRACESTATE_LINES_MAX && i < process->header_lines[HEADER_TRACESTATE]; i++) {
+    u64 lines = process->header_lines[HEADER_TRACESTATE];
+    EACH(i, lines, TRACESTATE_LINES_MAX) {
         struct ngx_str *line = &process->tracestate[i];
         if (line->len <= STRING_BYTES_MAX)
             append_string(process, STRING_TRACESTATE, i, line->data, line->len, STRING_BYTES_MAX);
@@ -214,7 +215,7 @@ static __always_inline u32 count_upstream_states(u64 states)
     u32 named = 0;
     if (!states || !read_pointer(&elements, states + OFFSET_ngx_array_t__elts) || !read_pointer(&count, states + OFFSET_ngx_array_t__nelts))
         return 0;
-    for (int i = 0; i < ATTEMPTS_MAX && i < count; i++) {
+    EACH(i, count, ATTEMPTS_MAX) {
         if (!read_pointer(&peer, elements + i * SIZEOF_ngx_http_upstream_state_t + OFFSET_ngx_http_upstream_state_t__peer))
             break;
         named += peer != 0;
@@ -310,7 +311,7 @@ static __always_inline u8 keep(const struct request_record *record)
 /* Forgets a request that the sampler left out. */
 static __always_inline void leave_out(struct attempt_key *attempt_key, u32 count)
 {
-    for (u32 i = 0; i < ATTEMPTS_MAX && i < count; i++) {
+    EACH(i, count, ATTEMPTS_MAX) {
         attempt_key->index = i;
         attempts.delete(attempt_key);
     }
@@ -429,7 +430,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     __builtin_memset(&process->told, 0, sizeof(process->told));
 #endif
     record->attempts = 0;
-    for (u32 i = 0; i < ATTEMPTS_MAX && i < active.attempts; i++) {
+    u32 attempts_count = active.attempts;
+    EACH(i, attempts_count, ATTEMPTS_MAX) {
         attempt_key.index = i;
         if (!take_attempt(process, &attempt_key, told_span_id)) {
             count_loss(LOST_READ_FAILED);
@@ -460,7 +462,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     append_request_strings(process);
     if (trace->has_tracestate)
         append_tracestate(process);
-    for (u32 i = 0; i < ATTEMPTS_MAX && i < taken; i++) {
+    EACH(i, taken, ATTEMPTS_MAX) {
         attempt_key.index = i;
         append_attempt_strings(process, &attempt_key);
     }

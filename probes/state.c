@@ -201,6 +201,11 @@ static __always_inline struct process *entered(u32 *tgid, u64 *now)
     return process;
 }
 
+/* Counts up to a number that the verifier need not know. clang would make of two conditions one that compares for equality
+ * with the smaller number, which the verifiers of older kernels cannot follow: it must not see both. */
+#define EACH(i, count, limit)                                                                                          \
+    for (u32 i = 0; i < (limit) && ({ asm volatile("" : "+r"(count)); i < (count); }); i++)
+
 /* Never 0, which is no id. */
 static __always_inline u64 random_id(void)
 {
