@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from otel_nginx_ebpf.capture import CaptureWriter, read_capture
 from otel_nginx_ebpf.config import Settings
 from otel_nginx_ebpf.record import RecordError, decode
-from otel_nginx_ebpf.spans import RandomIds, build_trace
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import AttributeValue
 from otel_nginx_ebpf.tracing import Tracing
@@ -78,17 +77,13 @@ def _trace(settings: Settings, stats: Stats, take: Take, idle: Callable[[], None
             tracing.end()
 
 
-def _exporting(exporter: "Exporter", stats: Stats, settings: Settings) -> Take:
-    ids = RandomIds()
-
+def _exporting(exporter: "Exporter", stats: Stats) -> Take:
     def export(raw: bytes, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
         try:
-            request = decode(raw)
+            exporter.take(decode(raw), unix_offset_ns, resource)
         except RecordError as error:
             stats.lose("lost_damaged_record")
             _log.warning("a damaged record was left out: %s", error)
-            return
-        exporter.export(build_trace(request, unix_offset_ns, ids, query=settings.query, resource=resource))
 
     return export
 
@@ -100,7 +95,7 @@ def run(settings: Settings, exporter: "Exporter", stats: Stats) -> None:
         UserError: It cannot begin, or nginx's memory contradicts its layout.
         OSError: The exporter's output failed.
     """
-    _trace(settings, stats, _exporting(exporter, stats, settings), idle=lambda: None)
+    _trace(settings, stats, _exporting(exporter, stats), idle=lambda: None)
 
 
 def dry_run(settings: Settings) -> None:
@@ -131,14 +126,14 @@ def record(settings: Settings, path: Path, stats: Stats) -> None:
         _trace(settings, stats, take, writer.flush)
 
 
-def replay(path: Path, exporter: "Exporter", stats: Stats, settings: Settings) -> None:
+def replay(path: Path, exporter: "Exporter", stats: Stats) -> None:
     """Exports what a capture file holds.
 
     Raises:
         UserError: Not a capture file of this version.
         CaptureError: Damaged; all before the damage was exported.
     """
-    take = _exporting(exporter, stats, settings)
+    take = _exporting(exporter, stats)
     for frame in read_capture(path):
         stats.received += 1
         take(frame.raw, frame.unix_offset_ns, {})

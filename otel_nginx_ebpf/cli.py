@@ -93,6 +93,7 @@ Propagate = Annotated[bool | None, _option("propagate", None, "--propagate")]
 RingBuffer = Annotated[str | None, _option("ring_buffer_mib", "MIB")]
 MaxActiveRequests = Annotated[str | None, _option("max_active_requests", "N")]
 QueueSize = Annotated[str | None, _option("queue_size", "SPANS")]
+QueueMib = Annotated[str | None, _option("queue_mib", "MIB")]
 BatchSize = Annotated[str | None, _option("batch_size", "SPANS")]
 BatchDelay = Annotated[str | None, _option("batch_delay_ms", "MS")]
 OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
@@ -142,6 +143,7 @@ def run(
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
     queue_size: QueueSize = None,
+    queue_mib: QueueMib = None,
     batch_size: BatchSize = None,
     batch_delay_ms: BatchDelay = None,
     otlp_protocol: OtlpProtocol = None,
@@ -213,6 +215,7 @@ def replay(
     query: Query = None,
     color: Color = None,
     queue_size: QueueSize = None,
+    queue_mib: QueueMib = None,
     batch_size: BatchSize = None,
     batch_delay_ms: BatchDelay = None,
     otlp_protocol: OtlpProtocol = None,
@@ -231,7 +234,7 @@ def replay(
     from otel_nginx_ebpf import agent
 
     # A file can wait until the collector has taken what is queued; a running nginx cannot.
-    _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats, settings), wait_for_room=True)
+    _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats), wait_for_room=True)
 
 
 @app.command()

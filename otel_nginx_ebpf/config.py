@@ -169,13 +169,18 @@ class Settings(BaseSettings):
         examples=["64 to 1048576"],
     )
     queue_size: Annotated[int, Field(ge=1)] = Field(
-        65_536,
+        262_144,
         validation_alias=_standard("queue_size", "OTEL_BSP_MAX_QUEUE_SIZE"),
         description="How many spans may wait for the collector.",
         examples=["a number of spans, 1 or more"],
     )
+    queue_mib: Annotated[int, Field(ge=1, le=65_536)] = Field(
+        64,
+        description="How many MiB of encoded spans may wait for the collector.",
+        examples=["1 to 65536"],
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(
-        512,
+        4_096,
         validation_alias=_standard("batch_size", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"),
         description="How many spans are sent to the collector at once.",
         examples=["a number of spans, 1 or more"],

@@ -6,8 +6,9 @@ limits from that file's text and turns bytes into a `Request`.
 
 import re
 import struct
-from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -38,19 +39,11 @@ class CStruct:
         self.fields: tuple[tuple[str, str], ...] = tuple(re.findall(r"^\s+(__\w+) (\w+);", body[1], re.MULTILINE))
         self.struct = struct.Struct("<" + "".join(_FORMATS[kind] for kind, _ in self.fields))
         self.size = self.struct.size
-        self._values: Any = namedtuple(name, [field for _, field in self.fields])  # type: ignore[misc]
 
     def offset(self, field: str) -> int:
         """Where a field begins, bytes."""
         names = [name for _, name in self.fields]
         return struct.calcsize("<" + "".join(_FORMATS[kind] for kind, _ in self.fields[: names.index(field)]))
-
-    def unpack(self, buffer: bytes | memoryview, offset: int) -> Any:
-        """Fields by name, as attributes. Raises `RecordError` when the buffer ends inside the struct."""
-        try:
-            return self._values._make(self.struct.unpack_from(buffer, offset))
-        except struct.error as error:
-            raise RecordError(f"{self.name} at byte {offset} is cut short: {len(buffer)} bytes in all") from error
 
 
 def c_enum(name: str, header_text: str = HEADER_TEXT) -> dict[str, int]:
@@ -78,6 +71,25 @@ _LOCAL_SOCKADDR = STRING_KINDS["STRING_LOCAL_SOCKADDR"]
 _PEER = STRING_KINDS["STRING_PEER"]
 _UPSTREAM = STRING_KINDS["STRING_UPSTREAM"]
 _SUBREQUEST_URI = STRING_KINDS["STRING_SUBREQUEST_URI"]
+_TRACESTATE = STRING_KINDS["STRING_TRACESTATE"]
+
+# `decode` below takes the structs apart in the order of their declaration; a test holds it to that.
+_unpack_request = REQUEST_RECORD.struct.unpack_from
+_unpack_attempt = UPSTREAM_ATTEMPT.struct.unpack_from
+_unpack_string_header = STRING_HEADER.struct.unpack_from
+_REQUEST_BYTES = REQUEST_RECORD.size
+_ATTEMPT_BYTES = UPSTREAM_ATTEMPT.size
+_STRING_HEADER_BYTES = STRING_HEADER.size
+
+_SOCKADDRS = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR})
+
+# Strings that differ from request to request. What follows those of them that come first is mostly the same as in other
+# records, and kept decoded.
+_VARYING = frozenset({_URI, _USER_AGENT, _CLIENT_SOCKADDR, _TRACESTATE})
+_KEPT_SECTIONS = 1024
+_KEPT_SECTION_BYTES_MAX = 1024
+
+_KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("kept").items() if value}
 
 _WORKER_PID = struct.Struct("<I")
 _WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
@@ -85,7 +97,10 @@ _WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
 _NONE = 2**64 - 1
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: it would take ten times as long to make one, and one is made of each request.
+
+
+@dataclass(slots=True)
 class Attempt:
     """One try of one upstream peer. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds, None: did not happen."""
 
@@ -115,9 +130,11 @@ class Attempt:
     upstream: str | None
     """The upstream block's name, or the host of a `proxy_pass` without one."""
     subrequest_uri: str | None
+    span_id: int | None
+    """Of the exchange, as the peer was told; several attempts may have been told the same. None: it was told none."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """One completed request. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds, None: did not happen or not seen."""
 
@@ -161,6 +178,14 @@ class Request:
     server_name: str | None
     client_sockaddr: bytes | None
     local_sockaddr: bytes | None
+    trace_id: int
+    parent_span_id: int | None
+    """The span of the incoming trace context; None: the trace begins here."""
+    trace_flags: int
+    """W3C trace-flags of the spans: bit 0, sampled, is the kernel program's decision."""
+    kept: str | None
+    """Why a request that the sampler left out came all the same: `error`, `slow`."""
+    trace_state: str | None
 
 
 def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int) -> int:
@@ -170,60 +195,87 @@ def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_ver
     return err_status or out_status or (9 if http_version == 9 else 0)
 
 
-class _Strings:
-    """The strings behind the fixed parts of a record, by (kind, attempt)."""
+def _strings(raw: bytes, offset: int = 0, kinds: frozenset[int] | None = None) -> tuple[dict[int, Any], int, int]:
+    """The strings from `offset` to the record's end or, with `kinds`, to the first that is of none of them.
 
-    def __init__(self, raw: bytes | memoryview, offset: int) -> None:
-        self._values: dict[tuple[int, int], bytes] = {}
-        cut: set[int] = set()
-        end = len(raw)
-        while offset < end:
-            kind, attempt, length, whole = STRING_HEADER.unpack(raw, offset)
-            offset += STRING_HEADER.size
-            padded = -(-length // 8) * 8
-            if offset + padded > end:
-                raise RecordError(f"string of {length} bytes at byte {offset} passes the record's end, {end}")
-            self._values[kind, attempt] = bytes(raw[offset : offset + length])
-            if whole > length:
-                cut.add(kind)
-            offset += padded
-        self.cut = tuple(name for name, kind in STRING_KINDS.items() if kind in cut) if cut else ()
-
-    def raw(self, kind: int, attempt: int = 0) -> bytes | None:
-        return self._values.get((kind, attempt))
-
-    def text(self, kind: int, attempt: int = 0) -> str | None:
-        """UTF-8 text; bytes that are not UTF-8 appear as `\\xNN`. None where absent or empty."""
-        value = self._values.get((kind, attempt))
-        return value.decode("utf-8", "backslashreplace") if value else None
-
-
-def _counted(value: int) -> int | None:
-    return None if value == _NONE else value
+    Returns:
+        The strings by kind + 256 * attempt, without empty ones: UTF-8 text, where bytes that are not UTF-8 appear as
+        `\\xNN`, and bytes of socket addresses. The kinds of those whose end the kernel program left out, as a set of
+        bits. Where the last of them ends.
+    """
+    values: dict[int, str | bytes] = {}
+    cut = 0
+    raw_end = len(raw)
+    while offset < raw_end and (kinds is None or raw[offset] in kinds):
+        try:
+            kind, attempt, length, whole = _unpack_string_header(raw, offset)
+        except struct.error as error:
+            raise RecordError(f"a string's header is cut short: {raw_end - offset} bytes") from error
+        start = offset + _STRING_HEADER_BYTES
+        end = start + length
+        offset = end + -length % 8
+        if offset > raw_end:
+            raise RecordError(f"a string of {length} bytes passes the record's end")
+        if whole > length:
+            cut |= 1 << kind
+        if length:
+            value = raw[start:end]
+            values[kind + 256 * attempt] = value if kind in _SOCKADDRS else value.decode("utf-8", "backslashreplace")
+    return values, cut, offset
 
 
-def _attempt(raw: Any, strings: _Strings, index: int) -> Attempt:
+_kept_strings = lru_cache(_KEPT_SECTIONS)(_strings)
+
+
+def _trace_state(strings: dict[int, Any]) -> str | None:
+    """The `tracestate` header lines as one (W3C Trace Context, 3.3.1: in order, joined with commas)."""
+    lines = sorted(key for key in strings if key & 0xFF == _TRACESTATE)
+    return ",".join(strings[key] for key in lines) if lines else None
+
+
+def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
+    (
+        connect_start_ns,
+        connected_ns,
+        connect_failed_ns,
+        first_write_ns,
+        last_write_ns,
+        first_read_ns,
+        last_read_ns,
+        ended_ns,
+        connect_msec,
+        header_msec,
+        response_msec,
+        bytes_sent,
+        bytes_received,
+        status,
+        connect_errno,
+        subrequest,
+        tls,
+        span_id,
+    ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
     return Attempt(
-        connect_start_mono_ns=raw.connect_start_ns or None,
-        connected_mono_ns=raw.connected_ns or None,
-        connect_failed_mono_ns=raw.connect_failed_ns or None,
-        first_write_mono_ns=raw.first_write_ns or None,
-        last_write_mono_ns=raw.last_write_ns or None,
-        first_read_mono_ns=raw.first_read_ns or None,
-        last_read_mono_ns=raw.last_read_ns or None,
-        ended_mono_ns=raw.ended_ns,
-        connect_ms=_counted(raw.connect_msec),
-        header_ms=_counted(raw.header_msec),
-        response_ms=_counted(raw.response_msec),
-        sent_bytes=_counted(raw.bytes_sent),
-        received_bytes=raw.bytes_received,
-        status=raw.status or None,
-        connect_errno=raw.connect_errno,
-        tls=bool(raw.tls),
-        subrequest=bool(raw.subrequest),
-        peer=strings.text(_PEER, index),
-        upstream=strings.text(_UPSTREAM, index),
-        subrequest_uri=strings.text(_SUBREQUEST_URI, index),
+        connect_start_ns or None,
+        connected_ns or None,
+        connect_failed_ns or None,
+        first_write_ns or None,
+        last_write_ns or None,
+        first_read_ns or None,
+        last_read_ns or None,
+        ended_ns,
+        None if connect_msec == _NONE else connect_msec,
+        None if header_msec == _NONE else header_msec,
+        None if response_msec == _NONE else response_msec,
+        None if bytes_sent == _NONE else bytes_sent,
+        bytes_received,
+        status or None,
+        connect_errno,
+        tls != 0,
+        subrequest != 0,
+        string(_PEER + 256 * index),
+        string(_UPSTREAM + 256 * index),
+        string(_SUBREQUEST_URI + 256 * index),
+        span_id or None,
     )
 
 
@@ -235,55 +287,93 @@ def worker_pid(raw: bytes | memoryview) -> int:
         raise RecordError(f"a record of {len(raw)} bytes is cut short") from error
 
 
-def decode(raw: bytes | memoryview) -> Request:
+def decode(raw: bytes) -> Request:
     """Decodes one record.
 
     Raises:
         RecordError: the bytes are truncated or contradict themselves.
     """
-    fixed = REQUEST_RECORD.unpack(raw, 0)
-    attempts_end = REQUEST_RECORD.size + fixed.attempts * UPSTREAM_ATTEMPT.size
+    try:
+        (
+            accepted_ns,
+            first_read_ns,
+            created_ns,
+            last_read_ns,
+            first_write_ns,
+            last_write_ns,
+            ended_ns,
+            rc,
+            connection,
+            connection_requests,
+            request_length,
+            bytes_sent,
+            nginx_start_sec,
+            nginx_start_msec,
+            http_version,
+            err_status,
+            out_status,
+            worker_pid,
+            upstream_states,
+            tls,
+            multiplexed,
+            attempts,
+            attempts_lost,
+            method_bit,
+            requests_seen,
+            trace_flags,
+            kept,
+            _reserved,
+            trace_id_high,
+            trace_id_low,
+            parent_span_id,
+        ) = _unpack_request(raw)
+    except struct.error as error:
+        raise RecordError(f"a record of {len(raw)} bytes is cut short") from error
+    attempts_end = _REQUEST_BYTES + attempts * _ATTEMPT_BYTES
     if attempts_end > len(raw):
-        raise RecordError(f"{fixed.attempts} attempts do not fit in a record of {len(raw)} bytes")
-    strings = _Strings(raw, attempts_end)
+        raise RecordError(f"{attempts} attempts do not fit in a record of {len(raw)} bytes")
+    strings, cut, offset = _strings(raw, attempts_end, _VARYING)
+    section = raw[offset:]
+    common, common_cut, _ = (_kept_strings if len(section) <= _KEPT_SECTION_BYTES_MAX else _strings)(section)
+    strings |= common
+    cut |= common_cut
+    string = strings.get
     return Request(
-        accepted_mono_ns=fixed.accepted_ns or None,
-        first_read_mono_ns=fixed.first_read_ns or None,
-        created_mono_ns=fixed.created_ns,
-        last_read_mono_ns=fixed.last_read_ns or None,
-        first_write_mono_ns=fixed.first_write_ns or None,
-        last_write_mono_ns=fixed.last_write_ns or None,
-        ended_mono_ns=fixed.ended_ns,
-        rc=fixed.rc,
-        connection=fixed.connection,
-        connection_requests=fixed.connection_requests,
-        request_bytes=fixed.request_length,
-        sent_bytes=fixed.bytes_sent,
-        nginx_start_unix_ms=fixed.nginx_start_sec * 1000 + fixed.nginx_start_msec,
-        http_version=fixed.http_version,
-        status=_status(fixed.rc, fixed.err_status, fixed.out_status, fixed.bytes_sent, fixed.http_version),
-        worker_pid=fixed.worker_pid,
-        upstream_states=fixed.upstream_states,
-        tls=bool(fixed.tls),
-        multiplexed=bool(fixed.multiplexed),
-        attempts=tuple(
-            _attempt(
-                UPSTREAM_ATTEMPT.unpack(raw, REQUEST_RECORD.size + index * UPSTREAM_ATTEMPT.size),
-                strings,
-                index,
-            )
-            for index in range(fixed.attempts)
-        ),
-        attempts_lost=fixed.attempts_lost,
-        method_bit=fixed.method,
-        requests_seen=fixed.requests_seen or None,
-        method=strings.text(_METHOD),
-        uri=strings.text(_URI),
-        cut=strings.cut,
-        host=strings.text(_HOST),
-        user_agent=strings.text(_USER_AGENT),
-        location=strings.text(_LOCATION),
-        server_name=strings.text(_SERVER_NAME),
-        client_sockaddr=strings.raw(_CLIENT_SOCKADDR),
-        local_sockaddr=strings.raw(_LOCAL_SOCKADDR),
+        accepted_ns or None,
+        first_read_ns or None,
+        created_ns,
+        last_read_ns or None,
+        first_write_ns or None,
+        last_write_ns or None,
+        ended_ns,
+        rc,
+        connection,
+        connection_requests,
+        request_length,
+        bytes_sent,
+        nginx_start_sec * 1000 + nginx_start_msec,
+        http_version,
+        _status(rc, err_status, out_status, bytes_sent, http_version),
+        worker_pid,
+        upstream_states,
+        tls != 0,
+        multiplexed != 0,
+        tuple([_attempt(raw, index, string) for index in range(attempts)]) if attempts else (),
+        attempts_lost,
+        method_bit,
+        requests_seen or None,
+        string(_METHOD),
+        string(_URI),
+        tuple(name for name, kind in STRING_KINDS.items() if cut >> kind & 1) if cut else (),
+        string(_HOST),
+        string(_USER_AGENT),
+        string(_LOCATION),
+        string(_SERVER_NAME),
+        string(_CLIENT_SOCKADDR),
+        string(_LOCAL_SOCKADDR),
+        trace_id_high << 64 | trace_id_low,
+        parent_span_id or None,
+        trace_flags,
+        _KEPT.get(kept),
+        _trace_state(strings) if _TRACESTATE in strings else None,
     )

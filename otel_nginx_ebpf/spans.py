@@ -11,9 +11,12 @@ once (a response written by one system call) begins where the worker was last se
 """
 
 import errno
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
 from opentelemetry.semconv.attributes import (
@@ -25,7 +28,7 @@ from opentelemetry.semconv.attributes import (
     url_attributes,
     user_agent_attributes,
 )
-from opentelemetry.trace import SpanKind
+from opentelemetry.trace import SpanKind, TraceState
 
 from otel_nginx_ebpf.record import Attempt, Request
 from otel_nginx_ebpf.sockaddr import Address, parse, parse_peer
@@ -36,6 +39,7 @@ NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
 NGINX_CONNECTION_ID = "nginx.connection.id"
 NGINX_CONNECTION_REQUESTS = "nginx.connection.requests"
 NGINX_NO_LIVE_PEERS = "nginx.upstream.no_live_peers"
+NGINX_SAMPLING_KEPT_FOR = "nginx.sampling.kept_for"
 NGINX_SERVER_NAME = "nginx.server_name"
 NGINX_TERMINATION = "nginx.termination"
 NGINX_TRUNCATED = "nginx.truncated_attributes"
@@ -91,9 +95,7 @@ _ATTRIBUTE_OF = {
 
 
 class IdGenerator(Protocol):
-    """Makes ids; never 0. The SDK's own generators fit."""
-
-    def generate_trace_id(self) -> int: ...
+    """Makes span ids; never 0. The SDK's own generators fit."""
 
     def generate_span_id(self) -> int: ...
 
@@ -104,11 +106,166 @@ class RandomIds:
     def __init__(self, source: random.Random | None = None) -> None:
         self._bits: Callable[[int], int] = (source or random.Random()).getrandbits
 
-    def generate_trace_id(self) -> int:
-        return self._bits(128) or 1
-
     def generate_span_id(self) -> int:
         return self._bits(64) or 1
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a span has in common with other requests'. The first of a span's parts has its name, kind and error."""
+
+    attributes: Mapping[str, AttributeValue]
+    name: str | None = None
+    kind: SpanKind = SpanKind.INTERNAL
+    error: str | None = None
+
+
+P = TypeVar("P")
+
+Sketch = tuple[int, int, int, tuple[P, ...]]
+"""A span: its start and end in CLOCK_MONOTONIC nanoseconds, its id, its parts."""
+
+# How many parts are kept of those made of the configuration's strings, and of those made of a request's own.
+_KEPT_PARTS = 1024
+_KEPT_OWN_PARTS = 256
+
+
+class Sketcher(Generic[P]):
+    """Decides which spans a request has. What it has in common with others is made once, and kept as `make` returns it:
+    for the readable model the `Part` itself, for an encoder bytes."""
+
+    def __init__(self, make: Callable[[Part], P], number: Callable[[str], Callable[[int], P]], *, query: bool) -> None:
+        """`number(name)` makes a part with one attribute, whose value differs from request to request. Without `query`
+        the query strings of URIs are left out."""
+
+        def kept(part: Callable[..., Part], count: int = _KEPT_PARTS) -> Callable[..., P]:
+            return lru_cache(count)(lambda *facts: make(part(*facts)))
+
+        self._server_part = kept(_server_part)
+        self._connect_part = kept(_connect_part)
+        self._exchange_part = kept(_exchange_part)
+        self._uri_part = kept(lambda uri: _uri_part(uri, query), _KEPT_OWN_PARTS)
+        self._client_part = kept(_client_part, _KEPT_OWN_PARTS)
+        self._user_agent_part = kept(_user_agent_part, _KEPT_OWN_PARTS)
+        self._cut_part = kept(_cut_part)
+        self._request_size = number(incubating_http.HTTP_REQUEST_SIZE)
+        self._response_size = number(incubating_http.HTTP_RESPONSE_SIZE)
+        self._connection_id = number(NGINX_CONNECTION_ID)
+        self._connection_requests = number(NGINX_CONNECTION_REQUESTS)
+        self._first_byte = number(NGINX_UPSTREAM_TTFB)
+        self._read_parts = (make(Part({}, "downstream read")),)
+        self._write_parts = (make(Part({}, "downstream write")),)
+
+    def sketch(self, request: Request, new_id: Callable[[], int]) -> list[Sketch[P]]:
+        """The SERVER span, then the others by start time. What did not happen, or was not seen, has none."""
+        server_id = new_id()
+        children = [child for child in self._children(request, new_id) if child[1] > child[0]]
+        children.sort()
+        return [
+            (
+                request.first_read_mono_ns or request.created_mono_ns,
+                _server_end_mono_ns(request, children),
+                server_id,
+                self._server_parts(request),
+            ),
+            *children,
+        ]
+
+    def _server_parts(self, request: Request) -> tuple[P, ...]:
+        attempts = request.attempts
+        no_live_peers = 0
+        if request.upstream_states and not request.attempts_lost:
+            no_live_peers = request.upstream_states - sum([not attempt.subrequest for attempt in attempts])
+        parts = [
+            self._server_part(
+                request.method,
+                request.location,
+                request.host,
+                request.local_sockaddr,
+                request.server_name,
+                request.tls,
+                request.http_version,
+                request.status,
+                request.worker_pid,
+                _termination(request),
+                len(attempts),
+                request.attempts_lost,
+                no_live_peers,
+                request.kept,
+            ),
+            self._request_size(request.request_bytes),
+            self._response_size(request.sent_bytes),
+            self._connection_id(request.connection),
+            self._connection_requests(request.connection_requests),
+        ]
+        if request.uri is not None:
+            parts.append(self._uri_part(request.uri))
+        if request.client_sockaddr is not None:
+            parts.append(self._client_part(request.client_sockaddr))
+        if request.user_agent is not None:
+            parts.append(self._user_agent_part(request.user_agent))
+        if request.cut:
+            parts.append(self._cut_part(request.cut, "?" in (request.uri or "")))
+        return tuple(parts)
+
+    def _children(self, request: Request, new_id: Callable[[], int]) -> Iterator[Sketch[P]]:
+        # A request that one read brought whole is complete where nginx begins to work on it. One whose bytes had all
+        # come before (pipelining) has no read.
+        start_mono_ns = request.first_read_mono_ns
+        last_read_mono_ns = request.last_read_mono_ns
+        if start_mono_ns is None and last_read_mono_ns is not None:
+            start_mono_ns = request.created_mono_ns
+        if start_mono_ns is not None:
+            end_mono_ns = max(last_read_mono_ns or 0, request.created_mono_ns)
+            yield start_mono_ns, end_mono_ns, new_id(), self._read_parts
+
+        for number, attempt in enumerate(request.attempts, 1):
+            start_mono_ns = attempt.connect_start_mono_ns
+            if start_mono_ns is not None:
+                connected = attempt.connect_ms is not None and attempt.connected_mono_ns is not None
+                error = None if connected else _failure(attempt)
+                end_mono_ns = (
+                    attempt.connected_mono_ns if connected else attempt.connect_failed_mono_ns
+                ) or attempt.ended_mono_ns
+                part = self._connect_part(*_peer_facts(attempt, number), error)
+                yield start_mono_ns, end_mono_ns, new_id(), (part,)
+            if _has_exchange(attempt):
+                yield self._exchange(request, attempt, number, new_id)
+
+        if request.first_write_mono_ns is not None and request.last_write_mono_ns is not None:
+            yield request.first_write_mono_ns, request.last_write_mono_ns, new_id(), self._write_parts
+
+    def _exchange(self, request: Request, attempt: Attempt, number: int, new_id: Callable[[], int]) -> Sketch[P]:
+        start_mono_ns = attempt.first_write_mono_ns
+        assert start_mono_ns is not None
+        answered = attempt.header_ms is not None and attempt.status is not None
+        broken_off = _termination(request) != 0 and number == len(request.attempts)
+        if answered and attempt.last_read_mono_ns and not broken_off and attempt.status != _SWITCHING_PROTOCOLS:
+            end_mono_ns = attempt.last_read_mono_ns
+        else:
+            end_mono_ns = attempt.ended_mono_ns
+        parts = [
+            self._exchange_part(
+                *_peer_facts(attempt, number),
+                attempt.connect_start_mono_ns is None,
+                None if attempt.subrequest else request.method,
+                answered,
+                None if answered else _failure(attempt),
+            ),
+            self._response_size(attempt.received_bytes),
+        ]
+        if attempt.sent_bytes is not None:
+            parts.append(self._request_size(attempt.sent_bytes))
+        if answered:
+            first_byte_ns = _time_to_first_byte_ns(attempt, start_mono_ns)
+            if first_byte_ns is not None:
+                parts.append(self._first_byte(first_byte_ns))
+        return start_mono_ns, end_mono_ns, _exchange_id(request.attempts, number) or new_id(), tuple(parts)
+
+
+@lru_cache
+def _readable(query: bool) -> Sketcher[Part]:
+    return Sketcher(lambda part: part, lambda name: lambda value: Part({name: value}), query=query)
 
 
 def build_trace(
@@ -119,71 +276,56 @@ def build_trace(
     query: bool = True,
     resource: Mapping[str, AttributeValue] | None = None,
 ) -> Trace:
-    """The trace of one request.
+    """The trace of one request, to be read.
 
     Args:
         request: The decoded record.
         unix_offset_ns: Unix time minus monotonic time, for all times of this request.
-        ids: Makes the trace's and the spans' ids.
+        ids: Makes the spans' ids.
         query: Whether to keep the URI's query string; sensitive values in it are redacted.
         resource: Resource attributes of the nginx it is from.
     """
-    server_id = ids.generate_span_id()
+    server, *children = _readable(query).sketch(request, ids.generate_span_id)
 
-    def span(phase: "_Phase") -> Span:
+    def span(sketch: Sketch[Part], parent_span_id: int | None) -> Span:
+        start_mono_ns, end_mono_ns, span_id, parts = sketch
+        attributes: dict[str, AttributeValue] = {}
+        for part in parts:
+            attributes |= part.attributes
         return Span(
-            name=phase.name,
-            kind=phase.kind,
-            span_id=ids.generate_span_id(),
-            parent_span_id=server_id,
-            start_unix_ns=phase.start_mono_ns + unix_offset_ns,
-            end_unix_ns=phase.end_mono_ns + unix_offset_ns,
-            attributes=phase.attributes,
-            error=phase.error,
+            name=parts[0].name or "",
+            kind=parts[0].kind,
+            span_id=span_id,
+            parent_span_id=parent_span_id,
+            start_unix_ns=start_mono_ns + unix_offset_ns,
+            end_unix_ns=end_mono_ns + unix_offset_ns,
+            attributes=attributes,
+            error=parts[0].error,
         )
 
-    phases = sorted(
-        (phase for phase in _phases(request) if phase.end_mono_ns > phase.start_mono_ns),
-        key=lambda phase: (phase.start_mono_ns, phase.end_mono_ns),
-    )
-    start_mono_ns = request.first_read_mono_ns or request.created_mono_ns
-    server = Span(
-        name=_server_name(request),
-        kind=SpanKind.SERVER,
-        span_id=server_id,
-        parent_span_id=None,
-        start_unix_ns=start_mono_ns + unix_offset_ns,
-        end_unix_ns=_server_end_mono_ns(request, phases) + unix_offset_ns,
-        attributes=_server_attributes(request, query),
-        error=str(request.status) if request.status >= 500 else None,
-    )
     return Trace(
-        trace_id=ids.generate_trace_id(),
-        spans=(server, *map(span, phases)),
+        trace_id=request.trace_id,
+        spans=(span(server, request.parent_span_id), *(span(child, server[2]) for child in children)),
         request=request,
         unix_offset_ns=unix_offset_ns,
         resource=resource or {},
+        trace_flags=request.trace_flags,
+        trace_state=trace_state(request),
     )
 
 
-class _Phase:
-    """A child span to be: its times are monotonic."""
+def trace_state(request: Request) -> str:
+    """The client's `tracestate`, as W3C Trace Context writes it; empty where there is none, or a malformed one."""
+    return _valid_trace_state(request.trace_state) if request.trace_state else ""
 
-    def __init__(
-        self,
-        name: str,
-        start_mono_ns: int,
-        end_mono_ns: int,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: dict[str, AttributeValue] | None = None,
-        error: str | None = None,
-    ) -> None:
-        self.name = name
-        self.start_mono_ns = start_mono_ns
-        self.end_mono_ns = end_mono_ns
-        self.kind = kind
-        self.attributes = attributes or {}
-        self.error = error
+
+# It would log what clients send.
+logging.getLogger(TraceState.__module__).setLevel(logging.ERROR)
+
+
+@lru_cache(_KEPT_OWN_PARTS)
+def _valid_trace_state(text: str) -> str:
+    return TraceState.from_header([text]).to_header()
 
 
 def _termination(request: Request) -> int:
@@ -196,88 +338,30 @@ def _termination(request: Request) -> int:
     return request.rc
 
 
-def _server_end_mono_ns(request: Request, phases: list[_Phase]) -> int:
+def _server_end_mono_ns(request: Request, children: list[Sketch[P]]) -> int:
     """The last response byte, or a child that ends later (a mirror's exchange). Where nothing was written, a tunnel was
     opened, or nginx broke the request off, the request's own end."""
     if request.last_write_mono_ns is None or _termination(request) or request.status == _SWITCHING_PROTOCOLS:
         return request.ended_mono_ns
-    return max(request.last_write_mono_ns, *(phase.end_mono_ns for phase in phases), request.created_mono_ns)
+    return max(request.last_write_mono_ns, request.created_mono_ns, *[child[1] for child in children])
 
 
-def _phases(request: Request) -> Iterator[_Phase]:
-    yield from _downstream_read(request)
-    for index, attempt in enumerate(request.attempts):
-        yield from _attempt_phases(request, attempt, index + 1)
-    if request.first_write_mono_ns is not None and request.last_write_mono_ns is not None:
-        yield _Phase("downstream write", request.first_write_mono_ns, request.last_write_mono_ns)
+def _exchange_id(attempts: tuple[Attempt, ...], number: int) -> int | None:
+    """The id that the peer of an exchange was told, where the exchange is the one to have it.
+
+    nginx writes one text for all attempts of a request and, with proxy_set_header, of its subrequests. The last attempt
+    has it, a subrequest's only where no other has: that is whose answer the client got."""
+    own = attempts[number - 1]
+    if own.span_id is None:
+        return None
+    told = [attempt for attempt in attempts if attempt.span_id == own.span_id and _has_exchange(attempt)]
+    last = ([attempt for attempt in told if not attempt.subrequest] or told)[-1]
+    return own.span_id if last is own else None
 
 
-def _downstream_read(request: Request) -> Iterator[_Phase]:
-    """Ends where the request is known to be complete: at its last read, or, when one read brought it whole, where nginx
-    begins to work on it. A pipelined request whose bytes had come before has none."""
-    start = request.first_read_mono_ns
-    end = max(request.last_read_mono_ns or 0, request.created_mono_ns)
-    if start is None and request.last_read_mono_ns is not None:
-        start = request.created_mono_ns
-    if start is not None:
-        yield _Phase("downstream read", start, end)
-
-
-def _attempt_phases(request: Request, attempt: Attempt, number: int) -> Iterator[_Phase]:
-    shared = _peer_attributes(attempt, number)
+def _has_exchange(attempt: Attempt) -> bool:
     # nginx notes a connect time when it is about to send: with TLS not before the handshake has succeeded.
-    ready = attempt.connect_ms is not None
-    if attempt.connect_start_mono_ns is not None:
-        if ready and attempt.connected_mono_ns is not None:
-            yield _Phase(
-                "upstream connect",
-                attempt.connect_start_mono_ns,
-                attempt.connected_mono_ns,
-                attributes=shared,
-            )
-        else:
-            error = _failure(attempt)
-            yield _Phase(
-                "upstream connect",
-                attempt.connect_start_mono_ns,
-                attempt.connect_failed_mono_ns or attempt.ended_mono_ns,
-                attributes=shared | {error_attributes.ERROR_TYPE: error},
-                error=error,
-            )
-    if ready and attempt.first_write_mono_ns is not None:
-        yield _exchange(request, attempt, attempt.first_write_mono_ns, shared)
-
-
-def _exchange(request: Request, attempt: Attempt, start_mono_ns: int, shared: dict[str, AttributeValue]) -> _Phase:
-    attributes = shared | {
-        NGINX_UPSTREAM_REUSED: attempt.connect_start_mono_ns is None,
-        incubating_http.HTTP_RESPONSE_SIZE: attempt.received_bytes,
-    }
-    if attempt.sent_bytes is not None:
-        attributes[incubating_http.HTTP_REQUEST_SIZE] = attempt.sent_bytes
-    if request.method is not None and not attempt.subrequest:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(request.method)
-    answered = attempt.header_ms is not None and attempt.status is not None
-    error = None
-    if answered:
-        assert attempt.status is not None
-        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = attempt.status
-        if attempt.status >= 400:
-            error = str(attempt.status)
-        first_byte_ns = _time_to_first_byte_ns(attempt, start_mono_ns)
-        if first_byte_ns is not None:
-            attributes[NGINX_UPSTREAM_TTFB] = first_byte_ns
-    else:
-        error = _failure(attempt)
-    if error is not None:
-        attributes[error_attributes.ERROR_TYPE] = error
-
-    broken_off = _termination(request) != 0 and attempt is request.attempts[-1]
-    if answered and attempt.last_read_mono_ns and not broken_off and attempt.status != _SWITCHING_PROTOCOLS:
-        end_mono_ns = attempt.last_read_mono_ns
-    else:
-        end_mono_ns = attempt.ended_mono_ns
-    return _Phase("upstream exchange", start_mono_ns, end_mono_ns, SpanKind.CLIENT, attributes, error)
+    return attempt.connect_ms is not None and attempt.first_write_mono_ns is not None
 
 
 def _time_to_first_byte_ns(attempt: Attempt, start_mono_ns: int) -> int | None:
@@ -285,8 +369,8 @@ def _time_to_first_byte_ns(attempt: Attempt, start_mono_ns: int) -> int | None:
 
     With TLS the first bytes read may be session tickets (RFC 8446, 4.6.1) or a gRPC server's settings and pings, and
     not the response's. They are believed only where nginx's own, coarser clock saw the header at the same time."""
-    if attempt.first_read_mono_ns is None:
-        return None
+    if attempt.first_read_mono_ns is None or attempt.first_read_mono_ns < start_mono_ns:
+        return None  # what a peer says before it is asked is no response
     if attempt.tls and attempt.header_ms is not None:
         header_mono_ns = (attempt.connect_start_mono_ns or start_mono_ns) + attempt.header_ms * 1_000_000
         if attempt.first_read_mono_ns < header_mono_ns - _HEADER_CLOCK_SLACK_NS:
@@ -301,23 +385,65 @@ def _failure(attempt: Attempt) -> str:
     return "timeout" if attempt.status == _GATEWAY_TIMEOUT else "_OTHER"
 
 
-def _peer_attributes(attempt: Attempt, number: int) -> dict[str, AttributeValue]:
+PeerFacts = tuple[int, str | None, str | None, int | None, str | None]
+
+
+def _peer_facts(attempt: Attempt, number: int) -> PeerFacts:
+    return number, attempt.peer, attempt.upstream, attempt.status, attempt.subrequest_uri
+
+
+def _peer_attributes(
+    number: int, peer: str | None, upstream: str | None, status: int | None, subrequest_uri: str | None
+) -> dict[str, AttributeValue]:
     attributes: dict[str, AttributeValue] = {NGINX_UPSTREAM_ATTEMPT: number}
-    if attempt.peer is not None:
-        attributes[NGINX_UPSTREAM_PEER] = attempt.peer
-        _add_address(
-            attributes,
-            parse_peer(attempt.peer),
-            server_attributes.SERVER_ADDRESS,
-            server_attributes.SERVER_PORT,
-        )
-    if attempt.upstream is not None:
-        attributes[NGINX_UPSTREAM_NAME] = attempt.upstream
-    if attempt.status is not None:
-        attributes[NGINX_UPSTREAM_STATUS] = attempt.status
-    if attempt.subrequest_uri is not None:
-        attributes[NGINX_SUBREQUEST_URI] = attempt.subrequest_uri
+    if peer is not None:
+        attributes[NGINX_UPSTREAM_PEER] = peer
+        _add_address(attributes, parse_peer(peer), server_attributes.SERVER_ADDRESS, server_attributes.SERVER_PORT)
+    if upstream is not None:
+        attributes[NGINX_UPSTREAM_NAME] = upstream
+    if status is not None:
+        attributes[NGINX_UPSTREAM_STATUS] = status
+    if subrequest_uri is not None:
+        attributes[NGINX_SUBREQUEST_URI] = subrequest_uri
     return attributes
+
+
+def _connect_part(
+    number: int,
+    peer: str | None,
+    upstream: str | None,
+    status: int | None,
+    subrequest_uri: str | None,
+    error: str | None,
+) -> Part:
+    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
+    if error is not None:
+        attributes[error_attributes.ERROR_TYPE] = error
+    return Part(attributes, "upstream connect", error=error)
+
+
+def _exchange_part(
+    number: int,
+    peer: str | None,
+    upstream: str | None,
+    status: int | None,
+    subrequest_uri: str | None,
+    reused: bool,
+    method: str | None,
+    answered: bool,
+    error: str | None,
+) -> Part:
+    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
+    attributes[NGINX_UPSTREAM_REUSED] = reused
+    if method is not None:
+        attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(method)
+    if answered and status is not None:
+        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = status
+        if status >= 400:
+            error = str(status)
+    if error is not None:
+        attributes[error_attributes.ERROR_TYPE] = error
+    return Part(attributes, "upstream exchange", SpanKind.CLIENT, error)
 
 
 def _add_address(attributes: dict[str, AttributeValue], address: Address | None, host_key: str, port_key: str) -> None:
@@ -332,11 +458,6 @@ def _method(method: str) -> str:
     return method if method in _KNOWN_METHODS else "_OTHER"
 
 
-def _server_name(request: Request) -> str:
-    method = request.method if request.method in _KNOWN_METHODS else "HTTP"
-    return f"{method} {request.location}" if request.location else method
-
-
 def redact_query(query: str) -> str:
     """The query string with the values of sensitive parameters replaced, as the semantic conventions say."""
     parts = query.split("&")
@@ -347,9 +468,9 @@ def redact_query(query: str) -> str:
     return "&".join(parts)
 
 
-def _host_and_port(request: Request, local: Address | None) -> tuple[str | None, int | None]:
+def _host_and_port(host: str | None, local: Address | None) -> tuple[str | None, int | None]:
     """server.address and server.port: from the Host header, the port from the listening socket where that has none."""
-    host, port = request.host, local.port if local else None
+    port = local.port if local else None
     if host is None:
         return (local.host if local else None), port
     bare, colon, digits = host.rpartition(":")
@@ -358,58 +479,84 @@ def _host_and_port(request: Request, local: Address | None) -> tuple[str | None,
     return host.removeprefix("[").removesuffix("]"), port
 
 
-def _server_attributes(request: Request, query: bool) -> dict[str, AttributeValue]:
+def _server_part(
+    method: str | None,
+    location: str | None,
+    host: str | None,
+    local_sockaddr: bytes | None,
+    server_name: str | None,
+    tls: bool,
+    http_version: int,
+    status: int,
+    worker_pid: int,
+    termination: int,
+    attempts: int,
+    attempts_lost: int,
+    no_live_peers: int,
+    kept: str | None,
+) -> Part:
     attributes: dict[str, AttributeValue] = {
-        url_attributes.URL_SCHEME: "https" if request.tls else "http",
-        http_attributes.HTTP_RESPONSE_STATUS_CODE: request.status,
-        incubating_http.HTTP_REQUEST_SIZE: request.request_bytes,
-        incubating_http.HTTP_RESPONSE_SIZE: request.sent_bytes,
-        NGINX_CONNECTION_ID: request.connection,
-        NGINX_CONNECTION_REQUESTS: request.connection_requests,
-        NGINX_WORKER_PID: request.worker_pid,
+        url_attributes.URL_SCHEME: "https" if tls else "http",
+        http_attributes.HTTP_RESPONSE_STATUS_CODE: status,
+        NGINX_WORKER_PID: worker_pid,
     }
-    if request.method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(request.method)
-        if request.method not in _KNOWN_METHODS:
-            attributes[http_attributes.HTTP_REQUEST_METHOD_ORIGINAL] = request.method
-    if request.uri is not None:
-        path, question, arguments = request.uri.partition("?")
-        attributes[url_attributes.URL_PATH] = path
-        if question and query:
-            attributes[url_attributes.URL_QUERY] = redact_query(arguments)
-    if request.cut:
-        attributes[NGINX_TRUNCATED] = tuple(
-            url_attributes.URL_QUERY if string == "STRING_URI" and "?" in (request.uri or "") else _ATTRIBUTE_OF[string]
-            for string in request.cut
-        )
-    if request.location:
-        attributes[http_attributes.HTTP_ROUTE] = request.location
-    if request.user_agent:
-        attributes[user_agent_attributes.USER_AGENT_ORIGINAL] = request.user_agent
-    if request.server_name:
-        attributes[NGINX_SERVER_NAME] = request.server_name
-    if request.method is not None and request.http_version in _HTTP_VERSIONS:
+    name = "HTTP"
+    if method is not None:
+        attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(method)
+        if method in _KNOWN_METHODS:
+            name = method
+        else:
+            attributes[http_attributes.HTTP_REQUEST_METHOD_ORIGINAL] = method
         # Without a method nginx could not parse the request line, and the version is its default.
-        attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = _HTTP_VERSIONS[request.http_version]
-    if request.status >= 500:
-        attributes[error_attributes.ERROR_TYPE] = str(request.status)
-    if (termination := _termination(request)) in _TERMINATIONS:
+        if http_version in _HTTP_VERSIONS:
+            attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = _HTTP_VERSIONS[http_version]
+    if location:
+        attributes[http_attributes.HTTP_ROUTE] = location
+        name = f"{name} {location}"
+    if server_name:
+        attributes[NGINX_SERVER_NAME] = server_name
+    error = str(status) if status >= 500 else None
+    if error is not None:
+        attributes[error_attributes.ERROR_TYPE] = error
+    if termination in _TERMINATIONS:
         attributes[NGINX_TERMINATION] = _TERMINATIONS[termination]
+    if kept is not None:
+        attributes[NGINX_SAMPLING_KEPT_FOR] = kept
 
-    local = parse(request.local_sockaddr) if request.local_sockaddr else None
-    client = parse(request.client_sockaddr) if request.client_sockaddr else None
-    _add_address(attributes, client, client_attributes.CLIENT_ADDRESS, client_attributes.CLIENT_PORT)
-    host, port = _host_and_port(request, local)
-    if host is not None:
-        attributes[server_attributes.SERVER_ADDRESS] = host
+    address, port = _host_and_port(host, parse(local_sockaddr) if local_sockaddr else None)
+    if address is not None:
+        attributes[server_attributes.SERVER_ADDRESS] = address
     if port is not None:
         attributes[server_attributes.SERVER_PORT] = port
 
-    if request.attempts:
-        attributes[NGINX_ATTEMPTS] = len(request.attempts)
-    if request.attempts_lost:
-        attributes[NGINX_ATTEMPTS_LOST] = request.attempts_lost
-    own_attempts = sum(not attempt.subrequest for attempt in request.attempts)
-    if not request.attempts_lost and request.upstream_states > own_attempts:
-        attributes[NGINX_NO_LIVE_PEERS] = request.upstream_states - own_attempts
-    return attributes
+    if attempts:
+        attributes[NGINX_ATTEMPTS] = attempts
+    if attempts_lost:
+        attributes[NGINX_ATTEMPTS_LOST] = attempts_lost
+    if no_live_peers > 0:
+        attributes[NGINX_NO_LIVE_PEERS] = no_live_peers
+    return Part(attributes, name, SpanKind.SERVER, error)
+
+
+def _uri_part(uri: str, query: bool) -> Part:
+    path, question, arguments = uri.partition("?")
+    attributes: dict[str, AttributeValue] = {url_attributes.URL_PATH: path}
+    if question and query:
+        attributes[url_attributes.URL_QUERY] = redact_query(arguments)
+    return Part(attributes)
+
+
+def _client_part(sockaddr: bytes) -> Part:
+    attributes: dict[str, AttributeValue] = {}
+    _add_address(attributes, parse(sockaddr), client_attributes.CLIENT_ADDRESS, client_attributes.CLIENT_PORT)
+    return Part(attributes)
+
+
+def _user_agent_part(user_agent: str) -> Part:
+    return Part({user_agent_attributes.USER_AGENT_ORIGINAL: user_agent})
+
+
+def _cut_part(cut: tuple[str, ...], has_query: bool) -> Part:
+    attribute_of = _ATTRIBUTE_OF | ({"STRING_URI": url_attributes.URL_QUERY} if has_query else {})
+    names = tuple(attribute_of[string] for string in cut if string in attribute_of)
+    return Part({NGINX_TRUNCATED: names})

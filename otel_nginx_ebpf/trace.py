@@ -14,7 +14,8 @@ AttributeValue = str | bool | int | float | tuple[str, ...]
 class Span:
     """One span. Times are Unix nanoseconds; ids are the integers OpenTelemetry uses.
 
-    `error` is the status description of a span with status ERROR, None where the status is unset.
+    `error` is the status description of a span with status ERROR, None where the status is unset. The parent of the
+    SERVER span is in another process: the one that called nginx.
     """
 
     name: str
@@ -38,3 +39,7 @@ class Trace:
     """Unix time minus monotonic time, as used for every time of this trace."""
     resource: Mapping[str, AttributeValue] = field(default_factory=dict)
     """Resource attributes of the nginx the request is from; one object for all requests of an instance."""
+    trace_flags: int = 0
+    """W3C trace-flags: bit 0, sampled, bit 1, random, as the client's context had it."""
+    trace_state: str = ""
+    """The client's `tracestate`."""

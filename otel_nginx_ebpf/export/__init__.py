@@ -1,7 +1,7 @@
 """Exporters: what can be done with a finished trace."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from opentelemetry.sdk.resources import Resource
 
@@ -9,17 +9,25 @@ from otel_nginx_ebpf.config import ExporterName, Settings
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.export.text import TextExporter, open_output
+from otel_nginx_ebpf.record import Request
+from otel_nginx_ebpf.spans import RandomIds, build_trace
 from otel_nginx_ebpf.stats import Stats
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.trace import AttributeValue, Trace
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.export.otlp import OtlpExporter
 
 
 class Exporter(Protocol):
-    """Takes finished traces. Called from one thread."""
+    """Takes completed requests. Called from one thread."""
 
-    def export(self, trace: Trace) -> None:
-        """Takes one trace; returns at once, but for the time that writing a line to stdout takes.
+    def take(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
+        """Takes one request, Unix time minus monotonic time for it, and the resource attributes of its nginx.
+
+        Returns at once, but for the time that writing a line to stdout takes.
 
         Raises:
+            RecordError: The request cannot be: it is of a time after the year 2500.
             BrokenPipeError: The reader of the output is gone.
             UserError: The output cannot be written.
         """
@@ -28,13 +36,24 @@ class Exporter(Protocol):
         """Delivers what it holds, for `timeout_s` seconds at most, and counts the rest as lost."""
 
 
-class Fanout:
-    """Gives every trace to each of several exporters."""
+class TraceExporter(Protocol):
+    """Takes traces that were built to be read; the rest is as `Exporter` says."""
 
-    def __init__(self, exporters: Sequence[Exporter]) -> None:
+    def export(self, trace: Trace) -> None: ...
+
+    def shutdown(self, timeout_s: float) -> None: ...
+
+
+class _Readable:
+    """Builds traces to be read, and gives each to every one of several exporters."""
+
+    def __init__(self, exporters: Sequence[TraceExporter], *, query: bool) -> None:
         self._exporters = exporters
+        self._ids = RandomIds()
+        self._query = query
 
-    def export(self, trace: Trace) -> None:
+    def take(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
+        trace = build_trace(request, unix_offset_ns, self._ids, query=self._query, resource=resource)
         for exporter in self._exporters:
             exporter.export(trace)
 
@@ -66,24 +85,39 @@ def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_
     counting = "otlp" if "otlp" in names else names[0]
     uncounted = Stats()
     uncounted.lost = stats.lost
-    made = [_make(name, settings, stats if name == counting else uncounted, resource, wait_for_room) for name in names]
-    return made[0] if len(made) == 1 else Fanout(made)
+    if names == ["otlp"]:  # No trace need be built that nobody reads.
+        return _make_otlp(settings, stats, resource, wait_for_room)
+    return _Readable(
+        [_make(name, settings, stats if name == counting else uncounted, resource, wait_for_room) for name in names],
+        query=settings.query,
+    )
 
 
-def _make(name: ExporterName, settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool) -> Exporter:
-    # Imported where chosen: gRPC and its like cost 0.3 s and 20 MB that a text exporter has no use for.
+# Imported where chosen, which spares the others their time and memory.
+
+
+def _make_otlp(settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool) -> "OtlpExporter":
+    from otel_nginx_ebpf.export.otlp import OtlpExporter
+    from otel_nginx_ebpf.export.otlp_sender import make_sender
+
+    return OtlpExporter(
+        make_sender(settings.otlp_protocol),
+        resource,
+        stats,
+        queue_spans=settings.queue_size,
+        queue_bytes=settings.queue_mib << 20,
+        batch_spans=settings.batch_size,
+        delay_s=settings.batch_delay_ms / 1000,
+        query=settings.query,
+        wait_for_room=wait_for_room,
+    )
+
+
+def _make(
+    name: ExporterName, settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool
+) -> TraceExporter:
     if name == "otlp":
-        from otel_nginx_ebpf.export.otlp import OtlpExporter, make_sdk_exporter
-
-        return OtlpExporter(
-            make_sdk_exporter(settings.otlp_protocol),
-            resource,
-            stats,
-            queue_spans=settings.queue_size,
-            batch_spans=settings.batch_size,
-            delay_s=settings.batch_delay_ms / 1000,
-            wait_for_room=wait_for_room,
-        )
+        return _make_otlp(settings, stats, resource, wait_for_room)
     stream = open_output(settings.output)
     if name == "console":
         from otel_nginx_ebpf.export.console import make_renderer
@@ -96,4 +130,4 @@ def _make(name: ExporterName, settings: Settings, stats: Stats, resource: Resour
     from otel_nginx_ebpf.export.json_lines import to_json
 
     resources = Resources(resource)
-    return TextExporter(stream, stats, lambda trace: to_json(trace, resources.of(trace)))
+    return TextExporter(stream, stats, lambda trace: to_json(trace, resources.of(trace.resource)))

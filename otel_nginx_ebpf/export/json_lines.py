@@ -12,6 +12,8 @@ def to_json(trace: Trace, resource: Resource) -> str:
     text = json.dumps(
         {
             "trace_id": f"{trace.trace_id:032x}",
+            "trace_flags": trace.trace_flags,
+            "trace_state": trace.trace_state,
             "resource": dict(resource.attributes),
             "spans": [
                 {

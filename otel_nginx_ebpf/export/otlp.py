@@ -1,34 +1,32 @@
-"""Traces to a collector over OTLP, by the official exporters.
+"""Traces to a collector over OTLP: encoded when they come, queued as finished messages, sent by the official exporters.
 
 The SDK's BatchSpanProcessor drops without counting what does not fit its queue and what one failed export
-held; here a batch stays queued until the collector has it.
+held; here a message stays queued until the collector has it.
 """
 
 import logging
-import os
 import random
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from enum import Enum
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
-from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
-from otel_nginx_ebpf import __version__
-from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp_sender import Answer, Sender
 from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.record import Request
+from otel_nginx_ebpf.spans import RandomIds
 from otel_nginx_ebpf.stats import Stats
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.trace import AttributeValue, Trace
 
 logger = logging.getLogger(__name__)
 
-_SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__)
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_MESSAGE_BYTES_MAX = 1 << 21
+"""A collector's gRPC server takes 4 MiB by default."""
 _RETRY_FIRST_S = 0.5
 _RETRY_MAX_S = 5.0
 _SIGNAL_S = 0.1
@@ -37,162 +35,134 @@ runs only when the main thread wakes by itself."""
 _ABORT_S = 1.0
 """How long the SDK's exporter gets to notice that its shutdown interrupts an export."""
 
-# gRPC's exporter would log a traceback and go on without the file, HTTP's would fail at every export.
-_FILE_VARIABLES = [
-    f"OTEL_EXPORTER_OTLP_{signal}{file}"
-    for signal in ("TRACES_", "")
-    for file in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
-]
 
-# What the protocol's specification says to retry; every other answer refuses the batch for good.
-_RETRYABLE_HTTP = {429, 502, 503, 504}
-_RETRYABLE_GRPC = {
-    "CANCELLED",
-    "DEADLINE_EXCEEDED",
-    "RESOURCE_EXHAUSTED",
-    "ABORTED",
-    "OUT_OF_RANGE",
-    "UNAVAILABLE",
-    "DATA_LOSS",
-}
+@dataclass(slots=True)
+class _Size:
+    """Of a message, or of all that is queued."""
 
+    traces: int = 0
+    spans: int = 0
+    bytes: int = 0
 
-def to_readable_spans(trace: Trace, resource: Resource) -> list[ReadableSpan]:
-    """The SDK's view of a trace, every span sampled."""
+    def add(self, other: "_Size") -> None:
+        self.traces += other.traces
+        self.spans += other.spans
+        self.bytes += other.bytes
 
-    def context(span_id: int) -> SpanContext:
-        return SpanContext(trace.trace_id, span_id, is_remote=False, trace_flags=_SAMPLED)
-
-    return [
-        ReadableSpan(
-            name=span.name,
-            context=context(span.span_id),
-            parent=None if span.parent_span_id is None else context(span.parent_span_id),
-            resource=resource,
-            attributes=span.attributes,
-            kind=span.kind,
-            status=Status() if span.error is None else Status(StatusCode.ERROR, span.error),
-            start_time=span.start_unix_ns,
-            end_time=span.end_unix_ns,
-            instrumentation_scope=_SCOPE,
-        )
-        for span in trace.spans
-    ]
+    def remove(self, other: "_Size") -> None:
+        self.traces -= other.traces
+        self.spans -= other.spans
+        self.bytes -= other.bytes
 
 
-def make_sdk_exporter(protocol: str) -> SpanExporter:
-    """The official exporter for `grpc` or `http/protobuf`, configured by the $OTEL_EXPORTER_OTLP_* variables.
+@dataclass(slots=True)
+class _Message:
+    """An ExportTraceServiceRequest."""
 
-    Raises:
-        UserError: One of them has a value that the exporter refuses, or names a file that cannot be read.
-    """
-    for variable in _FILE_VARIABLES:
-        path = os.environ.get(variable)
-        if path and not os.access(path, os.R_OK):
-            raise UserError(f"{variable}: cannot read the file {path}")
-    # gRPC's C library reports each lost connection on stderr by itself; we say it in one line.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    try:
-        if protocol == "grpc":
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcExporter
-
-            return GrpcExporter()
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
-
-        return HttpExporter()
-    except Exception as error:  # Whatever the SDK raises here, a variable of the user's is the cause.
-        raise UserError(f"OTEL_EXPORTER_OTLP_* for {protocol}: {error}") from error
-
-
-class _ExporterLog(logging.Handler):
-    """Listens to what the SDK's exporters log: the only place where they tell why an export failed.
-
-    The first failure goes on to our own log in one line, the rest of an outage is silent.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.failing = False
-        self.refused = False
-        for name in (
-            "opentelemetry.exporter.otlp.proto.grpc.exporter",
-            "opentelemetry.exporter.otlp.proto.http",
-        ):
-            sdk_logger = logging.getLogger(name)
-            sdk_logger.propagate = False
-            sdk_logger.handlers = [self]
-            # Its DuplicateFilter would hide the second of two equal answers from us.
-            sdk_logger.filters = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        arguments = record.args if isinstance(record.args, tuple) else ()
-        if record.levelno >= logging.ERROR:
-            self.refused = "larger than max" in message or any(map(_refuses, arguments))
-        if not self.failing:
-            self.failing = True
-            logger.warning("collector: %s", " ".join(message.split()))
-
-
-def _refuses(argument: object) -> bool:
-    if isinstance(argument, Enum):  # grpc.StatusCode
-        return argument.name not in _RETRYABLE_GRPC
-    return isinstance(argument, int) and argument not in _RETRYABLE_HTTP
+    data: bytes
+    size: _Size
 
 
 class OtlpExporter:
-    """A bounded queue of traces, and a thread that brings them to the collector.
+    """A bounded queue of messages, and a thread that brings them to the collector.
 
     A trace is kept whole or dropped whole, and stays in the queue until it is delivered or refused.
     """
 
     def __init__(
         self,
-        sdk_exporter: SpanExporter,
+        sender: Sender,
         resource: Resource,
         stats: Stats,
         *,
         queue_spans: int,
+        queue_bytes: int,
         batch_spans: int,
         delay_s: float,
+        query: bool = True,
         wait_for_room: bool = False,
     ) -> None:
-        """With `wait_for_room` a full queue makes `export` wait, else it drops the trace."""
-        self._sdk_exporter = sdk_exporter
+        """With `wait_for_room` a full queue makes `take` wait, else it drops the trace."""
+        self._sender = sender
+        sender.report = self._report
+        self._encoder = Encoder(RandomIds().generate_span_id, query=query)
         self._resources = Resources(resource)
         self._stats = stats
         self._queue_spans = queue_spans
+        self._queue_bytes = queue_bytes
         self._batch_spans = batch_spans
         self._delay_s = delay_s
         self._wait_for_room = wait_for_room
-        self._log = _ExporterLog()
         self._changed = threading.Condition()
         """Guards all below."""
-        self._queue: deque[Trace] = deque()
-        self._queued_spans = 0
+        self._open: dict[int, tuple[Mapping[str, AttributeValue], list[bytes]]] = {}
+        """The message that is being filled: encoded spans by the identity of their nginx's attributes."""
+        self._open_size = _Size()
+        self._queue: deque[_Message] = deque()
+        self._held = _Size()
+        """Of the queue and the open message."""
         self._send_now = False
         self._closing = False
         self._abandoned = False
+        self._failing = False
         self._worker = threading.Thread(target=self._work, name="otlp-export", daemon=True)
         self._worker.start()
 
+    def take(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
+        encoded, spans = self._encoder.encode(request, unix_offset_ns)
+        self._add(resource, encoded, spans)
+
     def export(self, trace: Trace) -> None:
+        """Takes a trace that was built to be read."""
+        self._add(trace.resource, self._encoder.encode_trace(trace), len(trace.spans))
+
+    def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> None:
+        size = len(encoded)
         with self._changed:
-            if not self._has_room(trace):
-                self._send_now = True
-                self._changed.notify_all()
-                while self._wait_for_room and self._queue and not self._has_room(trace):
-                    self._changed.wait(_SIGNAL_S)
-            if not self._has_room(trace):
+            if not self._has_room(spans, size) and not self._wait(spans, size):
                 self._stats.lose("lost_queue_full")
                 return
-            self._queue.append(trace)
-            self._queued_spans += len(trace.spans)
-            if self._queued_spans >= self._batch_spans or len(self._queue) == 1:
+            filling = self._open_size
+            if filling.traces and (
+                filling.spans + spans > self._batch_spans or filling.bytes + size > _MESSAGE_BYTES_MAX
+            ):
+                self._close_message()
+                filling = self._open_size
+            if id(resource) not in self._open:
+                self._open[id(resource)] = resource, []
+            self._open[id(resource)][1].append(encoded)
+            filling.traces += 1
+            filling.spans += spans
+            filling.bytes += size
+            self._held.traces += 1
+            self._held.spans += spans
+            self._held.bytes += size
+            if filling.spans >= self._batch_spans:
+                self._close_message()
+            elif self._held.traces == 1:
                 self._changed.notify_all()
 
-    def _has_room(self, trace: Trace) -> bool:
-        return self._queued_spans + len(trace.spans) <= self._queue_spans
+    def _has_room(self, spans: int, size: int) -> bool:
+        return self._held.spans + spans <= self._queue_spans and self._held.bytes + size <= self._queue_bytes
+
+    def _wait(self, spans: int, size: int) -> bool:
+        """Waits for room, if that is wanted. Returns whether there is any."""
+        self._close_message()
+        while self._wait_for_room and self._held.traces and not self._has_room(spans, size):
+            self._changed.wait(_SIGNAL_S)
+        return self._has_room(spans, size)
+
+    def _close_message(self) -> None:
+        """Moves the open message to the queue."""
+        if not self._open_size.traces:
+            return
+        data = b"".join(
+            encode_resource_spans(self._resources.of(resource), spans) for resource, spans in self._open.values()
+        )
+        self._queue.append(_Message(data, self._open_size))
+        self._open = {}
+        self._open_size = _Size()
+        self._changed.notify_all()
 
     def shutdown(self, timeout_s: float) -> None:
         with self._changed:
@@ -206,75 +176,66 @@ class OtlpExporter:
             with self._changed:
                 self._abandoned = True
                 self._changed.notify_all()
-            self._sdk_exporter.shutdown()
+            self._sender.shutdown()
             self._worker.join(_ABORT_S)
             with self._changed:
-                if self._queue:
-                    self._stats.lose("lost_export_failed", len(self._queue))
+                if self._held.traces:
+                    self._stats.lose("lost_export_failed", self._held.traces)
                     self._queue.clear()
+                    self._held = _Size()
 
     def _work(self) -> None:
         retry_s = _RETRY_FIRST_S
-        while batch := self._next_batch():
-            spans = [span for trace in batch for span in to_readable_spans(trace, self._resources.of(trace))]
-            self._log.refused = False
-            delivered = self._export(spans)
-            if delivered or self._log.refused:
-                self._done(batch, delivered)
+        while message := self._next_message():
+            answer = self._send(message)
+            if answer.delivered or not answer.retry:
+                self._done(message, answer)
                 retry_s = _RETRY_FIRST_S
             else:
                 with self._changed:
-                    self._send_now = True  # The batch has waited for its delay.
-                    self._changed.wait_for(lambda: self._abandoned, retry_s * random.uniform(0.8, 1.2))
+                    wait_s = answer.wait_s or retry_s * random.uniform(0.8, 1.2)
+                    self._changed.wait_for(lambda: self._abandoned, wait_s)
                 retry_s = min(retry_s * 2, _RETRY_MAX_S)
 
-    def _next_batch(self) -> list[Trace]:
-        """The oldest traces, left in the queue; waits until they fill a batch or have waited long enough.
-
-        Empty at the end.
-        """
+    def _next_message(self) -> _Message | None:
+        """The oldest message, left in the queue; waits until one is full or has waited long enough. None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closing)
-            self._changed.wait_for(self._due, self._delay_s)
-            batch: list[Trace] = []
-            if self._abandoned:
-                return batch
-            spans = 0
-            for trace in self._queue:
-                spans += len(trace.spans)
-                if batch and spans > self._batch_spans:
-                    break
-                batch.append(trace)
-            self._send_now = self._send_now and len(batch) < len(self._queue)
-            return batch
+            self._changed.wait_for(lambda: self._held.traces or self._closing)
+            self._changed.wait_for(lambda: self._queue or self._closing, self._delay_s)
+            if not self._queue:
+                self._close_message()
+            return None if self._abandoned or not self._queue else self._queue[0]
 
-    def _due(self) -> bool:
-        return self._queued_spans >= self._batch_spans or self._send_now or self._closing
-
-    def _export(self, spans: Sequence[ReadableSpan]) -> bool:
+    def _send(self, message: _Message) -> Answer:
         try:
-            delivered = self._sdk_exporter.export(spans) is SpanExportResult.SUCCESS
+            answer = self._sender.send(message.data)
         except Exception:
             if self._abandoned:  # gRPC raises ValueError when its channel is closed under it.
-                return False
-            # The thread must live: an exporter that raises loses this batch, and says so.
-            logger.exception("collector: the exporter failed on a batch of %d spans", len(spans))
-            self._log.refused = True
-            return False
-        if delivered and self._log.failing:
-            self._log.failing = False
-            logger.warning("collector: delivering again, %d spans queued", self._queued_spans)
-        return delivered
+                return Answer(retry=True)
+            # The thread must live: an exporter that raises loses this message, and says so.
+            logger.exception("collector: the exporter failed on a message of %d spans", message.size.spans)
+            return Answer()
+        if answer.delivered and self._failing:
+            self._failing = False
+            logger.warning("collector: delivering again, %d spans queued", self._held.spans - message.size.spans)
+        return answer
 
-    def _done(self, batch: Sequence[Trace], delivered: bool) -> None:
+    def _report(self, problem: str) -> None:
+        """The first problem goes to the log, the rest of an outage is silent."""
+        if not self._failing:
+            self._failing = True
+            logger.warning("collector: %s", printable(" ".join(problem.split())))
+
+    def _done(self, message: _Message, answer: Answer) -> None:
         with self._changed:
             if not self._queue:  # Counted as lost already: the answer came after shutdown gave up.
                 return
-            for trace in batch:
-                self._queue.popleft()
-                self._queued_spans -= len(trace.spans)
+            self._queue.popleft()
+            self._held.remove(message.size)
             self._changed.notify_all()
-            if delivered:
-                self._stats.exported += len(batch)
+            if answer.delivered:
+                self._stats.exported += message.size.traces
+                if answer.rejected_spans:
+                    self._stats.lose("partial_export_rejected", answer.rejected_spans)
             else:
-                self._stats.lose("lost_export_refused", len(batch))
+                self._stats.lose("lost_export_refused", message.size.traces)

@@ -9,7 +9,7 @@ from opentelemetry.semconv._incubating.attributes.telemetry_attributes import (
 )
 
 from otel_nginx_ebpf import __version__
-from otel_nginx_ebpf.trace import AttributeValue, Trace
+from otel_nginx_ebpf.trace import AttributeValue
 
 
 def make_resource() -> Resource:
@@ -31,7 +31,7 @@ def _named(name: str, value: object) -> bool:
 
 
 class Resources:
-    """The resource of each trace: what is known of its nginx, below what the user said of the service."""
+    """The resource of each nginx's traces: what is known of it, below what the user said of the service."""
 
     _KEPT = 1024
 
@@ -39,14 +39,14 @@ class Resources:
         self._base = base
         self._merged: dict[int, tuple[Mapping[str, AttributeValue], Resource]] = {}
 
-    def of(self, trace: Trace) -> Resource:
+    def of(self, attributes: Mapping[str, AttributeValue]) -> Resource:
         """One object for all traces of an instance, so that an exporter sends it once a batch."""
-        if not trace.resource:
+        if not attributes:
             return self._base
-        found = self._merged.get(id(trace.resource))
-        if found is None or found[0] is not trace.resource:
+        found = self._merged.get(id(attributes))
+        if found is None or found[0] is not attributes:
             if len(self._merged) >= self._KEPT:
                 self._merged.clear()
-            found = trace.resource, Resource(trace.resource).merge(self._base)
-            self._merged[id(trace.resource)] = found
+            found = attributes, Resource(attributes).merge(self._base)
+            self._merged[id(attributes)] = found
         return found[1]

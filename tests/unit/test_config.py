@@ -26,7 +26,7 @@ def test_defaults() -> None:
     assert settings.exporter == ("otlp",)
     assert (settings.pid, settings.binary, settings.output) == ((), (), None)
     assert (settings.ring_buffer_mib, settings.max_active_requests) == (16, 16384)
-    assert (settings.queue_size, settings.batch_size, settings.batch_delay_ms) == (65536, 512, 5000)
+    assert (settings.queue_size, settings.batch_size, settings.batch_delay_ms) == (262144, 4096, 5000)
     assert settings.query is True
     assert settings.otlp_protocol == "grpc"
     assert (settings.sampler, settings.sampler_arg) == ("parentbased_always_on", 1.0)
@@ -94,7 +94,7 @@ def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.Monk
 
 def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "")
-    assert load({}).queue_size == 65536
+    assert load({}).queue_size == 262144
 
 
 def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ RESOURCE = Resource({"service.name": "nginx", "list": ["a", "b"]})
 def test_one_trace_literally() -> None:
     assert json.loads(to_json(static_trace(), RESOURCE)) == {
         "trace_id": "00000000000000000000000000000abc",
+        "trace_flags": 0,
+        "trace_state": "",
         "resource": {"service.name": "nginx", "list": ["a", "b"]},
         "spans": [
             {

@@ -50,6 +50,11 @@ REQUEST = Request(
     server_name="example.com",
     client_sockaddr=CLIENT,
     local_sockaddr=LISTENER,
+    trace_id=0xABC,
+    parent_span_id=None,
+    trace_flags=1,
+    kept=None,
+    trace_state=None,
 )
 
 ATTEMPT = Attempt(
@@ -73,6 +78,7 @@ ATTEMPT = Attempt(
     peer="127.0.0.1:9000",
     upstream="backend",
     subrequest_uri=None,
+    span_id=None,
 )
 
 
@@ -85,9 +91,6 @@ class CountingIds:
     def generate_span_id(self) -> int:
         self._last += 1
         return self._last
-
-    def generate_trace_id(self) -> int:
-        return 0xABC
 
 
 def build(request: Request, *, query: bool = True) -> Trace:

@@ -1,0 +1,198 @@
+"""Spans as OTLP protobuf (opentelemetry-proto, trace/v1/trace.proto), without an object for each of them.
+
+A span's parts are encoded once (`Sketcher`); its ids, times and numbers are written around them. A protobuf message is
+a sequence of fields in any order, so parts need only be put one behind the other. What comes out is what the SDK's
+encoder makes of the same spans: tests hold it to that.
+"""
+
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.trace import SpanKind
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.record import RecordError, Request
+from otel_nginx_ebpf.spans import Part, Sketcher, trace_state
+from otel_nginx_ebpf.trace import Trace
+
+# Field numbers are the proto files'; a key is the number and the wire type (0 varint, 1 fixed64, 2 length, 5 fixed32).
+_VARINT, _LENGTH = 0, 2
+_TIMES = struct.Struct("<2s8sBQBQ")
+_SPAN_ID = bytes([2 << 3 | _LENGTH, 8])
+_START, _END = 7 << 3 | 1, 8 << 3 | 1
+_FLAGS = struct.Struct("<BBI")
+
+# SpanFlags: whether the parent is remote is known; it is.
+_HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200
+
+_KINDS = {SpanKind.INTERNAL: 1, SpanKind.SERVER: 2, SpanKind.CLIENT: 3}
+_STATUS_ERROR = 2
+
+
+def _varint(value: int) -> bytes:
+    """Base-128, of 64 bits: a negative number is its two's complement."""
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | _LENGTH) + _varint(len(data)) + data
+
+
+def _text(number: int, text: str) -> bytes:
+    return _field(number, text.encode()) if text else b""
+
+
+def _int_field(number: int, value: int) -> bytes:
+    return _varint(number << 3 | _VARINT) + _varint(value)
+
+
+def _any_value(value: object) -> bytes:
+    """common.proto, AnyValue. Raises `TypeError` for a value that no attribute has."""
+    if isinstance(value, str):
+        return _field(1, value.encode())
+    if isinstance(value, bool):
+        return _int_field(2, value)
+    if isinstance(value, int):
+        return _int_field(3, value)
+    if isinstance(value, float):
+        return struct.pack("<Bd", 4 << 3 | 1, value)
+    if isinstance(value, Sequence):
+        return _field(5, b"".join(_field(1, _any_value(each)) for each in value))
+    raise TypeError(f"an attribute of type {type(value).__name__}")
+
+
+def _attributes(number: int, attributes: Mapping[str, object]) -> bytes:
+    """Each as a KeyValue in a repeated field; without integers beyond 64 bits."""
+    return b"".join(
+        _field(number, _text(1, key) + _field(2, _any_value(value)))
+        for key, value in attributes.items()
+        if not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
+    )
+
+
+def encode_part(part: Part) -> bytes:
+    """Fields of trace.proto's Span."""
+    encoded = _attributes(9, part.attributes)
+    if part.name is None:
+        return encoded
+    status = b"" if part.error is None else _text(2, part.error) + _int_field(3, _STATUS_ERROR)
+    return _text(5, part.name) + _int_field(6, _KINDS[part.kind]) + encoded + _field(15, status)
+
+
+# Lengths and small numbers, ready.
+_VARINTS = [_varint(value) for value in range(1 << 14)]
+_LOW_VARINTS = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(1 << 14)]
+_SPAN = bytes([2 << 3 | _LENGTH])
+_SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS]
+_KEPT_NUMBERS = 4096
+
+
+class _NumberAttribute(dict[int, bytes]):
+    """The encodings of an attribute by its value; those of the first so many values are kept. Of a value that does not
+    fit 64 bits nothing."""
+
+    def __init__(self, name: str) -> None:
+        # All in front of a number, by how many bytes its varint has.
+        self._prefixes = [
+            _field(9, _text(1, name) + _field(2, bytes([3 << 3 | _VARINT]) + bytes(size)))[: -size or None]
+            for size in range(11)
+        ]
+
+    def __missing__(self, value: int) -> bytes:
+        if 0 <= value < 1 << 14:
+            varint = _VARINTS[value]
+        elif 0 <= value < 1 << 28:
+            varint = _LOW_VARINTS[value & 0x3FFF] + _VARINTS[value >> 14]
+        elif -(1 << 63) <= value < 1 << 63:
+            varint = _varint(value)
+        else:
+            return b""
+        encoded = self._prefixes[len(varint)] + varint
+        if len(self) < _KEPT_NUMBERS:
+            self[value] = encoded
+        return encoded
+
+
+class Encoder:
+    """Encodes the spans of requests, or those of readable traces, as `spans` fields of ScopeSpans."""
+
+    def __init__(self, new_id: Callable[[], int], *, query: bool = True) -> None:
+        """`new_id` makes span ids; without `query` the query strings of URIs are left out."""
+        self._new_id = new_id
+        sketcher = Sketcher(encode_part, lambda name: _NumberAttribute(name).__getitem__, query=query)
+        self._sketch = sketcher.sketch
+
+    def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, int]:
+        """The spans of one request, and how many they are.
+
+        Raises:
+            RecordError: A time of the request is not one of the next 500 years.
+        """
+        sketches = self._sketch(request, self._new_id)
+        trace = b"\x0a\x10" + request.trace_id.to_bytes(16, "big")
+        if request.trace_state is not None:
+            trace += _text(3, trace_state(request))
+        server_id = sketches[0][2]
+        common = trace + _parent(request.parent_span_id, remote=True)
+        encoded: list[bytes] = []
+        try:
+            for start_mono_ns, end_mono_ns, span_id, parts in sketches:
+                times = _TIMES.pack(
+                    _SPAN_ID,
+                    span_id.to_bytes(8, "big"),
+                    _START,
+                    start_mono_ns + unix_offset_ns,
+                    _END,
+                    end_mono_ns + unix_offset_ns,
+                )
+                span = b"".join((common, times, *parts))
+                encoded += (_span_header(len(span)), span)
+                if span_id == server_id:
+                    common = trace + _parent(server_id, remote=False)
+        except struct.error as error:
+            raise RecordError("a time is out of range") from error
+        return b"".join(encoded), len(sketches)
+
+    def encode_trace(self, trace: Trace) -> bytes:
+        """The spans of a readable trace."""
+        trace_fields = b"\x0a\x10" + trace.trace_id.to_bytes(16, "big") + _text(3, trace.trace_state)
+        return b"".join(
+            _field(
+                2,
+                trace_fields
+                + _parent(span.parent_span_id, remote=span is trace.spans[0])
+                + _TIMES.pack(
+                    _SPAN_ID, span.span_id.to_bytes(8, "big"), _START, span.start_unix_ns, _END, span.end_unix_ns
+                )
+                + encode_part(Part(span.attributes, span.name, span.kind, span.error)),
+            )
+            for span in trace.spans
+        )
+
+
+def _span_header(length: int) -> bytes:
+    return _SPAN_HEADERS[length] if length < len(_SPAN_HEADERS) else _SPAN + _varint(length)
+
+
+def _parent(span_id: int | None, *, remote: bool) -> bytes:
+    """parent_span_id and flags, as the SDK sets them."""
+    if span_id is None:
+        return _FLAGS.pack(0x85, 0x01, _HAS_IS_REMOTE)
+    flags = _HAS_IS_REMOTE | _IS_REMOTE if remote else _HAS_IS_REMOTE
+    return b"\x22\x08" + span_id.to_bytes(8, "big") + _FLAGS.pack(0x85, 0x01, flags)
+
+
+_SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__))
+
+
+def encode_resource_spans(resource: Resource, spans: Iterable[bytes]) -> bytes:
+    """A ResourceSpans, as a field of ExportTraceServiceRequest, of spans that `Encoder` encoded."""
+    scope_spans = _field(2, b"".join((_SCOPE, *spans)))
+    return _field(1, _field(1, _attributes(1, resource.attributes)) + scope_spans + _text(3, resource.schema_url))

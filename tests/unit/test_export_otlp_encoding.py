@@ -1,0 +1,161 @@
+"""Our OTLP is the SDK's: the same messages for the same spans, whatever a record says."""
+
+import struct
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.resources import Resource
+
+from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.record import (
+    LIMITS,
+    REQUEST_RECORD,
+    STRING_HEADER,
+    STRING_KINDS,
+    UPSTREAM_ATTEMPT,
+    CStruct,
+    RecordError,
+    Request,
+    decode,
+)
+from otel_nginx_ebpf.spans import build_trace
+from otel_nginx_ebpf.trace import Trace
+from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS, retried_trace
+from unit.sdk_spans import sdk_encoding
+
+RESOURCE = Resource(
+    {"service.name": "nginx", "process.pid": 1, "up": True, "ratio": 0.5, "tags": ("a", "b"), "empty": ""},
+    "https://opentelemetry.io/schemas/1.40.0",
+)
+
+
+class CountingIds:
+    def __init__(self) -> None:
+        self._last = 2**63
+
+    def generate_span_id(self) -> int:
+        self._last += 1
+        return self._last
+
+
+def ours(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
+    encoder = Encoder(CountingIds().generate_span_id, query=query)
+    encoded = [encoder.encode(request, UNIX_OFFSET_NS) for request in requests]
+    message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [spans for spans, _ in encoded]))
+    assert sum(count for _, count in encoded) == len(message.resource_spans[0].scope_spans[0].spans)
+    return message
+
+
+def sdks(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
+    ids = CountingIds()
+    return sdk_encoding([build_trace(request, UNIX_OFFSET_NS, ids, query=query) for request in requests], RESOURCE)
+
+
+u64 = st.integers(0, 2**64 - 1)
+# Kernel times, near each other and 0 (did not happen), and numbers that a varint writes in one to ten bytes.
+times = st.one_of(st.just(0), st.integers(10**12, 10**12 + 50), st.integers(1, 2**62))
+sizes = st.one_of(st.sampled_from([0, 127, 128, 2**14, 2**28, 2**35, 2**63, 2**64 - 1]), st.integers(0, 10**5), u64)
+FIELDS: dict[tuple[str, str], st.SearchStrategy[int]] = {
+    ("request_record", "rc"): st.sampled_from([0, 408, 499, -1, 2**40]),
+    ("upstream_attempt", "status"): st.sampled_from([0, 101, 200, 404, 502, 504]),
+    ("request_record", "out_status"): st.sampled_from([0, 101, 200, 404, 500, 503, 2**64 - 1]),
+    ("request_record", "err_status"): st.sampled_from([0, 0, 0, 502]),
+    ("request_record", "http_version"): st.sampled_from([9, 1000, 1001, 2000, 3000, 4711]),
+    ("request_record", "kept"): st.integers(0, 3),
+    ("upstream_attempt", "connect_msec"): st.sampled_from([0, 7, 2**64 - 1]),
+    ("upstream_attempt", "header_msec"): st.sampled_from([0, 7, 2**64 - 1]),
+}
+RANGES = {"__u8": (0, 2**8 - 1), "__u16": (0, 2**16 - 1), "__u32": (0, 2**32 - 1), "__s32": (-(2**31), 2**31 - 1)}
+
+
+def structs(layout: CStruct, **given_fields: st.SearchStrategy[int]) -> st.SearchStrategy[bytes]:
+    def value(kind: str, name: str) -> st.SearchStrategy[int]:
+        if name in given_fields:
+            return given_fields[name]
+        if (layout.name, name) in FIELDS:
+            return FIELDS[layout.name, name]
+        if name.endswith("_ns"):
+            return times
+        return st.integers(*RANGES[kind]) if kind in RANGES else sizes
+
+    return st.tuples(*(value(kind, name) for kind, name in layout.fields)).map(lambda row: layout.struct.pack(*row))
+
+
+texts = st.one_of(
+    st.binary(max_size=40),
+    st.text(max_size=40).map(str.encode),
+    st.sampled_from([b"GET", b"/a?b=c&sig=x", b"127.0.0.1:80", b"unix:/s", b"[::1]:443", b"a=b,c=d"]),
+    st.integers(0, LIMITS["STRING_BYTES_MAX"]).map(lambda size: b"\xc3\xa4%" * size),
+)
+sockaddrs = st.sampled_from(
+    [struct.pack("=HHI8x", 2, 80, 1), struct.pack("=HH4x16xI", 10, 80, 1), b"\1\0/run/x\0", b"\1\0", b""]
+)
+
+
+@st.composite
+def strings(draw: st.DrawFn, attempts: int) -> bytes:
+    encoded = b""
+    for kind in draw(st.permutations(sorted(STRING_KINDS.values()))):
+        for attempt in range(max(attempts, 1)):
+            data = draw(sockaddrs if kind in (7, 8) else texts)[: LIMITS["STRING_BYTES_MAX"]]
+            cut = draw(st.integers(0, 1)) if kind != STRING_KINDS["STRING_TRACESTATE"] else 0
+            header = STRING_HEADER.struct.pack(kind, attempt, len(data), len(data) + cut)
+            encoded += header + data + bytes(-len(data) % 8)
+            if not draw(st.integers(0, 3)):
+                break
+    return encoded
+
+
+@st.composite
+def records(draw: st.DrawFn) -> bytes:
+    attempts = draw(st.integers(0, 4))
+    one_id = draw(u64)
+    ids = st.sampled_from([0, one_id, 1])
+    return b"".join(
+        [
+            draw(structs(REQUEST_RECORD, attempts=st.just(attempts), created_ns=st.integers(10**12, 10**12 + 20))),
+            *(draw(structs(UPSTREAM_ATTEMPT, span_id=ids)) for _ in range(attempts)),
+            draw(strings(attempts)),
+        ]
+    )
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(records(), min_size=1, max_size=3), st.booleans())
+def test_any_records(raws: list[bytes], query: bool) -> None:
+    requests = [decode(raw) for raw in raws]
+    # Twice, as the second time their parts are known already.
+    assert ours(*requests, *requests, query=query) == sdks(*requests, *requests, query=query)
+
+
+def test_a_time_that_no_clock_shows_is_a_damaged_record() -> None:
+    fields: dict[str, Any] = dict.fromkeys((name for _, name in REQUEST_RECORD.fields), 0)
+    fields["created_ns"] = 2**64 - 1
+    with pytest.raises(RecordError):
+        ours(decode(REQUEST_RECORD.struct.pack(*fields.values())))
+
+
+def test_more_kinds_of_requests_than_are_kept() -> None:
+    many = [decode(STATIC.replace(b"/index.html", f"/{number:010}".encode())) for number in range(1000)]
+    assert ours(*many, decode(RETRIED)) == sdks(*many, decode(RETRIED))
+
+
+@pytest.mark.parametrize("trace", [retried_trace(), build_trace(decode(RETRIED), UNIX_OFFSET_NS, CountingIds())])
+def test_a_trace_that_was_built_to_be_read(trace: Trace) -> None:
+    encoded = Encoder(CountingIds().generate_span_id).encode_trace(trace)
+    message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [encoded]))
+    assert message == sdk_encoding([trace], RESOURCE)
+
+
+def test_a_remote_parent_and_its_trace_state() -> None:
+    request = decode(RETRIED)
+    request.trace_id, request.parent_span_id, request.trace_state = 2**127 + 1, 2**63 + 1, "a=b,c@d=e"
+    (spans,) = [scope.spans for scope in ours(request).resource_spans[0].scope_spans]
+    assert spans[0].parent_span_id == (2**63 + 1).to_bytes(8, "big")
+    assert {span.trace_id for span in spans} == {(2**127 + 1).to_bytes(16, "big")}
+    assert {span.trace_state for span in spans} == {"a=b,c@d=e"}
+    assert [span.flags for span in spans] == [0x300] + [0x100] * (len(spans) - 1)
+    assert ours(request) == sdks(request)
