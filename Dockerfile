@@ -1,23 +1,39 @@
-# The program as a sidecar's image: Debian 12, BCC's Python bindings from Debian, no compiler, no kernel headers.
+# The program as a sidecar's image: Debian 12, BCC's Python bindings from Debian; no compiler, no kernel headers, no pip.
 #
 #   docker build -t otel-nginx-ebpf .
-#   docker run --rm --privileged --pid=host -v /sys/kernel/tracing:/sys/kernel/tracing otel-nginx-ebpf
-FROM debian:12-slim AS build
-RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-venv ca-certificates
+#   docker run --rm --pid=host --cap-drop=ALL --cap-add=BPF --cap-add=PERFMON --cap-add=SYS_PTRACE \
+#       --security-opt seccomp=unconfined --security-opt apparmor=unconfined otel-nginx-ebpf doctor
+#
+# Python's packages are those of image/*.txt, by hash; each file's first lines say how it is made.
+ARG BASE=debian:12-slim
+
+FROM ${BASE} AS build
+RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv
 WORKDIR /src
+COPY image/build-requirements.txt image/requirements.txt image/
+# /usr/bin/python3, because the loader takes BCC from the distribution's packages for that interpreter.
+RUN /usr/bin/python3 -m venv /build \
+    && /build/bin/pip install --no-cache-dir --require-hashes -r image/build-requirements.txt \
+    && /usr/bin/python3 -m venv --without-pip /opt/otel-nginx-ebpf \
+    && /build/bin/pip --python /opt/otel-nginx-ebpf/bin/python install --no-cache-dir --require-hashes -r image/requirements.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY otel_nginx_ebpf otel_nginx_ebpf
 COPY probes probes
-# /usr/bin/python3, because the loader takes BCC from the distribution's packages for that interpreter.
-RUN /usr/bin/python3 -m venv /opt/otel-nginx-ebpf \
-    && /opt/otel-nginx-ebpf/bin/pip install --no-cache-dir . \
-    && /opt/otel-nginx-ebpf/bin/pip uninstall -y pip
+RUN /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheel . \
+    && /build/bin/pip --python /opt/otel-nginx-ebpf/bin/python install --no-deps /wheel/*.whl \
+    && /build/bin/pip --python /opt/otel-nginx-ebpf/bin/python check \
+    && /build/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+        --output-file /opt/otel-nginx-ebpf/sbom.cdx.json /opt/otel-nginx-ebpf/bin/python
 
-FROM debian:12-slim
+FROM ${BASE}
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3 python3-bpfcc ca-certificates \
-    && rm -rf /var/lib/apt/lists/*
+    && apt-get install -y --no-install-recommends ca-certificates python3 python3-bpfcc \
+    && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/*
 COPY --from=build /opt/otel-nginx-ebpf /opt/otel-nginx-ebpf
+LABEL org.opencontainers.image.title="otel-nginx-ebpf" \
+    org.opencontainers.image.description="OpenTelemetry traces of an unmodified, running nginx, by eBPF" \
+    org.opencontainers.image.licenses="Apache-2.0"
 ENTRYPOINT ["/opt/otel-nginx-ebpf/bin/otel-nginx-ebpf"]
 CMD ["run"]
+# Whether probes are live.
+HEALTHCHECK --interval=10s --start-period=15s CMD ["/opt/otel-nginx-ebpf/bin/python", "-P", "-m", "otel_nginx_ebpf.health"]

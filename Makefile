@@ -10,11 +10,13 @@ PACKAGES += ca-certificates libpython3.11
 # For measurements only.
 PACKAGES += bpftool nghttp2-client
 PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
+# And those that build and run the image.
+PACKAGES += buildah debootstrap netavark podman runc
 
 .DEFAULT_GOAL := help
 BENCH ?= worker
 
-.PHONY: help setup demo test matrix bench check clean
+.PHONY: help setup demo test image matrix bench check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,7 +28,11 @@ demo: setup ## trace a private nginx and show its requests as waterfalls
 
 test: setup ## all tests, on the real kernel, a real nginx and a real collector
 	tests/collector/build
+	image/build
 	$(BIN)/pytest
+
+image: .cache/packages ## the sidecar's image, with buildah, into the storage that it prints for podman
+	image/build
 
 matrix: setup ## the end-to-end scenarios against a dozen builds of nginx, as one table; or against BUILDS="debian-11 o3"
 	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
