@@ -134,6 +134,7 @@ def replay(path: Path, exporter: "Exporter", stats: Stats) -> None:
         CaptureError: Damaged; all before the damage was exported.
     """
     take = _exporting(exporter, stats)
+    resource: Mapping[str, AttributeValue] = {}  # one object: what shares it shares a message's ResourceSpans
     for frame in read_capture(path):
         stats.received += 1
-        take(frame.raw, frame.unix_offset_ns, {})
+        take(frame.raw, frame.unix_offset_ns, resource)
