@@ -8,15 +8,15 @@ PACKAGES := nginx openssl python3-bpfcc python3-venv
 PACKAGES += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
 PACKAGES += ca-certificates libpython3.11
 # For measurements only.
-PACKAGES += bpftool nghttp2-client
+PACKAGES += bpftool nghttp2-client valgrind
 PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
 # And those that build and run the image.
 PACKAGES += buildah debootstrap netavark podman runc
 
 .DEFAULT_GOAL := help
-BENCH ?= worker
+BENCH ?= all
 
-.PHONY: help setup demo test image matrix bench check clean
+.PHONY: help setup demo test image matrix bench counts check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +37,11 @@ image: .cache/packages ## the sidecar's image, with buildah, into the storage th
 matrix: setup ## the end-to-end scenarios against a dozen builds of nginx, as one table; or against BUILDS="debian-11 o3"
 	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
 
-bench: setup ## what tracing costs, as tables and in bench.json; parts and options: BENCH="worker --help"
+bench: setup ## what tracing costs, as tables and in bench.json; parts and options: BENCH=--help
 	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
+
+counts: BENCH := counts
+counts: bench ## the part of it that does not depend on the machine's load: instructions
 
 check: setup ## format, lint, types, layers and unit tests; needs no root once set up
 	$(BIN)/ruff format --check .

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import latency, machine, tables, worker
+from bench import counts, emitter, latency, machine, memory, recording, tables, worker
 from bench.site import SCENARIOS, Site
 from bench.variants import Variant
 
@@ -94,7 +95,7 @@ def worker_command(
         "requests_a_second": {name: worker.compare(series) for name, series in rate.items() if series},
         "programs": programs,
     }
-    console.print(tables.cpu(figures["cpu_us"]))
+    console.print(tables.cpu(figures["cpu_us"], figures["requests_a_second"]))
     console.print(tables.programs(programs))
     _write(json_file, "worker", figures, load)
 
@@ -115,6 +116,62 @@ def latency_command(
         figures = latency.measure(site, names, variants, rounds, rate, advance)
     console.print(tables.latency(figures, rate))
     _write(json_file, "latency", {"requests_a_second": rate, "latency_us": figures}, load)
+
+
+@app.command("emitter")
+def emitter_command(
+    records: Annotated[
+        int, typer.Option(min=emitter.START_RECORDS * 2, help="How many to record and replay.")
+    ] = 200_000,
+    rounds: Rounds = 3,
+    capture: Annotated[Path | None, typer.Option(help="A capture to replay instead of recording one.")] = None,
+    json_file: Output = OUTPUT,
+) -> None:
+    """From real records to a real collector: requests a second, and what each stage takes."""
+    load = os.getloadavg()
+    steps = records // recording.ROUND + rounds * 7 + 1
+    with tempfile.TemporaryDirectory(prefix="otel-bench-") as name, _progress(steps) as advance:
+        path = Path(name, "capture")
+        if capture is not None:
+            shutil.copy(capture, path)
+        else:
+            with _site() as site:
+                recording.record(site, path, records, advance)
+        figures = {
+            "stages": emitter.each_stage(path, rounds, advance),
+            "to_collector": emitter.to_collector(path, records, rounds, advance),
+        }
+    console.print(tables.stages(figures["stages"]))
+    console.print(tables.to_collector(figures["to_collector"]))
+    _write(json_file, "emitter", figures, load)
+
+
+@app.command("memory")
+def memory_command(json_file: Output = OUTPUT) -> None:
+    """Resident memory of the long-lived process, and what its libraries add."""
+    load = os.getloadavg()
+    with _site() as site, tempfile.TemporaryDirectory(prefix="otel-bench-") as name, _progress(4) as advance:
+        figures = {"over_time": memory.over_time(site, Path(name), advance), "imports_mb": memory.of_imports()}
+    console.print(tables.memory(figures["over_time"]))
+    console.print(tables.imports(figures["imports_mb"]))
+    _write(json_file, "memory", figures, load)
+
+
+@app.command("counts")
+def counts_command(json_file: Output = OUTPUT) -> None:
+    """Instructions: figures that do not depend on the machine's load."""
+    load = os.getloadavg()
+    with _site() as site:
+        figures = {"programs": counts.bpf_programs(site), "emitter_instructions": counts.instructions_a_request(site)}
+    console.print(tables.counts(figures))
+    _write(json_file, "counts", figures, load)
+
+
+@app.command("all")
+def all_command(json_file: Output = OUTPUT) -> None:
+    """Every part with its defaults; some ten minutes."""
+    for part in (worker_command, latency_command, emitter_command, memory_command, counts_command):
+        part(json_file=json_file)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import csv
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.site import Scenario
@@ -15,23 +15,34 @@ STREAMS = 4
 
 _OPEN_LOOP_CONNECTIONS = 32
 _OPEN_LOOP_IN_FLIGHT = 512
+_WARM_UP_S = 1
 
 
-def at_most_speed(url: str, scenario: Scenario) -> float:
-    """Makes the scenario's requests as fast as one thread can; requests a second. Raises RuntimeError if any fails."""
+def at_most_speed(urls: Sequence[str], scenario: Scenario, requests: int = 0, user_agent: str = "h2load") -> float:
+    """Makes the scenario's requests, or so many, as fast as one thread can; requests a second.
+
+    Raises RuntimeError if any is not answered as the scenario says.
+    """
+    requests = requests or scenario.requests
     protocol = [f"--max-concurrent-streams={STREAMS}"] if scenario.http2 else ["--h1"]
-    connections = CONNECTIONS // STREAMS if scenario.http2 else CONNECTIONS
-    command = ["h2load", *protocol, f"--clients={connections}", f"--requests={scenario.requests}", url]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return parse_rate(output, scenario.requests)
+    connections = min(CONNECTIONS // STREAMS if scenario.http2 else CONNECTIONS, requests)
+    command = ["h2load", *protocol, f"--clients={connections}", f"--requests={requests}", "--input-file=-"]
+    output = subprocess.run(
+        [*command, f"--header=user-agent: {user_agent}"],
+        input="\n".join(urls) + "\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return parse_rate(output, requests, scenario.answer)
 
 
-def parse_rate(output: str, requests: int) -> float:
-    """Requests a second out of h2load's report. Raises RuntimeError unless all of them were answered with 2xx."""
+def parse_rate(output: str, requests: int, answer: str = "2xx") -> float:
+    """Requests a second out of h2load's report. Raises RuntimeError unless all of them had such an answer."""
     finished = re.search(r"^finished in .*?, ([0-9.]+) req/s", output, re.MULTILINE)
-    succeeded = re.search(r"^status codes: (\d+) 2xx", output, re.MULTILINE)
-    if not finished or not succeeded or int(succeeded[1]) != requests:
-        raise RuntimeError(f"h2load did not get {requests} answers:\n{output}")
+    answered = re.search(rf"^status codes:.*? (\d+) {answer}", output, re.MULTILINE)
+    if not finished or not answered or int(answered[1]) != requests:
+        raise RuntimeError(f"h2load did not get {requests} answers {answer}:\n{output}")
     return float(finished[1])
 
 
@@ -44,13 +55,15 @@ def vegeta() -> Path:
 def at_rate(url: str, scenario: Scenario, requests_a_second: int, seconds: int) -> list[float]:
     """Latencies of requests that begin at a fixed rate whatever the answers do, microseconds, sorted.
 
+    A second before that, in which connections are opened, does not count.
+
     Each is counted from when the request was due, so that one that had to wait for its turn shows it. Raises
     RuntimeError if any fails.
     """
     attack = [
         "attack",
         f"-rate={requests_a_second}",
-        f"-duration={seconds}s",
+        f"-duration={_WARM_UP_S + seconds}s",
         f"-http2={'true' if scenario.http2 else 'false'}",
         "-insecure",
         f"-max-workers={_OPEN_LOOP_IN_FLIGHT}",
@@ -60,11 +73,11 @@ def at_rate(url: str, scenario: Scenario, requests_a_second: int, seconds: int) 
         subprocess.run([vegeta(), *attack], input=f"GET {url}\n".encode(), stdout=results, check=True)
         results.seek(0)
         table = subprocess.run([vegeta(), "encode", "-to=csv"], stdin=results, stdout=subprocess.PIPE, text=True)
-    return sorted(parse_latencies(table.stdout.splitlines(), requests_a_second))
+    return sorted(parse_latencies(table.stdout.splitlines(), requests_a_second, _WARM_UP_S * requests_a_second))
 
 
-def parse_latencies(lines: Iterable[str], requests_a_second: int) -> list[float]:
-    """Microseconds from the moment each request was due to its answer, out of vegeta's table.
+def parse_latencies(lines: Iterable[str], requests_a_second: int, first: int = 0) -> list[float]:
+    """Microseconds from the moment each request from `first` on was due to its answer, out of vegeta's table.
 
     Its columns are: begin in Unix ns, status, ns taken, bytes out and in, error, body, name, number, and more. Request
     n is due n / rate after the first; the one that was least late fixes when that was.
@@ -78,4 +91,8 @@ def parse_latencies(lines: Iterable[str], requests_a_second: int) -> list[float]
             raise RuntimeError(f"request {number} was answered with {row[1]}: {row[5]}")
         began_ns[number], answered_ns[number] = begin_ns, begin_ns + int(row[2])
     first_due_ns = min(begin_ns - number * period_ns for number, begin_ns in began_ns.items())
-    return [(answer_ns - first_due_ns - number * period_ns) / 1000 for number, answer_ns in answered_ns.items()]
+    return [
+        (answer_ns - first_due_ns - number * period_ns) / 1000
+        for number, answer_ns in answered_ns.items()
+        if number >= first
+    ]

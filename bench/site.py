@@ -19,6 +19,7 @@ _HTTP = """
 keepalive_requests 100000000;
 keepalive_timeout 600;
 upstream application {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 100000000; }}
+upstream retried {{ server 127.0.0.1:{dead} weight=100 max_fails=0; server 127.0.0.1:{upstream}; }}
 ssl_certificate {directory}/certificate.pem;
 ssl_certificate_key {directory}/key.pem;
 server {{
@@ -28,6 +29,9 @@ server {{
     location /static/ {{ alias {directory}/html/; }}
     location /proxied/ {{ proxy_pass http://application; proxy_http_version 1.1; proxy_set_header Connection ""; }}
     location /closing/ {{ proxy_pass http://127.0.0.1:{upstream}; }}
+    location /retried/ {{ proxy_pass http://retried; }}
+    location /missing/ {{ return 404; }}
+    location /broken/ {{ proxy_pass http://127.0.0.1:{dead}; }}
     location = /served {{ stub_status; }}
 }}
 """
@@ -40,6 +44,7 @@ class Scenario(NamedTuple):
     http2: bool
     tls: bool
     requests: int
+    answer: str = "2xx"
 
 
 SCENARIOS = {
@@ -56,7 +61,7 @@ class Site:
     """`directory` must be readable and searchable by everyone."""
 
     def __init__(self, directory: Path) -> None:
-        self.plain_port, self.tls_port, upstream_port = free_ports(3)
+        self.plain_port, self.tls_port, upstream_port, dead_port = free_ports(4)
         make_certificate(directory)
         (directory / "key.pem").chmod(0o644)
         (directory / "html").mkdir()
@@ -69,7 +74,9 @@ class Site:
         self._upstream = NginxServer(
             prefixes[1], _UPSTREAM.format(port=upstream_port, body=_BODY.decode().strip()), command=[untraced]
         )
-        http = _HTTP.format(directory=directory, plain=self.plain_port, tls=self.tls_port, upstream=upstream_port)
+        http = _HTTP.format(
+            directory=directory, plain=self.plain_port, tls=self.tls_port, upstream=upstream_port, dead=dead_port
+        )
         self.nginx = NginxServer(prefixes[0], http, main=f"worker_cpu_affinity {1 << NGINX_CPU:b};", command=[traced])
         self._upstream.start([("127.0.0.1", upstream_port)])
         self.nginx.start([("127.0.0.1", self.plain_port)])

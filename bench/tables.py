@@ -14,7 +14,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def cpu(figures: dict[str, Any]) -> Table:
+def cpu(figures: dict[str, Any], rates: dict[str, Any]) -> Table:
     """What tracing adds: “least” holds the best round of each against the other, where load shows least."""
     table = _table(
         "Processor time in the worker, µs a request (bystander: µs a system call)",
@@ -25,18 +25,22 @@ def cpu(figures: dict[str, Any]) -> Table:
         "added, median",
         "quartiles",
         "added, least",
+        "requests/s",
+        "ratio",
     )
     for name, series in figures.items():
         for label, figure in series.items():
-            added = figure.get("above_off")
             digits = 3 if name == "bystander" else 2
-            cells = [f"{figure['median']:.{digits}f}", f"{figure['least']:.{digits}f}"]
-            if added:
-                cells += [
+            cells = [f"{figure['median']:.{digits}f}", f"{figure['least']:.{digits}f}", "", "", ""]
+            if added := figure.get("above_off"):
+                cells[2:] = [
                     f"{added['median']:+.{digits}f}",
                     f"{added['lower_quartile']:+.{digits}f} … {added['upper_quartile']:+.{digits}f}",
                     f"{figure['least'] - series[OFF]['least']:+.{digits}f}",
                 ]
+            if rate := rates.get(name):
+                cells.append(f"{rate[label]['median']:.0f}")
+                cells.append("" if label == OFF else f"{rate[label]['median'] / rate[OFF]['median']:.2f}")
             table.add_row(name, label, *cells)
     return table
 
@@ -84,4 +88,72 @@ def latency(figures: dict[str, Any], requests_a_second: int) -> Table:
                 for each in (percentiles[column] for column in columns)
             ]
             table.add_row(name, label, *cells)
+    return table
+
+
+def stages(figures: dict[str, Any]) -> Table:
+    """One stage by itself, on one processor."""
+    title = f"Stages, of {figures['records']} requests with {figures['spans_a_request']:.2f} spans each"
+    table = _table(title, "stage", "µs a request", "least", "allocations a request")
+    for name, cost in figures["cpu_us_a_request"].items():
+        allocations = figures["allocations_a_request"][name]
+        table.add_row(name, f"{cost['median']:.1f}", f"{cost['least']:.1f}", f"{allocations:.0f}")
+    sizes = figures["otlp_bytes_a_request"]
+    table.caption = (
+        f"bytes a request: record {figures['record_bytes_a_request']:.0f}, "
+        f"OTLP {sizes['program']:.0f}, the SDK's {sizes['sdk']:.0f}"
+    )
+    return table
+
+
+def to_collector(figures: dict[str, Any]) -> Table:
+    """All stages and the sending, gRPC's threads included, on one processor; the collector on another."""
+    table = _table(
+        "Capture → collector over gRPC, everything on one processor",
+        "",
+        "requests",
+        "CPU µs a request",
+        "requests a CPU second",
+        "requests/s, the collector's pace included",
+    )
+    for way, figure in figures.items():
+        table.add_row(
+            way,
+            str(figure["records"]),
+            f"{figure['cpu_us_a_request']['median']:.1f}",
+            f"{figure['requests_a_cpu_second']['median']:.0f}",
+            f"{figure['requests_a_second']['median']:.0f}",
+        )
+    return table
+
+
+def memory(figures: dict[str, Any]) -> Table:
+    """Resident, by what it is mapped from."""
+    moments = figures["moments"]
+    groups = list(next(iter(moments.values()))["by_group"])
+    table = _table("Resident memory of the long-lived process, MB", "", "requests", "Rss", "Pss", *groups)
+    for moment, figure in moments.items():
+        cells = [f"{figure['by_group'][group]:.1f}" for group in groups]
+        table.add_row(moment, str(figure["requests"]), f"{figure['Rss']:.1f}", f"{figure['Pss']:.1f}", *cells)
+    mapped = {name for figure in moments.values() for name in figure["bcc_or_llvm_mapped"]}
+    table.caption = f"files of BCC or LLVM mapped: {', '.join(mapped) or 'none'}; {figures['last_line']}"
+    return table
+
+
+def imports(figures: dict[str, float]) -> Table:
+    """Cumulative, so what a line adds is its difference to the one above."""
+    table = _table("A Python process that has imported …", "", "MB", "more")
+    before = 0.0
+    for name, megabytes in figures.items():
+        table.add_row(name, f"{megabytes:.1f}", f"{megabytes - before:+.1f}")
+        before = megabytes
+    return table
+
+
+def counts(figures: dict[str, Any]) -> Table:
+    """What CI prints."""
+    table = _table("Instructions", "", "BPF instructions", "bytes of machine code")
+    for each in figures["programs"]:
+        table.add_row(each["program"], str(each["instructions"]), str(each["machine_code_bytes"]))
+    table.caption = f"record → OTLP bytes: {figures['emitter_instructions']:,.0f} processor instructions a request"
     return table

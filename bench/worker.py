@@ -24,7 +24,7 @@ def cpu_us_a_request(site: Site, name: str) -> tuple[float, float]:
     """Processor time of the worker, microseconds a request, and requests a second as one client thread gets them."""
     scenario = SCENARIOS[name]
     served, cpu_ns = site.served_and_cpu_ns()
-    requests_a_second = at_most_speed(site.url(scenario), scenario)
+    requests_a_second = at_most_speed([site.url(scenario)], scenario)
     served_after, cpu_after_ns = site.served_and_cpu_ns()
     return (cpu_after_ns - cpu_ns) / 1000 / (served_after - served), requests_a_second
 
@@ -81,7 +81,7 @@ def probe_accounts(site: Site, name: str, variant: Variant) -> list[dict[str, An
         assert agent is not None
         before = {program.name: program for program in programs_of(agent.pid)}
         served, _ = site.served_and_cpu_ns()
-        at_most_speed(site.url(SCENARIOS[name]), SCENARIOS[name])
+        at_most_speed([site.url(SCENARIOS[name])], SCENARIOS[name])
         served_after, _ = site.served_and_cpu_ns()
         after = programs_of(agent.pid)
     requests = served_after - served

@@ -2,8 +2,11 @@
 
 import pytest
 
+from bench.counts import parse_totals
+from bench.emitter import spans_received
 from bench.figures import paired, percentile, quartiles
 from bench.load import parse_latencies, parse_rate
+from bench.memory import by_group, parse_smaps
 from bench.programs import Program, parse_program
 from bench.variants import Variant
 from bench.worker import compare
@@ -98,3 +101,41 @@ def test_a_variant_is_the_program_with_arguments_or_another_program(
     variant = Variant.parse(text)
     assert (variant.name, variant.arguments) == (text.partition("=")[0], arguments)
     assert str(variant.program).endswith(program)
+
+
+SMAPS = """\
+55d0c8a00000-55d0c8a01000 r--p 00000000 fe:00 1234                       /usr/bin/python3.11
+Size:                  4 kB
+Rss:                2048 kB
+Pss:                   1 kB
+7f0000000000-7f0000001000 rw-p 00000000 00:00 0
+Rss:                1024 kB
+7f0000002000-7f0000003000 r--p 00000000 00:10 9                          anon_inode:bpf-map
+Rss:                 512 kB
+7f0000004000-7f0000005000 r-xp 00000000 fe:00 5                          /opt/a directory/other.so
+Rss:                 256 kB
+"""
+
+
+def test_resident_memory_by_what_it_is_mapped_from() -> None:
+    groups = by_group(parse_smaps(SMAPS))
+    assert {name: megabytes for name, megabytes in groups.items() if megabytes} == {
+        "ring buffer": 0.5,
+        "Python and modules": 2,
+        "heap": 1,
+        "other": 0.25,
+    }
+
+
+def test_callgrind_tells_its_instructions() -> None:
+    assert parse_totals("version: 1\nevents: Ir\nfn=(1) main\n16 4\n\ntotals: 162476\n") == 162476
+    with pytest.raises(RuntimeError, match="no totals"):
+        parse_totals("")
+
+
+def test_the_collector_tells_its_spans() -> None:
+    log = """2026-11-22T16:55:33.799Z\tinfo\tStarting otelcol...\t{"spans of": "something"}
+Traces\t{"resource spans": 1334, "spans": 4094}
+Traces\t{"resource spans": 1, "spans": 5}
+"""
+    assert spans_received(log) == 4099

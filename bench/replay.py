@@ -1,0 +1,25 @@
+"""Decodes a capture's records and encodes their traces, and does nothing besides: what callgrind counts.
+
+    python -m bench.replay FILE RECORDS
+
+calls getppid, for callgrind to see it, after so many records and at the end.
+"""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+from otel_nginx_ebpf.export.otlp_encoding import Encoder
+
+from bench.stages import decoded, encoded
+from otel_nginx_ebpf.capture import read_capture
+from otel_nginx_ebpf.spans import RandomIds
+
+if __name__ == "__main__":
+    frames = list(read_capture(Path(sys.argv[1])))
+    first = int(sys.argv[2])
+    encoder = Encoder(RandomIds(random.Random(1)).generate_span_id)
+    for part in (frames[:first], frames[first:]):
+        encoded(decoded(part), encoder)
+        os.getppid()

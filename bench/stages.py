@@ -1,0 +1,77 @@
+"""The way from a record's bytes to OTLP, stage by stage: ours, and the SDK's from the same requests."""
+
+import time
+from collections.abc import Callable, Sequence
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.trace import Status, StatusCode, Tracer, set_span_in_context
+from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
+
+from otel_nginx_ebpf.capture import Frame
+from otel_nginx_ebpf.record import Request, decode
+from otel_nginx_ebpf.spans import RandomIds, build_trace
+from otel_nginx_ebpf.trace import Trace
+
+RESOURCE = Resource.create({"service.name": "nginx"})
+_BATCH = 128
+"""Requests a message."""
+
+
+def decoded(frames: Sequence[Frame]) -> list[tuple[Request, int]]:
+    return [(decode(frame.raw), frame.unix_offset_ns) for frame in frames]
+
+
+def encoded(requests: Sequence[tuple[Request, int]], encoder: Encoder) -> list[bytes]:
+    """Finished messages."""
+    messages = []
+    for start in range(0, len(requests), _BATCH):
+        spans = [encoder.encode(*each)[0] for each in requests[start : start + _BATCH]]
+        messages.append(encode_resource_spans(RESOURCE, spans))
+    return messages
+
+
+def readable(requests: Sequence[tuple[Request, int]], ids: RandomIds) -> list[Trace]:
+    """What the console, line and JSON exporters take."""
+    return [build_trace(request, unix_offset_ns, ids) for request, unix_offset_ns in requests]
+
+
+def made_by_sdk(traces: Sequence[Trace], tracer: Tracer) -> None:
+    """Starts and ends the spans of each trace as an application does with the SDK's `Tracer`."""
+    for trace in traces:
+        server, *children = trace.spans
+        parent = tracer.start_span(
+            server.name,
+            Context(),
+            server.kind,
+            server.attributes,
+            start_time=server.start_unix_ns,
+        )
+        context = set_span_in_context(parent, Context())
+        for span in children:
+            child = tracer.start_span(span.name, context, span.kind, span.attributes, start_time=span.start_unix_ns)
+            if span.error is not None:
+                child.set_status(Status(StatusCode.ERROR, span.error))
+            child.end(span.end_unix_ns)
+        if server.error is not None:
+            parent.set_status(Status(StatusCode.ERROR, server.error))
+        parent.end(server.end_unix_ns)
+
+
+def cpu_us_each(stage: Callable[[], Any], count: int) -> float:
+    """Processor time of this process, microseconds for each of `count`."""
+    start_ns = time.process_time_ns()
+    stage()
+    return (time.process_time_ns() - start_ns) / 1000 / count
+
+
+def allocations_each(stage: Callable[[], Any], count: int) -> float:
+    """How often Python's allocators were asked for memory, for each of `count`, by memray."""
+    from memray import FileReader, Tracker
+
+    with TemporaryDirectory(prefix="otel-bench-") as directory:
+        with Tracker(f"{directory}/allocations", trace_python_allocators=True):
+            stage()
+        return FileReader(f"{directory}/allocations").metadata.total_allocations / count
