@@ -11,7 +11,6 @@ once (a response written by one system call) begins where the worker was last se
 """
 
 import errno
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,11 +27,12 @@ from opentelemetry.semconv.attributes import (
     url_attributes,
     user_agent_attributes,
 )
-from opentelemetry.trace import SpanKind, TraceState
+from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf.record import Attempt, Request
 from otel_nginx_ebpf.sockaddr import Address, parse, parse_peer
 from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
+from otel_nginx_ebpf.trace_state import canonical
 
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
@@ -159,19 +159,20 @@ class Sketcher(Generic[P]):
     def sketch(self, request: Request, new_id: Callable[[], int]) -> list[Sketch[P]]:
         """The SERVER span, then the others by start time. What did not happen, or was not seen, has none."""
         server_id = new_id()
-        children = [child for child in self._children(request, new_id) if child[1] > child[0]]
+        broken_off = _termination(request)
+        children = [child for child in self._children(request, broken_off, new_id) if child[1] > child[0]]
         children.sort()
         return [
             (
                 request.first_read_mono_ns or request.created_mono_ns,
-                _server_end_mono_ns(request, children),
+                _server_end_mono_ns(request, broken_off, children),
                 server_id,
-                self._server_parts(request),
+                self._server_parts(request, broken_off),
             ),
             *children,
         ]
 
-    def _server_parts(self, request: Request) -> tuple[P, ...]:
+    def _server_parts(self, request: Request, broken_off: int) -> tuple[P, ...]:
         attempts = request.attempts
         no_live_peers = 0
         if request.upstream_states and not request.attempts_lost:
@@ -187,7 +188,7 @@ class Sketcher(Generic[P]):
                 request.http_version,
                 request.status,
                 request.worker_pid,
-                _termination(request),
+                broken_off,
                 len(attempts),
                 request.attempts_lost,
                 no_live_peers,
@@ -208,7 +209,7 @@ class Sketcher(Generic[P]):
             parts.append(self._cut_part(request.cut, "?" in (request.uri or "")))
         return tuple(parts)
 
-    def _children(self, request: Request, new_id: Callable[[], int]) -> Iterator[Sketch[P]]:
+    def _children(self, request: Request, broken_off: int, new_id: Callable[[], int]) -> Iterator[Sketch[P]]:
         # A request that one read brought whole is complete where nginx begins to work on it. One whose bytes had all
         # come before (pipelining) has no read.
         start_mono_ns = request.first_read_mono_ns
@@ -230,19 +231,20 @@ class Sketcher(Generic[P]):
                 part = self._connect_part(*_peer_facts(attempt, number), error)
                 yield start_mono_ns, end_mono_ns, new_id(), (part,)
             if _has_exchange(attempt):
-                yield self._exchange(request, attempt, number, new_id)
+                yield self._exchange(request, attempt, number, broken_off, new_id)
 
         if request.first_write_mono_ns is not None and request.last_write_mono_ns is not None:
             yield request.first_write_mono_ns, request.last_write_mono_ns, new_id(), self._write_parts
 
-    def _exchange(self, request: Request, attempt: Attempt, number: int, new_id: Callable[[], int]) -> Sketch[P]:
+    def _exchange(
+        self, request: Request, attempt: Attempt, number: int, broken_off: int, new_id: Callable[[], int]
+    ) -> Sketch[P]:
         start_mono_ns = attempt.first_write_mono_ns
         assert start_mono_ns is not None
         answered = attempt.header_ms is not None and attempt.status is not None
-        broken_off = _termination(request) != 0 and number == len(request.attempts)
-        if answered and attempt.last_read_mono_ns and not broken_off and attempt.status != _SWITCHING_PROTOCOLS:
-            end_mono_ns = attempt.last_read_mono_ns
-        else:
+        end_mono_ns = attempt.last_read_mono_ns
+        last_and_broken_off = broken_off != 0 and number == len(request.attempts)
+        if end_mono_ns is None or not answered or last_and_broken_off or attempt.status == _SWITCHING_PROTOCOLS:
             end_mono_ns = attempt.ended_mono_ns
         parts = [
             self._exchange_part(
@@ -310,22 +312,8 @@ def build_trace(
         unix_offset_ns=unix_offset_ns,
         resource=resource or {},
         trace_flags=request.trace_flags,
-        trace_state=trace_state(request),
+        trace_state=canonical(request.trace_state),
     )
-
-
-def trace_state(request: Request) -> str:
-    """The client's `tracestate`, as W3C Trace Context writes it; empty where there is none, or a malformed one."""
-    return _valid_trace_state(request.trace_state) if request.trace_state else ""
-
-
-# It would log what clients send.
-logging.getLogger(TraceState.__module__).setLevel(logging.ERROR)
-
-
-@lru_cache(_KEPT_OWN_PARTS)
-def _valid_trace_state(text: str) -> str:
-    return TraceState.from_header([text]).to_header()
 
 
 def _termination(request: Request) -> int:
@@ -338,10 +326,10 @@ def _termination(request: Request) -> int:
     return request.rc
 
 
-def _server_end_mono_ns(request: Request, children: list[Sketch[P]]) -> int:
+def _server_end_mono_ns(request: Request, broken_off: int, children: list[Sketch[P]]) -> int:
     """The last response byte, or a child that ends later (a mirror's exchange). Where nothing was written, a tunnel was
     opened, or nginx broke the request off, the request's own end."""
-    if request.last_write_mono_ns is None or _termination(request) or request.status == _SWITCHING_PROTOCOLS:
+    if request.last_write_mono_ns is None or broken_off or request.status == _SWITCHING_PROTOCOLS:
         return request.ended_mono_ns
     return max(request.last_write_mono_ns, request.created_mono_ns, *[child[1] for child in children])
 
@@ -352,8 +340,8 @@ def _exchange_id(attempts: tuple[Attempt, ...], number: int) -> int | None:
     nginx writes one text for all attempts of a request and, with proxy_set_header, of its subrequests. The last attempt
     has it, a subrequest's only where no other has: that is whose answer the client got."""
     own = attempts[number - 1]
-    if own.span_id is None:
-        return None
+    if own.span_id is None or len(attempts) == 1:
+        return own.span_id
     told = [attempt for attempt in attempts if attempt.span_id == own.span_id and _has_exchange(attempt)]
     last = ([attempt for attempt in told if not attempt.subrequest] or told)[-1]
     return own.span_id if last is own else None

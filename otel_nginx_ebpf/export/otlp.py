@@ -93,10 +93,12 @@ class OtlpExporter:
         self._batch_spans = batch_spans
         self._delay_s = delay_s
         self._wait_for_room = wait_for_room
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         """Guards all below."""
+        self._changed = threading.Condition(self._lock)
         self._open: dict[int, tuple[Mapping[str, AttributeValue], list[bytes]]] = {}
-        """The message that is being filled: encoded spans by the identity of their nginx's attributes."""
+        """The message that is being filled: encoded spans by the identity of their nginx's attributes, 0
+        where there are none."""
         self._open_size = _Size()
         self._queue: deque[_Message] = deque()
         self._held = _Size()
@@ -118,8 +120,11 @@ class OtlpExporter:
 
     def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> None:
         size = len(encoded)
-        with self._changed:
-            if not self._has_room(spans, size) and not self._wait(spans, size):
+        with self._lock:
+            held = self._held
+            if (held.spans + spans > self._queue_spans or held.bytes + size > self._queue_bytes) and not self._wait_for(
+                spans, size
+            ):
                 self._stats.lose("lost_queue_full")
                 return
             filling = self._open_size
@@ -128,24 +133,26 @@ class OtlpExporter:
             ):
                 self._close_message()
                 filling = self._open_size
-            if id(resource) not in self._open:
-                self._open[id(resource)] = resource, []
-            self._open[id(resource)][1].append(encoded)
+            instance = id(resource) if resource else 0
+            encoded_of = self._open.get(instance)
+            if encoded_of is None:
+                encoded_of = self._open[instance] = resource, []
+            encoded_of[1].append(encoded)
             filling.traces += 1
             filling.spans += spans
             filling.bytes += size
-            self._held.traces += 1
-            self._held.spans += spans
-            self._held.bytes += size
+            held.traces += 1
+            held.spans += spans
+            held.bytes += size
             if filling.spans >= self._batch_spans:
                 self._close_message()
-            elif self._held.traces == 1:
+            elif held.traces == 1:
                 self._changed.notify_all()
 
     def _has_room(self, spans: int, size: int) -> bool:
         return self._held.spans + spans <= self._queue_spans and self._held.bytes + size <= self._queue_bytes
 
-    def _wait(self, spans: int, size: int) -> bool:
+    def _wait_for(self, spans: int, size: int) -> bool:
         """Waits for room, if that is wanted. Returns whether there is any."""
         self._close_message()
         while self._wait_for_room and self._held.traces and not self._has_room(spans, size):

@@ -13,8 +13,9 @@ from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.record import RecordError, Request
-from otel_nginx_ebpf.spans import Part, Sketcher, trace_state
+from otel_nginx_ebpf.spans import Part, Sketcher
 from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.trace_state import canonical
 
 # Field numbers are the proto files'; a key is the number and the wire type (0 varint, 1 fixed64, 2 length, 5 fixed32).
 _VARINT, _LENGTH = 0, 2
@@ -138,7 +139,7 @@ class Encoder:
         sketches = self._sketch(request, self._new_id)
         trace = b"\x0a\x10" + request.trace_id.to_bytes(16, "big")
         if request.trace_state is not None:
-            trace += _text(3, trace_state(request))
+            trace += _text(3, canonical(request.trace_state))
         server_id = sketches[0][2]
         common = trace + _parent(request.parent_span_id, remote=True)
         encoded: list[bytes] = []

@@ -1,13 +1,14 @@
 """The SDK's own encoding of a trace: what ours is held to."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags, TraceState
+from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.trace import Trace
@@ -15,7 +16,8 @@ from otel_nginx_ebpf.trace import Trace
 
 def to_readable_spans(trace: Trace, resource: Resource) -> list[ReadableSpan]:
     """The SDK's view of a trace."""
-    state = TraceState.from_header([trace.trace_state])
+    # The API's TraceState knows only the keys of level 1; the encoder asks for no more than `items`.
+    state: Any = dict(member.split("=", 1) for member in trace.trace_state.split(",") if member)
     server = trace.spans[0]
 
     def context(span_id: int, remote: bool = False) -> SpanContext:
