@@ -1,7 +1,7 @@
-"""Reads a BPF ring buffer and a counter map through mmap: no BCC, no libbpf, no system call, no capability.
+"""Reads a BPF ring buffer and a counter map through mmap: no BCC, no libbpf, no capability.
 
 The layout is the kernel's ABI (Linux kernel/bpf/ringbuf.c): a page with the consumer's position, read-write; then,
-read-only, a page with the producer's position and the data, mapped twice in a row so that a record never wraps.
+read-only, a page with the producer's position and the data, there twice in a row so that a record never wraps.
 """
 
 import mmap
@@ -14,6 +14,10 @@ _HEADER = struct.Struct("<II")
 _BUSY = 1 << 31
 _DISCARDED = 1 << 30
 
+# So much of the data is mapped at a time, and only while it is read: what is mapped counts as this process's memory,
+# twice over were it the whole. Many times the longest record.
+_WINDOW_BYTES = 1 << 20
+
 
 class RingBuffer:
     """The consumer's side. Owns the map's descriptor."""
@@ -23,26 +27,40 @@ class RingBuffer:
         self._descriptor = descriptor
         self._mask = data_bytes - 1
         self._consumer = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
-        self._producer = mmap.mmap(descriptor, page + 2 * data_bytes, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
-        self._data_start = page
+        self._producer = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
 
     def read(self) -> Iterator[bytes]:
-        """The records that are complete now, oldest first. Space is given back when the iterator ends or is closed."""
+        """The records that are complete now, oldest first.
+
+        Space is given back after each window, and when the iterator ends or is closed.
+        """
         position = _POSITION.unpack_from(self._consumer, 0)[0]
         end = _POSITION.unpack_from(self._producer, 0)[0]
-        try:
-            while position < end:
-                at = self._data_start + (position & self._mask)
-                length = _HEADER.unpack_from(self._producer, at)[0]
-                if length & _BUSY:
-                    return
-                start = at + _HEADER.size
-                size = length & ~_DISCARDED
-                position += (_HEADER.size + size + 7) & ~7
-                if not length & _DISCARDED:
-                    yield self._producer[start : start + size]
-        finally:
-            _POSITION.pack_into(self._consumer, 0, position)
+        while position < end:
+            in_page = position % mmap.PAGESIZE
+            with self._map(position - in_page, end) as window:
+                at = in_page
+                try:
+                    while at < len(window):
+                        length = _HEADER.unpack_from(window, at)[0]
+                        if length & _BUSY:
+                            return
+                        start = at + _HEADER.size
+                        stop = start + (length & ~_DISCARDED)
+                        if stop > len(window):
+                            break
+                        at = (stop + 7) & ~7
+                        if not length & _DISCARDED:
+                            yield window[start:stop]
+                finally:
+                    position += at - in_page
+                    _POSITION.pack_into(self._consumer, 0, position)
+
+    def _map(self, position: int, end: int) -> mmap.mmap:
+        """A window of the data, from the start of a page on."""
+        length = min(end - position, _WINDOW_BYTES)
+        offset = 2 * mmap.PAGESIZE + (position & self._mask)
+        return mmap.mmap(self._descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
 
     def close(self) -> None:
         self._consumer.close()
