@@ -8,12 +8,13 @@ import re
 from functools import lru_cache
 
 _MEMBERS_MAX = 32
+_KEPT_HEADERS = 256
 
 # key: ( lcalpha / DIGIT ) 0*255( keychar ); value: printable ASCII but comma and "=", and no blank at its end.
 _MEMBER = re.compile(r"([a-z0-9][a-z0-9_\-*/@]{0,255})=[ -+\--<>-~]{0,255}[!-+\--<>-~]")
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(_KEPT_HEADERS)
 def canonical(header: str | None) -> str:
     """The list without its optional white space and empty members; of one key twice the first, which is the latest.
 

@@ -30,18 +30,24 @@ def _pack(layout: CStruct, values: dict[str, int]) -> bytes:
     return layout.struct.pack(*(values.get(name, 0) for name in names))
 
 
-def _string(kind: str, text: str | bytes, attempt: int = 0) -> bytes:
+def string(kind: str, text: str | bytes, attempt: int = 0) -> bytes:
     raw = text.encode() if isinstance(text, str) else text
     header = {"kind": STRING_KINDS[kind], "attempt": attempt, "bytes": len(raw), "whole_bytes": len(raw)}
     return _pack(STRING_HEADER, header) + raw + bytes(-len(raw) % 8)
 
 
-def record(strings: dict[str, str | bytes], attempts: list[tuple[str, dict[str, int]]], **fields: int) -> bytes:
-    """A record of the kernel's. An attempt is its peer and its fields."""
+def record(
+    strings: dict[str, str | bytes],
+    attempts: list[tuple[str, dict[str, int]]],
+    tracestate: tuple[str, ...] = (),
+    **fields: int,
+) -> bytes:
+    """A record of the kernel's. An attempt is its peer and its fields; `tracestate` that header's lines."""
     parts = [_pack(REQUEST_RECORD, {**fields, "attempts": len(attempts), "upstream_states": len(attempts)})]
     parts += [_pack(UPSTREAM_ATTEMPT, values) for _, values in attempts]
-    parts += [_string(kind, text) for kind, text in strings.items()]
-    parts += [_string("STRING_PEER", peer, index) for index, (peer, _) in enumerate(attempts)]
+    parts += [string(kind, text) for kind, text in strings.items()]
+    parts += [string("STRING_TRACESTATE", line, index) for index, line in enumerate(tracestate)]
+    parts += [string("STRING_PEER", peer, index) for index, (peer, _) in enumerate(attempts)]
     return b"".join(parts)
 
 
@@ -62,6 +68,8 @@ STATIC = record(
     http_version=1001,
     out_status=200,
     worker_pid=4711,
+    trace_id_low=0xABC,
+    trace_flags=1,
 )
 
 RETRIED = record(
@@ -106,6 +114,8 @@ RETRIED = record(
     http_version=1001,
     out_status=200,
     worker_pid=4711,
+    trace_id_low=0xABC,
+    trace_flags=1,
 )
 
 
