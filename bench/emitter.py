@@ -18,12 +18,12 @@ from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from otel_nginx_ebpf.export.otlp_encoding import Encoder
 
 from bench import stages
 from bench.figures import summary
 from bench.machine import NGINX_CPU
 from otel_nginx_ebpf.capture import CaptureWriter, read_capture
+from otel_nginx_ebpf.export.otlp_encoding import Encoder
 from otel_nginx_ebpf.spans import RandomIds
 
 COUNTING_COLLECTOR = """

@@ -10,10 +10,9 @@ import random
 import sys
 from pathlib import Path
 
-from otel_nginx_ebpf.export.otlp_encoding import Encoder
-
 from bench.stages import decoded, encoded
 from otel_nginx_ebpf.capture import read_capture
+from otel_nginx_ebpf.export.otlp_encoding import Encoder
 from otel_nginx_ebpf.spans import RandomIds
 
 if __name__ == "__main__":
