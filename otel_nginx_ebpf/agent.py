@@ -10,8 +10,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from otel_nginx_ebpf.capture import CaptureWriter, read_capture
-from otel_nginx_ebpf.config import Settings
 from otel_nginx_ebpf.record import RecordError, decode
+from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import AttributeValue
 from otel_nginx_ebpf.tracing import Tracing

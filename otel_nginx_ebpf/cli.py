@@ -16,6 +16,7 @@ from otel_nginx_ebpf import __version__, config
 from otel_nginx_ebpf.capture import CaptureError
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ app = typer.Typer(
 
 def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
     """The option of a setting. It takes text: all sources of a setting are checked by the same code."""
-    field = config.Settings.model_fields[name]
+    field = config.Source.model_fields[name]
     notes = [f"env: {', '.join(config.variables(name))}"]
     if field.default not in (None, (), False):
         default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
@@ -100,8 +101,8 @@ OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
 GraceSeconds = Annotated[str | None, _option("grace_seconds", "S")]
 
 
-def _settings(context: typer.Context) -> config.Settings:
-    given = {name: context.params.get(name) for name in config.Settings.model_fields}
+def _settings(context: typer.Context) -> Settings:
+    given = {name: context.params.get(name) for name in config.Source.model_fields}
     given = {name: value for name, value in given.items() if value not in (None, [], ())}
     return config.load(given, context.params["config_file"])
 
@@ -322,9 +323,7 @@ def list_layouts(catalogue: Catalogue = None) -> None:
         typer.echo(printable(line))
 
 
-def _deliver(
-    settings: config.Settings, work: Callable[["Exporter", Stats], None], *, wait_for_room: bool = False
-) -> None:
+def _deliver(settings: Settings, work: Callable[["Exporter", Stats], None], *, wait_for_room: bool = False) -> None:
     """Runs `work` with an exporter, then delivers what the exporter still holds and prints the counts.
 
     Raises:

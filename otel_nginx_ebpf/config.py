@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -23,20 +23,10 @@ from pydantic_settings import (
 )
 
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.settings import Color, ExporterName, OtlpProtocol, Propagator, Sampler, Settings
 
 PREFIX = "OTEL_NGINX_EBPF_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
-
-ExporterName = Literal["otlp", "console", "line", "json"]
-Sampler = Literal[
-    "always_on",
-    "always_off",
-    "traceidratio",
-    "parentbased_always_on",
-    "parentbased_always_off",
-    "parentbased_traceidratio",
-]
-Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
 
 _NANOSECONDS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 
@@ -73,8 +63,8 @@ def _standard(own: str, *variables: str) -> AliasChoices:
     return AliasChoices(own, PREFIX + own.upper(), *variables)
 
 
-class Settings(BaseSettings):
-    """What the user chose. `description` is the help text, `examples[0]` says which values are allowed."""
+class Source(BaseSettings):
+    """The fields of `Settings`, read and checked. `description` is the help text, `examples[0]` what is allowed."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -108,7 +98,7 @@ class Settings(BaseSettings):
         description="Keep the query string of each URI; without it only the path.",
         examples=["true or false"],
     )
-    color: Literal["auto", "always", "never"] = Field(
+    color: Color = Field(
         "auto",
         description="Colours of the console exporter; auto: on a terminal, unless NO_COLOR is set.",
         examples=["auto, always or never"],
@@ -191,7 +181,7 @@ class Settings(BaseSettings):
         description="How long in milliseconds a span waits for its batch to fill.",
         examples=["milliseconds, 0 or more"],
     )
-    otlp_protocol: Literal["grpc", "http/protobuf"] = Field(
+    otlp_protocol: OtlpProtocol = Field(
         "grpc",
         validation_alias=_standard(
             "otlp_protocol", "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
@@ -230,7 +220,7 @@ def flag(name: str) -> str:
 
 def variables(name: str) -> tuple[str, ...]:
     """The environment variables of a setting, the strongest first."""
-    alias = Settings.model_fields[name].validation_alias
+    alias = Source.model_fields[name].validation_alias
     if alias is None:
         return (PREFIX + name.upper(),)
     return tuple(str(choice) for choice in (alias.choices[1:] if isinstance(alias, AliasChoices) else [alias]))
@@ -238,16 +228,16 @@ def variables(name: str) -> tuple[str, ...]:
 
 def _setting(location: str) -> str:
     """The setting a validation error is about: pydantic names it by the alias that had the value."""
-    return next((name for name in Settings.model_fields if location == name or location in variables(name)), location)
+    return next((name for name in Source.model_fields if location == name or location in variables(name)), location)
 
 
 def _explain(error: ErrorDetails, config: Path | None) -> str:
     location = str(error["loc"][0]) if error["loc"] else ""
     name = _setting(location)
-    if name not in Settings.model_fields:
-        known = ", ".join(field for field in Settings.model_fields if field != "sdk_disabled")
+    if name not in Source.model_fields:
+        known = ", ".join(field for field in Source.model_fields if field != "sdk_disabled")
         return f"{config}: unknown setting {name!r}; known are {known}"
-    allowed = Settings.model_fields[name].examples
+    allowed = Source.model_fields[name].examples
     variable = next((v for v in variables(name) if os.environ.get(v)), variables(name)[0])
     return (
         f"{flag(name)} ({variable}, {name} in the TOML file) must be {allowed[0] if allowed else ''}; "
@@ -269,12 +259,12 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
     if path is not None and not path.is_file():
         raise UserError(f"--config ({CONFIG_VARIABLE}): {path} is not a file")
 
-    class FileSettings(Settings):
+    class FileSource(Source):
         model_config = SettingsConfigDict(toml_file=path)
 
     given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return FileSettings(**given)
+        return Settings(**FileSource(**given).model_dump())
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False)[0], path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:

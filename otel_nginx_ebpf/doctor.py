@@ -1,7 +1,7 @@
 """What is in the way of tracing, on this machine and in every nginx that runs on it: looked at, not touched."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from otel_nginx_ebpf import __version__, sites
-from otel_nginx_ebpf.config import Settings
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.preflight import Check, State
@@ -19,6 +18,7 @@ from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, pid_namespace, title
 from otel_nginx_ebpf.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site
 from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.tracing import by_binary, find_instances
 
 # Of a uprobe on an instruction that the kernel emulates, as every chosen site is: in a hot loop … on the proxied path.
@@ -126,8 +126,8 @@ def _find(settings: Settings) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
     found: dict[int, Instance] = {}
     problems: list[str] = []
     wanted = (
-        [settings.model_copy(update={"pid": (pid,)}) for pid in settings.pid]
-        or [settings.model_copy(update={"binary": (path,)}) for path in settings.binary]
+        [replace(settings, pid=(pid,)) for pid in settings.pid]
+        or [replace(settings, binary=(path,)) for path in settings.binary]
         or [settings]
     )
     for each in wanted:

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 from otel_nginx_ebpf import sampling, sites
-from otel_nginx_ebpf.config import Settings
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
 from otel_nginx_ebpf.kernel.program import program_text
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
+from otel_nginx_ebpf.settings import Settings
 
 # linux/proc_ns.h, PROC_PID_INIT_INO: the host's own pid namespace.
 HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC

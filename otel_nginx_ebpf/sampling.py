@@ -1,6 +1,6 @@
 """What the kernel program is to know of the settings about context and sampling: it decides at each request's end."""
 
-from otel_nginx_ebpf.config import Settings
+from otel_nginx_ebpf.settings import Settings
 
 _PARENT_BASED = "parentbased_"
 

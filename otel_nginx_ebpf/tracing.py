@@ -8,7 +8,6 @@ from contextlib import suppress
 
 from otel_nginx_ebpf import silence
 from otel_nginx_ebpf.clock import Clock
-from otel_nginx_ebpf.config import Settings
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.attachment import Attachment
@@ -16,6 +15,7 @@ from otel_nginx_ebpf.nginx.processes import FileIdentity, Instance, Watch, insta
 from otel_nginx_ebpf.nginx.resource import instance_attributes
 from otel_nginx_ebpf.plan import Plan, make_plan
 from otel_nginx_ebpf.record import RecordError, decode, worker_pid
+from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import AttributeValue
 from otel_nginx_ebpf.verify import contradictions

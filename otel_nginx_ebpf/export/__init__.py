@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from opentelemetry.sdk.resources import Resource
 
-from otel_nginx_ebpf.config import ExporterName, Settings
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.record import Request
+from otel_nginx_ebpf.settings import ExporterName, Settings
 from otel_nginx_ebpf.spans import RandomIds, build_trace
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import AttributeValue, Trace

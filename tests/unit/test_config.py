@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from otel_nginx_ebpf import config
-from otel_nginx_ebpf.config import Settings, load
+from otel_nginx_ebpf.config import Source, load
 from otel_nginx_ebpf.errors import UserError
 
 
@@ -69,7 +69,7 @@ def test_the_file_may_be_named_in_the_environment(tmp_path: Path, monkeypatch: p
 def test_standard_variables_count_and_the_more_special_one_wins(
     name: str, own: str, standard: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    default = Settings.model_fields[name].default
+    default = Source.model_fields[name].default
     path = toml(tmp_path, f"{name} = {default!r}")
     monkeypatch.setenv(standard, text)
     assert getattr(load({}, path), name) == value
@@ -107,7 +107,7 @@ def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyP
     assert settings.binary == (Path("/usr/sbin/nginx"),)
 
 
-@pytest.mark.parametrize("name", [name for name in Settings.model_fields if name not in ("output", "binary")])
+@pytest.mark.parametrize("name", [name for name in Source.model_fields if name not in ("output", "binary")])
 def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +118,7 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     message = str(caught.value)
     assert config.flag(name) in message
     assert variable in message
-    assert str(Settings.model_fields[name].examples[0]) in message  # type: ignore[index]
+    assert str(Source.model_fields[name].examples[0]) in message  # type: ignore[index]
     assert message.endswith("it is '-7.x'")
     assert "\n" not in message
 
@@ -170,6 +170,6 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_every_setting_explains_itself() -> None:
-    for name, field in Settings.model_fields.items():
+    for name, field in Source.model_fields.items():
         assert field.description, name
         assert field.examples, name

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from otel_nginx_ebpf import sites
-from otel_nginx_ebpf.config import Settings
+from otel_nginx_ebpf.config import load
 from otel_nginx_ebpf.doctor import (
     BoundaryReport,
     InstanceReport,
@@ -150,7 +150,7 @@ def test_the_keys_of_json() -> None:
 
 def test_a_process_of_another_program() -> None:
     """This one: the program must not fail, and still tells of the system."""
-    report = examine(Settings(pid=(os.getpid(),)))
+    report = examine(load({"pid": [os.getpid()]}))
     assert not report.ok
     (nginx,) = report.nginx
     assert nginx.instances[0].pid == os.getpid()
@@ -164,7 +164,7 @@ def test_a_process_of_another_program() -> None:
 
 
 def test_what_was_named_and_is_not_there(tmp_path: Path) -> None:
-    report = examine(Settings(binary=(tmp_path / "one", tmp_path / "two")))
+    report = examine(load({"binary": [tmp_path / "one", tmp_path / "two"]}))
     assert not report.ok
     assert report.problems == (
         f"--binary {tmp_path}/one: no such file",

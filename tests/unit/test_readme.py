@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCES = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "otel_nginx_ebpf").rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", [name for name in config.Settings.model_fields if name != "sdk_disabled"])
+@pytest.mark.parametrize("name", [name for name in config.Source.model_fields if name != "sdk_disabled"])
 def test_settings(name: str) -> None:
     row = re.search(rf"^\| `{config.flag(name)}\b.* \| (`OTEL_.*) \| `{name}\b.*$", README, re.MULTILINE)
     assert row

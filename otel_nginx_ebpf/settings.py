@@ -1,0 +1,47 @@
+"""What the user chose, as plain values: how they are read, checked and explained is `config`'s."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ExporterName = Literal["otlp", "console", "line", "json"]
+Color = Literal["auto", "always", "never"]
+Sampler = Literal[
+    "always_on",
+    "always_off",
+    "traceidratio",
+    "parentbased_always_on",
+    "parentbased_always_off",
+    "parentbased_traceidratio",
+]
+Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
+OtlpProtocol = Literal["grpc", "http/protobuf"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One value each, valid; `config.load` makes them. `config.Source` tells what they mean."""
+
+    pid: tuple[int, ...]
+    binary: tuple[Path, ...]
+    exporter: tuple[ExporterName, ...]
+    output: Path | None
+    query: bool
+    color: Color
+    sampler: Sampler
+    sampler_arg: float
+    keep_errors: bool
+    keep_slower_than: int | None
+    """Nanoseconds."""
+    propagators: tuple[Propagator, ...]
+    adopt_upstream_context: bool
+    propagate: bool
+    ring_buffer_mib: int
+    max_active_requests: int
+    queue_size: int
+    queue_mib: int
+    batch_size: int
+    batch_delay_ms: int
+    otlp_protocol: OtlpProtocol
+    grace_seconds: float
+    sdk_disabled: bool
