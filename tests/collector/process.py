@@ -1,4 +1,4 @@
-"""Two real collectors: the official one, built from its Go modules, and rotel, written in Rust, from PyPI."""
+"""Real collectors: the official one and Jaeger, built from their Go modules, and rotel, written in Rust, from PyPI."""
 
 import socket
 import struct
@@ -16,9 +16,12 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status, TracesData
 
 
-def build() -> Path:
-    """The official collector's binary. Raises CalledProcessError where there is no Go and no way to get it."""
-    script = Path(__file__).with_name("build")
+def build(program: str = "collector") -> Path:
+    """The binary of the official collector, or of `jaeger`.
+
+    Raises CalledProcessError where there is no Go and no way to get it.
+    """
+    script = Path(__file__).parents[1] / program / "build"
     return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
@@ -62,6 +65,12 @@ def official(config: str, ports: Iterable[int], directory: Path) -> CollectorPro
     path = directory / "otelcol.yaml"
     path.write_text(config)
     return CollectorProcess([build(), "--config", path], ports, directory / "otelcol.log")
+
+
+def jaeger(config: str, ports: Iterable[int], directory: Path) -> CollectorProcess:
+    path = directory / "jaeger.yaml"
+    path.write_text(config)
+    return CollectorProcess([build("jaeger"), "--config", path], ports, directory / "jaeger.log")
 
 
 def rotel(grpc_port: int, http_port: int, forward_to: str, directory: Path) -> CollectorProcess:
@@ -121,21 +130,21 @@ def _messages(content: bytes) -> Iterator[TracesData]:
 
 
 def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Trace]:
-    """The traces in a collector's output file whose resource attributes are `wanted`, SERVER span first."""
-    resources: dict[bytes, dict[str, Any]] = {}
-    spans: dict[bytes, list[Span]] = {}
-    for message in _messages(output.read_bytes()):
+    """Each trace in a collector's output file, as each service with a `wanted` resource told it; SERVER span first."""
+    traces: dict[tuple[bytes, str], tuple[dict[str, Any], list[OtlpSpan]]] = {}
+    for message in _messages(output.read_bytes()) if output.exists() else ():
         for group in message.resource_spans:
             resource = _attributes(group.resource.attributes)
             if wanted(resource):
                 for span in (span for scope in group.scope_spans for span in scope.spans):
-                    assert resources.setdefault(span.trace_id, resource) == resource, "a trace with two resources"
-                    spans.setdefault(span.trace_id, []).append(_span(span))
-    return [
-        Trace(
-            trace_id.hex(),
-            resources[trace_id],
-            tuple(sorted(each, key=lambda span: (span.parent_span_id is not None, span.start_unix_ns))),
-        )
-        for trace_id, each in spans.items()
-    ]
+                    first, spans = traces.setdefault((span.trace_id, resource["service.name"]), (resource, []))
+                    assert first == resource, "a service with two resources in a trace"
+                    spans.append(span)
+    return [_trace(resource, spans) for resource, spans in traces.values()]
+
+
+def _trace(resource: dict[str, Any], spans: list[OtlpSpan]) -> Trace:
+    spans.sort(key=lambda span: (span.kind != OtlpSpan.SPAN_KIND_SERVER, span.start_time_unix_nano))
+    (flags,) = {span.flags & 0xFF for span in spans}
+    (state,) = {span.trace_state for span in spans}
+    return Trace(spans[0].trace_id.hex(), flags, state, resource, tuple(_span(span) for span in spans))

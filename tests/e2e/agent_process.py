@@ -39,13 +39,16 @@ class Trace:
     """One line of the JSON exporter."""
 
     trace_id: str
+    trace_flags: int
+    trace_state: str
     resource: dict[str, Any]
     spans: tuple[Span, ...]
 
     @classmethod
     def parse(cls, line: bytes) -> "Trace":
         fields = json.loads(line)
-        return cls(fields["trace_id"], fields["resource"], tuple(Span(**span) for span in fields["spans"]))
+        spans = tuple(Span(**span) for span in fields["spans"])
+        return cls(fields["trace_id"], fields["trace_flags"], fields["trace_state"], fields["resource"], spans)
 
     @property
     def server(self) -> Span:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.agent_process import PROGRAM
+from e2e.agent_process import EMPTY, PROGRAM
 from e2e.nginx_server import NGINX
 from e2e.scenario import Scenario, peers_that_fail
 from e2e.stage import Site, Stage
@@ -67,12 +67,20 @@ def upstream_addresses(public_directory: Path) -> Iterator[dict[str, str]]:
 def site(request: pytest.FixtureRequest, public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Site]:
     """One nginx with a server for each selected scenario of the module, and one agent attached to it.
 
-    At the module's end the agent's whole output is compared with all access logs.
+    WORKERS, SITE_HTTP (text inside `http {}`) and AGENT_ENVIRONMENT are the module's, if it has them. At its end the
+    agent's whole output is compared with all access logs.
     """
     module = request.node
     scenarios = [Scenario.of(item) for item in request.session.items if item.getparent(pytest.Module) is module]
     prefix = public_directory / module.path.stem
-    site = Site(prefix, [each for each in scenarios if each], upstream_addresses, getattr(module.obj, "WORKERS", 1))
+    site = Site(
+        prefix,
+        [each for each in scenarios if each],
+        upstream_addresses,
+        workers=getattr(module.obj, "WORKERS", 1),
+        http=getattr(module.obj, "SITE_HTTP", ""),
+        environment=getattr(module.obj, "AGENT_ENVIRONMENT", EMPTY),
+    )
     with site:
         yield site
         site.finish()

@@ -23,6 +23,7 @@ class Http3Request:
     pause_seconds: float = 0
     """Before each further part of the body."""
     cancel_after_seconds: float | None = None
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -57,7 +58,7 @@ class _Protocol(QuicConnectionProtocol):
         stream = self._quic.get_next_available_stream_id()
         response = self._responses[stream] = Http3Response()
         pseudo = {":method": request.method, ":scheme": "https", ":authority": authority, ":path": request.target}
-        headers = [(name.encode(), value.encode()) for name, value in pseudo.items()]
+        headers = [(name.encode(), value.encode()) for name, value in (*pseudo.items(), *request.headers)]
         if request.body:
             headers.append((b"content-length", str(sum(map(len, request.body))).encode()))
         self._h3.send_headers(stream, headers, end_stream=not request.body)

@@ -25,6 +25,7 @@ LOG_VARIABLES = """
     request_method request_uri server_protocol remote_addr remote_port http_user_agent host ssl_protocol
     upstream_addr upstream_status upstream_connect_time upstream_header_time upstream_response_time
     upstream_bytes_sent upstream_bytes_received upstream_cache_status
+    http_traceparent http_b3 http_x_b3_traceid
 """
 
 LogLine = dict[str, str]

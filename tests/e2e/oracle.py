@@ -87,7 +87,8 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     attributes = server.attributes
     status = int(log["status"])
     yield from _differ("kind", server.kind, "SERVER")
-    yield from _differ("parent", server.parent_span_id, None)
+    if not any(log[header] for header in ("http_traceparent", "http_b3", "http_x_b3_traceid")):
+        yield from _differ("parent", server.parent_span_id, None)
     yield from _differ("status", attributes.get("http.response.status_code"), status)
     yield from _differ("request size", attributes.get("http.request.size"), int(log["request_length"]))
     yield from _differ("response size", attributes.get("http.response.size"), int(log["bytes_sent"]))

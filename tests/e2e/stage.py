@@ -3,12 +3,12 @@
 import re
 import shutil
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-from e2e.agent_process import AgentProcess, Trace
+from e2e.agent_process import EMPTY, AgentProcess, Trace
 from e2e.http1_client import Address, Http1Connection, Response
 from e2e.nginx_server import AccessLog, LogLine, NginxServer, wait_until
 from e2e.oracle import check_facts
@@ -22,8 +22,17 @@ LARGE_BYTES = 100 * 1024 * 1024
 class Site:
     """nginx with one server for each scenario, and the agent attached to it."""
 
-    def __init__(self, prefix: Path, scenarios: list[Scenario], upstreams: dict[str, str], workers: int) -> None:
+    def __init__(
+        self,
+        prefix: Path,
+        scenarios: list[Scenario],
+        upstreams: dict[str, str],
+        workers: int = 1,
+        http: str = "",
+        environment: Mapping[str, str] = EMPTY,
+    ) -> None:
         self.prefix = prefix
+        self._environment = environment
         self.upstreams = upstreams
         html = prefix / "html"
         html.mkdir(parents=True)
@@ -48,7 +57,7 @@ class Site:
             **{kind.upper(): address for kind, address in upstreams.items()},
         }
         self._scenarios = {each.name: each for each in scenarios}
-        http = "\n".join(each.http_text(words) for each in scenarios)
+        http = "\n".join([http, *(each.http_text(words) for each in scenarios)])
         main = "\n".join(each.main_text(words) for each in scenarios)
         self.nginx = NginxServer(prefix, http, workers, main)
         self.logs = {each.name: AccessLog(prefix / "logs" / f"{each.identifier}.log") for each in scenarios}
@@ -60,7 +69,7 @@ class Site:
     def __enter__(self) -> "Site":
         self.nginx.start([address for each in self._scenarios.values() for address in each.addresses.values()])
         try:
-            self.agent = AgentProcess(self.nginx.pid, self.prefix)
+            self.agent = AgentProcess(self.nginx.pid, self.prefix, environment=self._environment)
         except BaseException:
             self.nginx.stop()
             raise

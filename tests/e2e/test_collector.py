@@ -123,8 +123,6 @@ class Stand:
         """Waits until the collector has written `count` traces of the service."""
 
         def traces() -> list[Trace]:
-            if not self.output.exists():
-                return []
             return collected(self.output, lambda resource: resource["service.name"] == service)
 
         wait_until(lambda: len(traces()) >= count, f"{count} traces in the collector's file")

@@ -6,12 +6,16 @@ from e2e.agent_process import Trace
 from e2e.nginx_server import nginx_build
 from e2e.stage import FILES, Stage
 from e2e.timing import Slack
+from e2e.trace_contexts import CASES, check_cases
 
 if "--with-http_v3_module" not in nginx_build():
     pytest.skip("this nginx has no HTTP/3; `make matrix` has some that do", allow_module_level=True)
 
 # Not above: aioquic is needed only where nginx has HTTP/3.
 from e2e.http3_client import Http3Request, fetch
+
+# Traces are wanted of the requests too whose incoming context does not want one.
+AGENT_ENVIRONMENT = {"OTEL_TRACES_SAMPLER": "always_on"}
 
 QUIC = {
     "listen": "listen @LISTEN@ quic reuseport; listen @LISTEN@ ssl;"
@@ -111,3 +115,12 @@ def test_slow_download(stage: Stage) -> None:
     trace = stage.exchange().trace
     check_server(trace)
     assert trace.server.seconds > 0.5
+
+
+@pytest.mark.nginx(**QUIC, server="location / { return 200; }")
+def test_incoming_context(stage: Stage) -> None:
+    """The cases of test_context.py, at once on one connection."""
+    lower = [[(name.lower(), value) for name, value in headers] for headers, _ in CASES.values()]
+    requests = [Http3Request(f"/?{number}", headers=tuple(headers)) for number, headers in enumerate(lower)]
+    assert {each.status for each in fetch(stage.addresses["ipv4"], requests)} == {200}
+    check_cases(stage.exchanges(len(CASES), Slack(late_max_ms=100, median_max_ms=15)))
