@@ -3,6 +3,7 @@
 status=N bytes=N        the response
 delay_ms=N              wait before it
 parts=N part_ms=N       the body in N pieces, with a wait before each
+echo=1                  the body is the request's header as it came, with names in lower case
 """
 
 import time
@@ -20,10 +21,13 @@ def application(environ: dict[str, Any], start_response: StartResponse) -> Itera
         return int(query.get(name, [str(default)])[0])
 
     received = len(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
-    total, parts = number("bytes", 5), number("parts", 1)
+    names = [name for name in environ if name.startswith("HTTP_")]
+    fields = [f"{name[5:].lower().replace('_', '-')}: {environ[name]}" for name in names]
+    body = "\r\n".join(fields).encode("latin-1") if number("echo", 0) else b"x" * number("bytes", 5)
+    total, parts = len(body), number("parts", 1)
     time.sleep(number("delay_ms", 0) / 1000)
     headers = [("Content-Length", str(total)), ("X-Received", str(received))]
     start_response(f"{number('status', 200)} Whatever", headers)
     for index in range(parts):
         time.sleep(number("part_ms", 0) / 1000)
-        yield b"x" * (total * (index + 1) // parts - total * index // parts)
+        yield body[total * index // parts : total * (index + 1) // parts]

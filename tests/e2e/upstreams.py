@@ -13,6 +13,7 @@ the clients; `UpstreamProcess` starts it. Query parameters, all optional:
     etag=TEXT                      answer 304 to a matching If-None-Match
     header=NAME:VALUE              one more response header, repeatable
     early=1                        answer before reading the request's body
+    echo=1                         the body is the request's header as it came
 
 A request with an `Upgrade` header gets 101 and then an echo until it closes.
 """
@@ -89,10 +90,9 @@ async def _write_body(writer: asyncio.StreamWriter, query: dict[str, list[str]],
         writer.write(b"0\r\n\r\n")
 
 
-async def _respond(
-    writer: asyncio.StreamWriter, method: str, headers: dict[str, str], query: dict[str, list[str]]
-) -> bool:
+async def _respond(writer: asyncio.StreamWriter, head: list[str], query: dict[str, list[str]]) -> bool:
     """Answers one request; says whether the connection stays open."""
+    method, headers = head[0].partition(" ")[0], _headers(head)
     await asyncio.sleep(int(query.get("delay_ms", ["0"])[0]) / 1000)
     end = query.get("end", [""])[0]
     if end == "reset":
@@ -101,6 +101,7 @@ async def _respond(
     if end in ("close", "reset"):
         return False
     status, total = int(query.get("status", ["200"])[0]), int(query.get("bytes", ["5"])[0])
+    echo = "\r\n".join(head[1:]).encode("latin-1") if "echo" in query else b""
     lines = [header.replace(":", ": ", 1) for header in query.get("header", [])]
     if "etag" in query:
         etag = f'"{query["etag"][0]}"'
@@ -111,7 +112,7 @@ async def _respond(
     if status in (204, 304):
         total = 0
     else:
-        lines.append("Transfer-Encoding: chunked" if chunked else f"Content-Length: {total}")
+        lines.append("Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(echo) or total}")
     # nginx speaks HTTP/1.0 to an upstream unless told otherwise, and then asks for a close.
     keep = query.get("keep_alive") != ["0"] and headers.get("connection", "").lower() != "close"
     lines.append(f"Connection: {'keep-alive' if keep else 'close'}")
@@ -127,26 +128,32 @@ async def _respond(
         if end == "truncate":
             writer.write(b"x" * (total // 2))
             return False
-        await _write_body(writer, query, total, chunked)
+        if echo:
+            writer.write(echo)
+        else:
+            await _write_body(writer, query, total, chunked)
     return keep
+
+
+def _headers(head: list[str]) -> dict[str, str]:
+    return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
 
 
 async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError, asyncio.IncompleteReadError):
         keep = True
         while keep:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-            method, target, _ = head[0].split(" ", 2)
-            headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:-2])}
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+            headers = _headers(head)
             if "upgrade" in headers:
                 writer.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: echo\r\nConnection: upgrade\r\n\r\n")
                 while data := await reader.read(_PIECE_BYTES):
                     writer.write(data)
                 break
-            query = parse_qs(urlsplit(target).query)
+            query = parse_qs(urlsplit(head[0].split(" ")[1]).query)
             if "early" not in query:
                 await _read_body(reader, headers)
-            keep = await _respond(writer, method, headers, query)
+            keep = await _respond(writer, head, query)
             if "early" in query:
                 await _read_body(reader, headers)
             await writer.drain()
