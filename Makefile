@@ -29,6 +29,7 @@ demo: setup ## trace a private nginx and show its requests as waterfalls
 test: setup ## all tests, on the real kernel, a real nginx and a real collector
 	tests/collector/build
 	image/build
+	tests/jaeger/build
 	$(BIN)/pytest
 
 image: .cache/packages ## the sidecar's image, with buildah, into the storage that it prints for podman
