@@ -95,6 +95,8 @@ RingBuffer = Annotated[str | None, _option("ring_buffer_mib", "MIB")]
 MaxActiveRequests = Annotated[str | None, _option("max_active_requests", "N")]
 QueueSize = Annotated[str | None, _option("queue_size", "SPANS")]
 QueueMib = Annotated[str | None, _option("queue_mib", "MIB")]
+QueueDirectory = Annotated[str | None, _option("queue_dir", "DIR")]
+QueueDirMib = Annotated[str | None, _option("queue_dir_mib", "MIB")]
 BatchSize = Annotated[str | None, _option("batch_size", "SPANS")]
 BatchDelay = Annotated[str | None, _option("batch_delay_ms", "MS")]
 OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
@@ -145,6 +147,8 @@ def run(
     max_active_requests: MaxActiveRequests = None,
     queue_size: QueueSize = None,
     queue_mib: QueueMib = None,
+    queue_dir: QueueDirectory = None,
+    queue_dir_mib: QueueDirMib = None,
     batch_size: BatchSize = None,
     batch_delay_ms: BatchDelay = None,
     otlp_protocol: OtlpProtocol = None,
@@ -217,6 +221,8 @@ def replay(
     color: Color = None,
     queue_size: QueueSize = None,
     queue_mib: QueueMib = None,
+    queue_dir: QueueDirectory = None,
+    queue_dir_mib: QueueDirMib = None,
     batch_size: BatchSize = None,
     batch_delay_ms: BatchDelay = None,
     otlp_protocol: OtlpProtocol = None,

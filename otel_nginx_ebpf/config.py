@@ -169,6 +169,16 @@ class Source(BaseSettings):
         description="How many MiB of encoded spans may wait for the collector.",
         examples=["1 to 65536"],
     )
+    queue_dir: Path | None = Field(
+        None,
+        description="Keep what waits for the collector in this directory while it is down, and for the next run.",
+        examples=["a directory of this program's own"],
+    )
+    queue_dir_mib: Annotated[int, Field(ge=1)] = Field(
+        1_024,
+        description="How many MiB may wait in --queue-dir.",
+        examples=["1 or more"],
+    )
     batch_size: Annotated[int, Field(ge=1)] = Field(
         4_096,
         validation_alias=_standard("batch_size", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"),

@@ -40,6 +40,8 @@ class Settings:
     max_active_requests: int
     queue_size: int
     queue_mib: int
+    queue_dir: Path | None
+    queue_dir_mib: int
     batch_size: int
     batch_delay_ms: int
     otlp_protocol: OtlpProtocol

@@ -13,8 +13,10 @@ class Stats:
 
     def __init__(self) -> None:
         self.received = 0
-        """Records taken from the kernel or a capture file."""
+        """Records taken from the kernel or a capture file; traces that an earlier run left in the queue directory."""
         self.exported = 0
+        self.kept = 0
+        """Left in the queue directory for the next run."""
         self.lost: dict[str, int] = {}
         """By cause, user space's own and the kernel's."""
 
@@ -26,4 +28,6 @@ class Stats:
         causes = {cause: count for cause, count in sorted(self.lost.items()) if count}
         total = sum(count for cause, count in causes.items() if not cause.startswith(("partial_", "began_", "not_")))
         detail = ", ".join(f"{cause} {count}" for cause, count in causes.items())
-        return f"received {self.received}, exported {self.exported}, lost {total}" + (f" ({detail})" if detail else "")
+        kept = f", kept for the next run {self.kept}" if self.kept else ""
+        lost = f", lost {total}" + (f" ({detail})" if detail else "")
+        return f"received {self.received}, exported {self.exported}{kept}{lost}"

@@ -99,6 +99,7 @@ def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_
 def _make_otlp(settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool) -> "OtlpExporter":
     from otel_nginx_ebpf.export.otlp import OtlpExporter
     from otel_nginx_ebpf.export.otlp_sender import make_sender
+    from otel_nginx_ebpf.export.queue_dir import QueueDir
 
     return OtlpExporter(
         make_sender(settings.otlp_protocol),
@@ -110,6 +111,7 @@ def _make_otlp(settings: Settings, stats: Stats, resource: Resource, wait_for_ro
         delay_s=settings.batch_delay_ms / 1000,
         query=settings.query,
         wait_for_room=wait_for_room,
+        queue_dir=QueueDir(settings.queue_dir, settings.queue_dir_mib << 20) if settings.queue_dir else None,
     )
 
 

@@ -16,6 +16,7 @@ from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
 from otel_nginx_ebpf.export.otlp_sender import Answer, Sender
+from otel_nginx_ebpf.export.queue_dir import QueueDir, Stored
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.record import Request
@@ -32,6 +33,7 @@ _RETRY_MAX_S = 5.0
 _SIGNAL_S = 0.1
 """How long the caller sleeps at most. The kernel may give a signal to one of gRPC's threads; Python's handler then
 runs only when the main thread wakes by itself."""
+_DISK_RETRY_S = 1.0
 _ABORT_S = 1.0
 """How long the SDK's exporter gets to notice that its shutdown interrupts an export."""
 
@@ -55,18 +57,20 @@ class _Size:
         self.bytes -= other.bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Message:
-    """An ExportTraceServiceRequest."""
+    """An ExportTraceServiceRequest: its bytes in memory, else on disk."""
 
-    data: bytes
     size: _Size
+    data: bytes | None = None
+    stored: Stored | None = None
 
 
 class OtlpExporter:
     """A bounded queue of messages, and a thread that brings them to the collector.
 
-    A trace is kept whole or dropped whole, and stays in the queue until it is delivered or refused.
+    A trace is kept whole or dropped whole, and stays in the queue until it is delivered or refused. With a `queue_dir`
+    messages wait there while the collector takes none, and what is left at the end waits for the next run.
     """
 
     def __init__(
@@ -81,8 +85,10 @@ class OtlpExporter:
         delay_s: float,
         query: bool = True,
         wait_for_room: bool = False,
+        queue_dir: QueueDir | None = None,
     ) -> None:
-        """With `wait_for_room` a full queue makes `take` wait, else it drops the trace."""
+        """`queue_spans` and `queue_bytes` bound what waits in memory. With `wait_for_room` a full queue makes `take`
+        wait, else it drops the trace."""
         self._sender = sender
         sender.report = self._report
         self._encoder = Encoder(RandomIds().generate_span_id, query=query)
@@ -97,18 +103,23 @@ class OtlpExporter:
         """Guards all below."""
         self._changed = threading.Condition(self._lock)
         self._open: dict[int, tuple[Mapping[str, AttributeValue], list[bytes]]] = {}
-        """The message that is being filled: encoded spans by the identity of their nginx's attributes, 0
-        where there are none."""
+        """The message that is being filled: encoded spans by the identity of their nginx's attributes, 0: no such."""
         self._open_size = _Size()
         self._queue: deque[_Message] = deque()
         self._held = _Size()
-        """Of the queue and the open message."""
-        self._send_now = False
+        """Of all that is in memory: messages of the queue, and the open one."""
         self._closing = False
         self._abandoned = False
         self._failing = False
-        self._worker = threading.Thread(target=self._work, name="otlp-export", daemon=True)
-        self._worker.start()
+        self._queue_dir = queue_dir
+        for stored in queue_dir.left_behind() if queue_dir else ():
+            stats.received += stored.traces
+            self._queue.append(_Message(_Size(stored.traces, stored.spans), stored=stored))
+        self._threads = [threading.Thread(target=self._deliver, name="otlp-export", daemon=True)]
+        if queue_dir:
+            self._threads.append(threading.Thread(target=self._spill, name="otlp-queue", daemon=True))
+        for thread in self._threads:
+            thread.start()
 
     def take(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
         encoded, spans = self._encoder.encode(request, unix_offset_ns)
@@ -122,9 +133,7 @@ class OtlpExporter:
         size = len(encoded)
         with self._lock:
             held = self._held
-            if (held.spans + spans > self._queue_spans or held.bytes + size > self._queue_bytes) and not self._wait_for(
-                spans, size
-            ):
+            if not self._has_room(spans, size) and not self._wait_for(spans, size):
                 self._stats.lose("lost_queue_full")
                 return
             filling = self._open_size
@@ -154,7 +163,8 @@ class OtlpExporter:
 
     def _wait_for(self, spans: int, size: int) -> bool:
         """Waits for room, if that is wanted. Returns whether there is any."""
-        self._close_message()
+        if not self._queue:
+            self._close_message()
         while self._wait_for_room and self._held.traces and not self._has_room(spans, size):
             self._changed.wait(_SIGNAL_S)
         return self._has_room(spans, size)
@@ -166,7 +176,7 @@ class OtlpExporter:
         data = b"".join(
             encode_resource_spans(self._resources.of(resource), spans) for resource, spans in self._open.values()
         )
-        self._queue.append(_Message(data, self._open_size))
+        self._queue.append(_Message(self._open_size, data))
         self._open = {}
         self._open_size = _Size()
         self._changed.notify_all()
@@ -177,26 +187,37 @@ class OtlpExporter:
             self._changed.notify_all()
         deadline_s = time.monotonic() + timeout_s
         try:
-            while self._worker.is_alive() and time.monotonic() < deadline_s:
-                self._worker.join(_SIGNAL_S)
+            while self._threads[0].is_alive() and time.monotonic() < deadline_s:
+                self._threads[0].join(_SIGNAL_S)
         finally:
             with self._changed:
                 self._abandoned = True
                 self._changed.notify_all()
             self._sender.shutdown()
-            self._worker.join(_ABORT_S)
-            with self._changed:
-                if self._held.traces:
-                    self._stats.lose("lost_export_failed", self._held.traces)
-                    self._queue.clear()
-                    self._held = _Size()
+            for thread in self._threads:
+                thread.join(_ABORT_S)
+            self._keep_the_rest()
 
-    def _work(self) -> None:
+    def _keep_the_rest(self) -> None:
+        """On disk, where there is one; else it is lost."""
+        with self._changed:
+            self._close_message()
+            rest = list(self._queue)
+            self._queue.clear()
+        for message in rest:
+            if message.stored or self._store(message):
+                self._stats.kept += message.size.traces
+            else:
+                self._stats.lose("lost_export_failed", message.size.traces)
+        if self._queue_dir:
+            self._queue_dir.close()
+
+    def _deliver(self) -> None:
+        """One thread's work."""
         retry_s = _RETRY_FIRST_S
         while message := self._next_message():
             answer = self._send(message)
             if answer.delivered or not answer.retry:
-                self._done(message, answer)
                 retry_s = _RETRY_FIRST_S
             else:
                 with self._changed:
@@ -207,42 +228,92 @@ class OtlpExporter:
     def _next_message(self) -> _Message | None:
         """The oldest message, left in the queue; waits until one is full or has waited long enough. None at the end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._held.traces or self._closing)
+            self._changed.wait_for(lambda: self._queue or self._open or self._closing)
             self._changed.wait_for(lambda: self._queue or self._closing, self._delay_s)
             if not self._queue:
                 self._close_message()
             return None if self._abandoned or not self._queue else self._queue[0]
 
     def _send(self, message: _Message) -> Answer:
+        data = message.data
+        if data is None and message.stored and self._queue_dir:
+            data = self._queue_dir.load(message.stored)
+        if data is None:
+            if self._take_out(message):
+                self._stats.lose("lost_queue_file_damaged", message.size.traces)
+            return Answer()
         try:
-            answer = self._sender.send(message.data)
+            answer = self._sender.send(data)
         except Exception:
             if self._abandoned:  # gRPC raises ValueError when its channel is closed under it.
                 return Answer(retry=True)
             # The thread must live: an exporter that raises loses this message, and says so.
             logger.exception("collector: the exporter failed on a message of %d spans", message.size.spans)
-            return Answer()
-        if answer.delivered and self._failing:
-            self._failing = False
-            logger.warning("collector: delivering again, %d spans queued", self._held.spans - message.size.spans)
+            answer = Answer()
+        if answer.retry or not self._take_out(message):
+            return answer
+        if answer.delivered:
+            self._stats.exported += message.size.traces
+            if answer.rejected_spans:
+                self._stats.lose("partial_export_rejected", answer.rejected_spans)
+            if self._failing:
+                self._failing = False
+                logger.warning("collector: delivering again, %d messages queued", len(self._queue))
+        else:
+            self._stats.lose("lost_export_refused", message.size.traces)
+        if message.stored and self._queue_dir:
+            self._queue_dir.forget(message.stored)
         return answer
+
+    def _take_out(self, message: _Message) -> bool:
+        """Removes the oldest message from the queue. False where shutdown has given up on it, and counted it."""
+        with self._changed:
+            if not self._queue:
+                return False
+            self._queue.popleft()
+            if message.data is not None:
+                self._held.remove(message.size)
+            self._changed.notify_all()
+            return True
 
     def _report(self, problem: str) -> None:
         """The first problem goes to the log, the rest of an outage is silent."""
         if not self._failing:
-            self._failing = True
             logger.warning("collector: %s", printable(" ".join(problem.split())))
+            with self._changed:
+                self._failing = True
+                self._changed.notify_all()
 
-    def _done(self, message: _Message, answer: Answer) -> None:
-        with self._changed:
-            if not self._queue:  # Counted as lost already: the answer came after shutdown gave up.
+    def _spill(self) -> None:
+        """Another thread's work: messages go to disk while the collector does not answer, and when half of the room in
+        memory is taken."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._abandoned or self._to_spill())
+                message = self._to_spill()
+            if self._abandoned or message is None:
                 return
-            self._queue.popleft()
+            if not self._store(message):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._abandoned, _DISK_RETRY_S)
+
+    def _to_spill(self) -> _Message | None:
+        """The oldest message that is in memory and should be on disk."""
+        if not self._failing and self._held.bytes <= self._queue_bytes // 2:
+            return None
+        return next((message for message in self._queue if message.data is not None), None)
+
+    def _store(self, message: _Message) -> bool:
+        if self._queue_dir is None or message.data is None:
+            return False
+        stored = self._queue_dir.store(message.data, message.size.traces, message.size.spans)
+        if stored is None:
+            return False
+        with self._changed:
+            if message not in self._queue and not self._abandoned:  # delivered in the meantime
+                self._queue_dir.forget(stored)
+                return True
+            message.stored, message.data = stored, None
             self._held.remove(message.size)
             self._changed.notify_all()
-            if answer.delivered:
-                self._stats.exported += message.size.traces
-                if answer.rejected_spans:
-                    self._stats.lose("partial_export_rejected", answer.rejected_spans)
-            else:
-                self._stats.lose("lost_export_refused", message.size.traces)
+        return True

@@ -102,6 +102,10 @@ class GrpcSender(OTLPSpanExporter):
             return Answer(delivered=True, rejected_spans=rejected)
         if self.refusal is None:  # shut down
             return Answer(retry=True)
-        delay_s = self.refusal.retry_delay_s
-        asked = self.refusal.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and delay_s is not None
-        return Answer(retry=asked or self.refusal.code() in _RETRYABLE, wait_s=delay_s or 0)
+        code, delay_s = self.refusal.code(), self.refusal.retry_delay_s
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and not self._shutdown:
+            # Nobody may be at the other end any more; gRPC would not try another connection for a quarter of an hour.
+            self._channel.close()
+            self._initialize_channel_and_stub()
+        asked = code is grpc.StatusCode.RESOURCE_EXHAUSTED and delay_s is not None
+        return Answer(retry=asked or code in _RETRYABLE, wait_s=delay_s or 0)

@@ -1,11 +1,15 @@
 """Real OTLP receivers on loopback, over gRPC and HTTP, that answer as a test wants."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Self
 
 import grpc
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -17,13 +21,39 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
+@dataclass(frozen=True)
+class Later:
+    """A refusal that says when to come back: RetryInfo, or the text of Retry-After."""
+
+    refusal: grpc.StatusCode | int
+    after: float | str
+
+
 class Received:
     """What a receiver took, and what it still answers with an error."""
 
+    port: int
+
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
-        self.refusals: list[grpc.StatusCode | int] = []
+        self.refusals: list[grpc.StatusCode | int | Later] = []
         """Answers to the next requests, instead of taking them."""
+        self.refused_s: list[float] = []
+        """When a request was refused, and in `taken_s` taken: time.monotonic()."""
+        self.taken_s: list[float] = []
+        self.rejected_spans = 0
+        """What it says of the requests that it takes."""
+        self.delay_s = 0.0
+
+    def next_refusal(self) -> grpc.StatusCode | int | Later | None:
+        time.sleep(self.delay_s)
+        (self.refused_s if self.refusals else self.taken_s).append(time.monotonic())
+        return self.refusals.pop(0) if self.refusals else None
+
+    def response(self) -> ExportTraceServiceResponse:
+        response = ExportTraceServiceResponse()
+        response.partial_success.rejected_spans = self.rejected_spans
+        return response
 
     @property
     def spans(self) -> list[Span]:
@@ -41,19 +71,36 @@ class Received:
         return [int.from_bytes(span.trace_id, "big") for span in self.spans if not span.parent_span_id]
 
 
+def _retry_info(after_s: float) -> tuple[tuple[str, bytes], ...]:
+    info = RetryInfo()
+    info.retry_delay.FromNanoseconds(int(after_s * 1e9))
+    status = Status(code=8)
+    status.details.add().Pack(info)
+    return (("grpc-status-details-bin", status.SerializeToString()),)
+
+
 class GrpcReceiver(Received, TraceServiceServicer):
-    def __init__(self, port: int = 0) -> None:
+    def __init__(self, port: int = 0, credentials: grpc.ServerCredentials | None = None) -> None:
         super().__init__()
         self._server = grpc.server(ThreadPoolExecutor(1))
         add_TraceServiceServicer_to_server(self, self._server)
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        address = f"127.0.0.1:{port}"
+        self.port = (
+            self._server.add_secure_port(address, credentials)
+            if credentials
+            else self._server.add_insecure_port(address)
+        )
         self._server.start()
 
     def Export(self, request: ExportTraceServiceRequest, context: grpc.ServicerContext) -> ExportTraceServiceResponse:
-        if self.refusals:
-            context.abort(self.refusals.pop(0), "as the test wants")
+        refusal = self.next_refusal()
+        if isinstance(refusal, Later):
+            context.set_trailing_metadata(_retry_info(float(refusal.after)))
+            refusal = refusal.refusal
+        if refusal is not None:
+            context.abort(refusal, "as the test wants")
         self.requests.append(request)
-        return ExportTraceServiceResponse()
+        return self.response()
 
     def __enter__(self) -> Self:
         return self
@@ -63,24 +110,34 @@ class GrpcReceiver(Received, TraceServiceServicer):
 
 
 class HttpReceiver(Received):
-    def __init__(self) -> None:
+    body: bytes | None = None
+    """What it says to the requests that it takes, instead of OTLP's response."""
+
+    def __init__(self, port: int = 0) -> None:
         super().__init__()
         received = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                status = received.refusals.pop(0) if received.refusals else 200
-                if status == 200 and self.path == "/v1/traces":
-                    received.requests.append(ExportTraceServiceRequest.FromString(body))
+                request = self.rfile.read(int(self.headers["content-length"]))
+                refusal = received.next_refusal()
+                body = b""
+                if refusal is None and self.path == "/v1/traces":
+                    received.requests.append(ExportTraceServiceRequest.FromString(request))
+                    body = received.response().SerializeToString() if received.body is None else received.body
+                status = refusal.refusal if isinstance(refusal, Later) else refusal or 200
+                assert isinstance(status, int)
                 self.send_response(status)
-                self.send_header("content-length", "0")
+                if isinstance(refusal, Later):
+                    self.send_header("retry-after", str(refusal.after))
+                self.send_header("content-length", str(len(body)))
                 self.end_headers()
+                self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()

@@ -107,7 +107,9 @@ def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyP
     assert settings.binary == (Path("/usr/sbin/nginx"),)
 
 
-@pytest.mark.parametrize("name", [name for name in Source.model_fields if name not in ("output", "binary")])
+@pytest.mark.parametrize(
+    "name", [name for name in Source.model_fields if name not in ("output", "binary", "queue_dir")]
+)
 def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
