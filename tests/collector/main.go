@@ -17,6 +17,7 @@ import (
 	"go.opentelemetry.io/collector/exporter"
 	"go.opentelemetry.io/collector/exporter/debugexporter"
 	"go.opentelemetry.io/collector/exporter/otlpexporter"
+	"go.opentelemetry.io/collector/exporter/otlphttpexporter"
 	"go.opentelemetry.io/collector/extension"
 	"go.opentelemetry.io/collector/otelcol"
 	"go.opentelemetry.io/collector/processor"
@@ -40,7 +41,8 @@ func factories() (otelcol.Factories, error) {
 		Processors: byType[processor.Factory](batchprocessor.NewFactory()),
 		Connectors: byType[connector.Factory](spanmetricsconnector.NewFactory()),
 		Exporters: byType[exporter.Factory](
-			debugexporter.NewFactory(), fileexporter.NewFactory(), otlpexporter.NewFactory()),
+			debugexporter.NewFactory(), fileexporter.NewFactory(),
+			otlpexporter.NewFactory(), otlphttpexporter.NewFactory()),
 		Extensions: byType[extension.Factory](bearertokenauthextension.NewFactory()),
 		Telemetry:  otelconftelemetry.NewFactory(),
 	}, nil

@@ -98,7 +98,12 @@ def _least(directory: Path) -> list[str]:
     path = directory / "seccomp.json"
     path.write_text(json.dumps(profile))
     granted = [f"--cap-add={name}" for name in _CAPABILITIES]
-    confined = ["--read-only", "--security-opt=no-new-privileges", f"--security-opt=seccomp={path}"]
+    confined = [
+        "--read-only",
+        "--read-only-tmpfs=false",
+        "--security-opt=no-new-privileges",
+        f"--security-opt=seccomp={path}",
+    ]
     return ["--cap-drop=ALL", *granted, *confined]
 
 

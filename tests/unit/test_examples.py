@@ -1,0 +1,94 @@
+"""The manifests of examples/ against their schemas and each other; tests/e2e/test_example.py runs what can be run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import compose_spec
+import kubernetes_validate
+import promql_parser
+import pytest
+import yaml
+
+_COLLECTOR = Path(__file__).parents[2] / "examples" / "collector"
+_COMPOSE = _COLLECTOR / "compose.yaml"
+_KUBERNETES = ("kubernetes.yaml", "kubernetes-node.yaml")
+_CAPABILITIES = ["BPF", "PERFMON", "SYS_PTRACE"]
+
+
+def _resources(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((_COLLECTOR / name).read_text()))
+
+
+def _containers(resource: dict[str, Any]) -> list[dict[str, Any]]:
+    return list(resource["spec"]["template"]["spec"]["containers"])
+
+
+def test_compose_file_is_of_the_specification() -> None:
+    """Its parser takes no key that the specification does not have."""
+    parsed = compose_spec.PyCompose.from_yaml(_COMPOSE.read_text())
+    sidecar = yaml.safe_load(_COMPOSE.read_text())["services"]["otel-nginx-ebpf"]
+    assert "otel-nginx-ebpf" in parsed
+    assert (sidecar["pid"], sidecar["cap_drop"], sidecar["cap_add"]) == ("service:nginx", ["ALL"], _CAPABILITIES)
+
+
+def test_what_compose_mounts_is_there() -> None:
+    services = yaml.safe_load(_COMPOSE.read_text())["services"]
+    mounted = {volume.split(":")[0] for each in services.values() for volume in each.get("volumes", ())}
+    assert len(mounted) >= 9
+    assert [path for path in mounted if not (_COLLECTOR / path).is_file()] == []
+
+
+@pytest.mark.parametrize("name", _KUBERNETES)
+@pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
+def test_kubernetes_manifests_are_of_the_schemas(name: str, version: str) -> None:
+    for resource in _resources(name):
+        kubernetes_validate.validate(resource, version, strict=True)
+
+
+def _sidecars() -> Iterator[dict[str, Any]]:
+    for name in _KUBERNETES:
+        for resource in _resources(name):
+            if resource["kind"] in ("Deployment", "DaemonSet"):
+                yield from (each for each in _containers(resource) if each["name"] == "otel-nginx-ebpf")
+
+
+def test_sidecars_have_the_least_rights() -> None:
+    sidecars = list(_sidecars())
+    assert len(sidecars) == 2
+    for each in sidecars:
+        assert each["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": _CAPABILITIES}
+        assert each["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_kubernetes_configuration_is_made() -> None:
+    """Each configMap that a pod mounts is made by kustomization.yaml, of files that are there."""
+    maps = yaml.safe_load((_COLLECTOR / "kustomization.yaml").read_text())["configMapGenerator"]
+    assert [path for each in maps for path in each["files"] if not (_COLLECTOR / path).is_file()] == []
+    deployments = [each for each in _resources("kubernetes.yaml") if each["kind"] == "Deployment"]
+    volumes = [volume for each in deployments for volume in each["spec"]["template"]["spec"].get("volumes", ())]
+    assert {volume["configMap"]["name"] for volume in volumes} == {each["name"] for each in maps}
+
+
+def test_both_name_the_same_images() -> None:
+    composed = {each.get("image") for each in yaml.safe_load(_COMPOSE.read_text())["services"].values()}
+    deployed = {
+        container["image"]
+        for each in _resources("kubernetes.yaml")
+        if each["kind"] == "Deployment"
+        for container in _containers(each)
+    }
+    assert deployed - {"otel-nginx-ebpf"} == {image for image in composed if image} | {"nginx:1.26"}
+
+
+@pytest.mark.parametrize("name", ["latency", "service-graph"])
+def test_dashboards_ask_in_promql(name: str) -> None:
+    dashboard = json.loads((_COLLECTOR / "grafana" / f"{name}.json").read_text())
+    sources = yaml.safe_load((_COLLECTOR / "grafana" / "datasources.yaml").read_text())["datasources"]
+    known = {(each["type"], each["uid"]) for each in sources}
+    for panel in dashboard["panels"]:
+        assert (panel["datasource"]["type"], panel["datasource"]["uid"]) in known
+        for target in panel["targets"]:
+            if panel["datasource"]["type"] == "prometheus":
+                promql_parser.parse(target["expr"].replace("$__rate_interval", "1m"))
