@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from e2e.agent_process import Span, Trace
+from e2e.agent_process import AgentProcess, Span, Trace
 from e2e.gateways import UwsgiServer
-from e2e.http1_client import Response
+from e2e.http1_client import Http1Connection, Response
 from e2e.http2_client import Http2Connection, Http2Request
-from e2e.nginx_server import nginx_version
+from e2e.nginx_server import NginxServer, free_ports, nginx_version
 from e2e.stage import Exchange, Stage
 from e2e.timing import LONG_TURN_MS, Slack
 from e2e.trace_contexts import CASES, PARENT_ID, TRACE_ID, VALID, Context, check_context, head
 
 AGENT_ENVIRONMENT = {"OTEL_NGINX_EBPF_ADOPT_UPSTREAM_CONTEXT": "true", "OTEL_TRACES_SAMPLER": "always_on"}
-SITE_HTTP = f"include {Path(__file__).parents[2]}/examples/traceparent.conf;"
+SNIPPET = Path(__file__).parents[2] / "examples" / "traceparent.conf"
+SITE_HTTP = f"include {SNIPPET};"
 
 ECHO = "/?echo=1"
 GATEWAYS = ("uwsgi", "fastcgi", "scgi")
@@ -261,3 +262,36 @@ def test_nothing_to_adopt(stage: Stage) -> None:
     for each in exchanges[-2:]:
         assert (each.trace.trace_id, exchange_of(each.trace).span_id) == (OTHER_ID, OTHER_SPAN)
         assert each.trace.server.parent_span_id is None
+
+
+def test_snippet_for_a_part_of_the_traces(
+    public_directory: Path, upstream_addresses: dict[str, str], tmp_path: Path
+) -> None:
+    """By the rule that the snippet names, nginx tells the application what the sampler decides."""
+    text = SNIPPET.read_text()
+    (rule,) = re.findall(r"with: (\{.*\})", text)
+    every = "map $request_id $traceparent_sampled { default 01; }"
+    assert every in text
+    prefix = public_directory / "part"
+    prefix.mkdir()
+    (port,) = free_ports(1)
+    location = f"location / {{ proxy_pass http://{upstream_addresses['ipv4']}; }}"
+    server = f"server {{ listen 127.0.0.1:{port}; access_log logs/all.log json; {location} }}"
+    nginx = NginxServer(prefix, text.replace(every, every.replace("{ default 01; }", rule)) + server)
+    nginx.start([("127.0.0.1", port)])
+    environment = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.0625"}
+    agent = AgentProcess(nginx.pid, tmp_path, environment={**AGENT_ENVIRONMENT, **environment})
+    try:
+        with Http1Connection(("127.0.0.1", port)) as connection:
+            answers = [Told.by(connection.request(ECHO)) for _ in range(500)]
+            flags = [
+                Told.by(connection.request(ECHO, headers={"traceparent": VALID[:-1] + flag})).flags for flag in "01"
+            ]
+    finally:
+        agent.stop()
+        nginx.stop()
+    wanted = {told.trace_id for told in answers if told.flags}
+    assert 0 < len(wanted) < 500 / 4
+    assert flags == [0, 1]
+    assert {trace.trace_id for trace in agent.traces} == {*wanted, TRACE_ID}
+    assert len(agent.traces) == len(wanted) + 1
