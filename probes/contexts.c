@@ -160,6 +160,13 @@ static __always_inline u64 sent_value(const u8 *sent, u64 at)
     return name[-7] == 0 && behind[0] == 0 ? at + 11 : 0;
 }
 
+/* 0 for the "racepare" of a header's name, going by what is before it, and not that of a URI or a value. One number, as a
+ * loop of several branches has more states than older verifiers follow. */
+static __always_inline u64 has_no_name(const u8 *at)
+{
+    return ((*(u64 *)at | LOWER_CASE) ^ RACEPARE) | (u64)(at[-2] ^ '\n') * (at[-8] ^ 16) * at[-7];
+}
+
 /* What nginx told the upstream in a traceparent, if it did: from the first buffer of u->request_bufs, that of the header.
  * It is read when the attempt ends, and process->record is free. */
 static __always_inline void read_told_context(struct process *process, u64 upstream, struct trace_context *told)
@@ -181,7 +188,7 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
     process->found_at = 0; /* in the map's memory, so that the verifier need not tell one place from another */
 #pragma clang loop unroll(disable)
     for (int i = 8; i < SENT_BYTES_MAX && i + 8 < bytes; i++) {
-        if ((*(u64 *)(process->record + i) | LOWER_CASE) == RACEPARE) {
+        if (!has_no_name(process->record + i)) {
             process->found_at = i;
             break;
         }

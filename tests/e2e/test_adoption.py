@@ -18,7 +18,7 @@ from e2e.http2_client import Http2Connection, Http2Request
 from e2e.nginx_server import NginxServer, free_ports, nginx_version
 from e2e.stage import Exchange, Stage
 from e2e.timing import LONG_TURN_MS, Slack
-from e2e.trace_contexts import CASES, PARENT_ID, TRACE_ID, VALID, Context, check_context, head
+from e2e.trace_contexts import CASES, PARENT_ID, TRACE_ID, VALID, Context, Headers, check_context, head
 
 AGENT_ENVIRONMENT = {"OTEL_NGINX_EBPF_ADOPT_UPSTREAM_CONTEXT": "true", "OTEL_TRACES_SAMPLER": "always_on"}
 SNIPPET = Path(__file__).parents[2] / "examples" / "traceparent.conf"
@@ -161,6 +161,38 @@ def test_ways_to_send_a_request(stage: Stage) -> None:
     slack = Slack(first_byte_unseen=True, late_max_ms=LONG_TURN_MS)
     for each, told in zip(stage.exchanges(len(answers), slack), answers, strict=True):
         assert adopted(each, told)
+
+
+FIRST = "proxy_set_header X-First $arg_first; proxy_set_header traceparent $traceparent;"
+
+
+@pytest.mark.nginx(server=f"location / {{ proxy_pass http://@UP@; {FIRST} }}")
+def test_what_is_not_the_header(stage: Stage) -> None:
+    """The word elsewhere in what is sent: in the URI, in other headers' names and values, before or behind it."""
+    other = f"00-{OTHER_ID}-{OTHER_SPAN}-01"
+    cases: list[tuple[str, Headers]] = [
+        ("/traceparent?echo=1", []),
+        (f"/?echo=1&first=traceparent:%20{other}", []),
+        (f"/?echo=1&traceparent:{other}", [("cookie", f"traceparent={other}"), ("x-traceparent", other)]),
+        (
+            ECHO,
+            [
+                ("a-traceparent", other),
+                ("traceparent-b", other),
+                ("traceparents", other),
+                ("x", f"traceparent: {other}"),
+            ],
+        ),
+        (ECHO, [("x", f"\x107HTTP_TRACEPARENT{other}"), ("x", f"\x10\x01HTTP_TRACEPARENT7 {other}")]),
+    ]
+    with stage.connect() as connection:
+        answers = []
+        for target, headers in cases:
+            connection.send(head(target, headers))
+            answers.append(Told.by(connection.read_response()))
+    exchanges = stage.exchanges(len(cases))
+    wrong = [case for case, each, told in zip(cases, exchanges, answers, strict=True) if not adopted(each, told)]
+    assert wrong == []
 
 
 @pytest.mark.nginx(listen="listen @LISTEN@ http2;", server="location / { proxy_pass http://@UP@; }")
