@@ -38,7 +38,7 @@ server {{
 
 
 class Scenario(NamedTuple):
-    """One kind of request. `requests` are how many a measurement makes at most speed: some half a second's worth."""
+    """One kind of request. `requests` are how many a turn makes: a second's worth."""
 
     path: str
     http2: bool
@@ -48,12 +48,12 @@ class Scenario(NamedTuple):
 
 
 SCENARIOS = {
-    "static": Scenario("/static/page.html", False, False, 30_000),
-    "proxied": Scenario("/proxied/page", False, False, 20_000),
-    "proxied-closing": Scenario("/closing/page", False, False, 8_000),
-    "static-tls": Scenario("/static/page.html", False, True, 25_000),
-    "static-h2": Scenario("/static/page.html", True, True, 25_000),
-    "proxied-h2": Scenario("/proxied/page", True, True, 15_000),
+    "static": Scenario("/static/page.html", False, False, 60_000),
+    "proxied": Scenario("/proxied/page", False, False, 40_000),
+    "proxied-closing": Scenario("/closing/page", False, False, 20_000),
+    "static-tls": Scenario("/static/page.html", False, True, 50_000),
+    "static-h2": Scenario("/static/page.html", True, True, 50_000),
+    "proxied-h2": Scenario("/proxied/page", True, True, 40_000),
 }
 
 
