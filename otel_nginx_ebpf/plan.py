@@ -1,8 +1,14 @@
-"""What would be attached to an nginx binary: decided, and explained, before anything is touched."""
+"""What would be attached to an nginx binary: decided, and explained, before anything is touched.
 
+As a program (`planning`) it does so for the long-lived process.
+"""
+
+import logging
+import pickle
+import sys
 from dataclasses import dataclass
 
-from otel_nginx_ebpf import sampling, sites
+from otel_nginx_ebpf import messages, planning, sampling, sites
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
 from otel_nginx_ebpf.kernel.program import program_text
@@ -10,6 +16,8 @@ from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
 from otel_nginx_ebpf.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 # linux/proc_ns.h, PROC_PID_INIT_INO: the host's own pid namespace.
 HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC
@@ -36,9 +44,16 @@ class Plan:
     missing: tuple[Missing, ...]
     instances: tuple[Instance, ...]
 
-    def function(self, boundary: str) -> str | None:
-        """The function that marks a boundary here."""
-        return next((site.function for known, site in self.chosen if known.name == boundary), None)
+    @property
+    def target(self) -> planning.Target:
+        """What those who read the records need to know of it."""
+        return planning.Target(
+            name=self.binary.name,
+            version=self.binary.version,
+            layout_source=self.layout.source,
+            sites=[str(site) for _, site in self.chosen],
+            functions={boundary.name: site.function for boundary, site in self.chosen},
+        )
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -65,15 +80,6 @@ class Plan:
             ProbeRequest(f"enter_{site.function}", site.file_offset, boundary.writes) for boundary, site in self.chosen
         )
         return LoadRequest(text, str(self.binary.path), probes, sites.TRACEPOINTS, self.pids)
-
-    def ready_line(self) -> str:
-        """What says that probes are live: names nginx version, workers, probe sites and layout source."""
-        workers = sum(instance.workers for instance in self.instances)
-        masters = ", ".join(str(instance.master_pid) for instance in self.instances)
-        return (
-            f"ready: nginx {self.binary.version} (pid {masters}), {workers} worker{'s' if workers != 1 else ''}, "
-            f"sites {', '.join(str(site) for _, site in self.chosen)}, layout {self.layout.source}"
-        )
 
 
 def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:
@@ -130,3 +136,21 @@ def find_site(
         except NoSiteError as error:
             reasons.append(str(error))
     return "; ".join(reasons)
+
+
+def main() -> None:
+    """The planner's process: the arguments of `make_plan` on stdin, the answer on stdout, warnings on stderr."""
+    messages.log_to_stderr()
+    instances, settings, silent = pickle.load(sys.stdin.buffer)
+    try:
+        plan = make_plan(instances, settings, silent)
+    except UserError as error:
+        planning.write_error(sys.stdout.buffer, error)
+        return
+    for missing in plan.missing:
+        _log.warning("%s: no %s: %s", plan.target, missing.boundary.without, missing.reason)
+    planning.write_answer(sys.stdout.buffer, plan.target, plan.load_request(settings).to_json().encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.attachment import Attachment
 from otel_nginx_ebpf.nginx.processes import FileIdentity, Instance, Watch, instance_of
 from otel_nginx_ebpf.nginx.resource import instance_attributes
-from otel_nginx_ebpf.plan import Plan, make_plan
+from otel_nginx_ebpf.planning import Target, make_target
 from otel_nginx_ebpf.record import RecordError, decode, worker_pid
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
@@ -56,17 +56,19 @@ def by_binary(instances: tuple[Instance, ...]) -> tuple[tuple[Instance, ...], ..
 class _TracedBinary:
     """One binary's live probes, and the instances whose requests they see."""
 
-    def __init__(self, plan: Plan, attachment: Attachment) -> None:
-        self.plan = plan
+    def __init__(self, target: Target, instances: tuple[Instance, ...], attachment: Attachment) -> None:
+        self.target = target
+        self.instances = instances
+        """Those it was attached for."""
         self.attachment = attachment
         self.unverified = _VERIFIED_REQUESTS
         self.silence = silence.SilenceWatch()
         self._resource_of: dict[int, Mapping[str, AttributeValue]] = {}
-        for instance in plan.instances:
+        for instance in instances:
             self.add(instance)
 
     def add(self, instance: Instance) -> None:
-        attributes = instance_attributes(instance, self.plan.binary.version)
+        attributes = instance_attributes(instance, self.target.version)
         self._resource_of |= dict.fromkeys(instance.pids, attributes)
 
     def resource(self, pid: int) -> Mapping[str, AttributeValue]:
@@ -83,7 +85,7 @@ class _TracedBinary:
             known = {id(attributes): attributes for attributes in self._resource_of.values()}
             return next(iter(known.values())) if len(known) == 1 else {}
         known_master = self._resource_of.get(instance.master_pid)
-        return known_master or instance_attributes(instance, self.plan.binary.version)
+        return known_master or instance_attributes(instance, self.target.version)
 
 
 class Tracing:
@@ -120,26 +122,19 @@ class Tracing:
         self._require_something()
 
     def _attach(self, instances: tuple[Instance, ...]) -> _TracedBinary:
-        plan = make_plan(instances, self._settings, self._silent.get(instances[0].file_identity, frozenset()))
-        for missing in plan.missing:
-            _log.warning(
-                "nginx %s (%s): no %s: %s",
-                plan.binary.version,
-                plan.binary.name,
-                missing.boundary.without,
-                missing.reason,
-            )
-        attachment = Attachment(plan.load_request(self._settings), self._settings.ring_buffer_mib << 20)
+        silent = self._silent.get(instances[0].file_identity, frozenset())
+        target, load_request = make_target(instances, self._settings, silent)
+        attachment = Attachment(load_request, self._settings.ring_buffer_mib << 20)
         if attachment.refused:
             _log.warning(
                 "--propagate does nothing: this kernel refuses bpf_probe_write_user (lockdown, or no CAP_SYS_ADMIN); "
                 "requests are traced, and applications are not told"
             )
-        return _TracedBinary(plan, attachment)
+        return _TracedBinary(target, instances, attachment)
 
     def _went_live(self, traced: _TracedBinary) -> None:
-        self._traced[traced.plan.instances[0].file_identity] = traced
-        print(traced.plan.ready_line(), file=sys.stderr, flush=True)
+        self._traced[traced.instances[0].file_identity] = traced
+        print(traced.target.ready_line(traced.instances), file=sys.stderr, flush=True)
 
     def _refuse(self, identity: FileIdentity, reason: str) -> None:
         self._refused[identity] = reason
@@ -160,7 +155,7 @@ class Tracing:
             for instance in self._watch.new_instances():
                 self._found(instance)
         for identity in self._reattach & self._traced.keys():
-            instances = tuple(instance for instance in self._traced[identity].plan.instances if instance.is_running)
+            instances = tuple(instance for instance in self._traced[identity].instances if instance.is_running)
             self._retire(identity)
             if instances:
                 self._attaching[identity] = self._attacher.submit(self._attach, instances)
@@ -175,13 +170,13 @@ class Tracing:
         for identity, traced in list(self._traced.items()):
             self._stats.lose("lost_worker_gone", traced.attachment.forget_dead_processes())
             if not self._settings.pid and not traced.attachment.processes():
-                _log.info("nginx %s (%s) has ended", traced.plan.binary.version, traced.plan.binary.name)
+                _log.info("%s has ended", traced.target)
                 self._retire(identity)
 
     def _find_new_workers(self) -> None:
         """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
         for traced in self._traced.values():
-            for instance in traced.plan.instances:
+            for instance in traced.instances:
                 if not instance.shares_our_pid_namespace:
                     with suppress(UserError):
                         traced.attachment.add_processes(instance_of(instance.master_pid).pids)
@@ -218,7 +213,7 @@ class Tracing:
 
     def _contradicted(self, traced: _TracedBinary, wrong: str) -> None:
         """Lets a binary go whose memory is not as its layout says. Raises `UserError` when nothing is left to trace."""
-        identity = traced.plan.instances[0].file_identity
+        identity = traced.instances[0].file_identity
         if traced in self._retired:
             self._retired.remove(traced)
         else:
@@ -226,21 +221,19 @@ class Tracing:
         self._give_back(traced)
         self._refuse(
             identity,
-            f"nginx {traced.plan.binary.version} ({traced.plan.binary.name}) does not look in memory as its "
-            f"layout ({traced.plan.layout.source}) says: {wrong}; detached. Is it a patched build?",
+            f"{traced.target} does not look in memory as its layout ({traced.target.layout_source}) says: {wrong}; "
+            "detached. Is it a patched build?",
         )
         self._require_something()
 
     def _avoid_silent(self, traced: _TracedBinary) -> None:
         """Attaches anew without the function that is never called: to the next candidate, if there is one."""
-        function = traced.plan.function(silence.BOUNDARY)
+        function = traced.target.functions.get(silence.BOUNDARY)
         if function is None:  # known, and said, since it was attached
             return
-        identity = traced.plan.instances[0].file_identity
+        identity = traced.instances[0].file_identity
         self._silent[identity] = self._silent.get(identity, frozenset()) | {function}
-        _log.warning(
-            "%s is never called in nginx %s (%s)", function, traced.plan.binary.version, traced.plan.binary.name
-        )
+        _log.warning("%s is never called in %s", function, traced.target)
         self._reattach.add(identity)
 
     def _layout_mismatch(self, traced: _TracedBinary) -> str:

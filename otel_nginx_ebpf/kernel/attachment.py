@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, LoadRequest, loader_command
+from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
 from otel_nginx_ebpf.stats import LOSS_CAUSES
@@ -21,7 +21,7 @@ _PID = struct.Struct("=I")
 _DESCRIPTORS_MAX = 253
 
 
-def _load(request: LoadRequest) -> tuple[list[int], dict[str, Any]]:
+def _load(request: bytes) -> tuple[list[int], dict[str, Any]]:
     """Runs the loader to its end; the descriptors it handed over, and its answer."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
@@ -31,8 +31,9 @@ def _load(request: LoadRequest) -> tuple[list[int], dict[str, Any]]:
                 stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
+                process_group=0,  # Ctrl-C is for this process alone
             )
-        _, messages = loader.communicate(request.to_json().encode())
+        _, messages = loader.communicate(request)
         message, descriptors, _, _ = socket.recv_fds(ours, 65536, _DESCRIPTORS_MAX)
     if not message:
         raise UserError(
@@ -57,7 +58,8 @@ class Attachment:
         UserError: BCC is missing, or the kernel refused the program or a probe.
     """
 
-    def __init__(self, request: LoadRequest, ring_buffer_bytes: int) -> None:
+    def __init__(self, request: bytes, ring_buffer_bytes: int) -> None:
+        """`request` is a `loader.LoadRequest` as JSON."""
         descriptors, answer = _load(request)
         self._process_bytes: int = answer["process_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
