@@ -186,8 +186,9 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
         return;
 
     process->found_at = 0; /* in the map's memory, so that the verifier need not tell one place from another */
-#pragma clang loop unroll(disable)
-    for (int i = 8; i < SENT_BYTES_MAX && i + 8 < bytes; i++) {
+    EACH(i, bytes, SENT_BYTES_MAX) {
+        if (i < 8)
+            continue;
         if (!has_no_name(process->record + i)) {
             process->found_at = i;
             break;
@@ -195,7 +196,10 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
     }
     asm volatile("" ::: "memory");
     u64 at = process->found_at;
-    if (at < 8 || at >= SENT_BYTES_MAX)
+    if (at < 8)
+        return;
+    asm volatile("" : "+r"(at)); /* two comparisons that the verifier follows, and not the one that the compiler would make */
+    if (at >= SENT_BYTES_MAX)
         return;
     u64 value = sent_value(process->record, at);
     asm volatile("" : "+r"(value));
