@@ -91,6 +91,7 @@ KeepSlowerThan = Annotated[str | None, _option("keep_slower_than", "TIME")]
 Propagators = Annotated[list[str] | None, _option("propagators", "NAME")]
 AdoptUpstreamContext = Annotated[bool | None, _option("adopt_upstream_context", None, "--adopt-upstream-context")]
 Propagate = Annotated[bool | None, _option("propagate", None, "--propagate")]
+Detail = Annotated[str | None, _option("detail", "LEVEL")]
 RingBuffer = Annotated[str | None, _option("ring_buffer_mib", "MIB")]
 MaxActiveRequests = Annotated[str | None, _option("max_active_requests", "N")]
 QueueSize = Annotated[str | None, _option("queue_size", "SPANS")]
@@ -143,6 +144,7 @@ def run(
     propagators: Propagators = None,
     adopt_upstream_context: AdoptUpstreamContext = None,
     propagate: Propagate = None,
+    detail: Detail = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
     queue_size: QueueSize = None,
@@ -194,6 +196,7 @@ def record(
     propagators: Propagators = None,
     adopt_upstream_context: AdoptUpstreamContext = None,
     propagate: Propagate = None,
+    detail: Detail = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
     config_file: ConfigFile = None,

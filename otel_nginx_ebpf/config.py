@@ -23,7 +23,7 @@ from pydantic_settings import (
 )
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.settings import Color, ExporterName, OtlpProtocol, Propagator, Sampler, Settings
+from otel_nginx_ebpf.settings import Color, Detail, ExporterName, OtlpProtocol, Propagator, Sampler, Settings
 
 PREFIX = "OTEL_NGINX_EBPF_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -148,6 +148,12 @@ class Source(BaseSettings):
         "Needs a kernel that is not locked down.",
         examples=["true or false"],
     )
+    detail: Detail = Field(
+        "phases",
+        description="phases: spans of all phases, to the nanosecond; request: at less of a price, the request "
+        "and its last upstream attempt, by nginx's own clock of milliseconds.",
+        examples=["phases or request"],
+    )
     ring_buffer_mib: Annotated[int, Field(ge=1, le=256), AfterValidator(_power_of_two)] = Field(
         16,
         description="Size in MiB of the buffer between the kernel and this program.",
@@ -223,6 +229,9 @@ class Source(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
+_NEED_PHASES = ("adopt_upstream_context", "propagate")
+
+
 def flag(name: str) -> str:
     """The command-line option of a setting."""
     return "--no-query" if name == "query" else "--" + name.replace("_", "-")
@@ -274,8 +283,12 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
 
     given = {name: value for name, value in flags.items() if value is not None}
     try:
-        return Settings(**FileSource(**given).model_dump())
+        settings = Settings(**FileSource(**given).model_dump())
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False)[0], path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"--config ({CONFIG_VARIABLE}): {path}: {error}") from error
+    for name in _NEED_PHASES:
+        if settings.detail == "request" and getattr(settings, name):
+            raise UserError(f"{flag(name)} needs --detail phases: what it reads or writes, it does during the request")
+    return settings

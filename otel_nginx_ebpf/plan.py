@@ -67,7 +67,8 @@ class Plan:
             self.layout.structs,
             {
                 f"SITE_{end.function}": end.address,
-                f"ADDRESS_{sites.CORE_MODULE}": self.binary.address(sites.CORE_MODULE),
+                **{f"ADDRESS_{name}": self.binary.address(name) for name in sites.OBJECTS},
+                "DETAIL_REQUEST": int(settings.detail == "request"),
                 **sampling.constants(settings),
             },
             follow_all=not settings.pid,
@@ -79,7 +80,8 @@ class Plan:
         probes = tuple(
             ProbeRequest(f"enter_{site.function}", site.file_offset, boundary.writes) for boundary, site in self.chosen
         )
-        return LoadRequest(text, str(self.binary.path), probes, sites.TRACEPOINTS, self.pids)
+        tracepoints = sites.TRACEPOINTS if settings.detail == "phases" else sites.REQUEST_DETAIL_TRACEPOINTS
+        return LoadRequest(text, str(self.binary.path), probes, tracepoints, self.pids)
 
 
 def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:
@@ -99,6 +101,8 @@ def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: froze
     missing: list[Missing] = []
     for boundary in sites.BOUNDARIES:
         if boundary.setting is not None and not getattr(settings, boundary.setting):
+            continue
+        if settings.detail == "request" and not boundary.at_request_detail:
             continue
         found = find_site(binary, layout, boundary, silent)
         if isinstance(found, Site):

@@ -15,6 +15,7 @@ Sampler = Literal[
     "parentbased_traceidratio",
 ]
 Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
+Detail = Literal["phases", "request"]
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
 
@@ -36,6 +37,7 @@ class Settings:
     propagators: tuple[Propagator, ...]
     adopt_upstream_context: bool
     propagate: bool
+    detail: Detail
     ring_buffer_mib: int
     max_active_requests: int
     queue_size: int

@@ -17,6 +17,8 @@ class Boundary:
     required: bool
     without: str
     """What traces lack without it."""
+    at_request_detail: bool = False
+    """Whether it is probed at `--detail request` as well."""
     setting: str | None = None
     """The setting that must be on for it to be probed."""
     writes: bool = False
@@ -44,6 +46,7 @@ BOUNDARIES: tuple[Boundary, ...] = (
         arguments=2,
         required=True,
         without="everything",
+        at_request_detail=True,
     ),
     Boundary(
         name="upstream attempt ends",
@@ -81,5 +84,8 @@ BOUNDARIES: tuple[Boundary, ...] = (
 TRACEPOINTS: tuple[str, ...] = ("sys_exit", "sched_process_exit")
 """Raw tracepoints that `probes/` handles: socket times, and workers that are gone."""
 
-CORE_MODULE = "ngx_http_core_module"
-"""The exported object whose ctx_index leads to location and server names."""
+REQUEST_DETAIL_TRACEPOINTS: tuple[str, ...] = ("sched_process_exit",)
+
+OBJECTS = ("ngx_http_core_module", "ngx_cached_time", "ngx_current_msec")
+"""Exported objects that are read: the first one's ctx_index leads to location and server names, the others are nginx's
+clock."""

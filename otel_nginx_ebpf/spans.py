@@ -249,7 +249,7 @@ class Sketcher(Generic[P]):
         parts = [
             self._exchange_part(
                 *_peer_facts(attempt, number),
-                attempt.connect_start_mono_ns is None,
+                _is_reused(attempt),
                 None if attempt.subrequest else request.method,
                 answered,
                 None if answered else _failure(attempt),
@@ -352,6 +352,13 @@ def _has_exchange(attempt: Attempt) -> bool:
     return attempt.connect_ms is not None and attempt.first_write_mono_ns is not None
 
 
+def _is_reused(attempt: Attempt) -> bool | None:
+    """None: nginx's clock was too coarse to see it connect, or there was nothing to see (`--detail request`)."""
+    if attempt.connect_start_mono_ns is None and attempt.connected_mono_ns is not None:
+        return None
+    return attempt.connect_start_mono_ns is None
+
+
 def _time_to_first_byte_ns(attempt: Attempt, start_mono_ns: int) -> int | None:
     """From the first byte sent to the first received.
 
@@ -416,13 +423,14 @@ def _exchange_part(
     upstream: str | None,
     status: int | None,
     subrequest_uri: str | None,
-    reused: bool,
+    reused: bool | None,
     method: str | None,
     answered: bool,
     error: str | None,
 ) -> Part:
     attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
-    attributes[NGINX_UPSTREAM_REUSED] = reused
+    if reused is not None:
+        attributes[NGINX_UPSTREAM_REUSED] = reused
     if method is not None:
         attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(method)
     if answered and status is not None:

@@ -177,7 +177,7 @@ class Tracing:
         """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
         for traced in self._traced.values():
             for instance in traced.instances:
-                if not instance.shares_our_pid_namespace:
+                if not instance.shares_our_pid_namespace or self._settings.detail == "request":
                     with suppress(UserError):
                         traced.attachment.add_processes(instance_of(instance.master_pid).pids)
 

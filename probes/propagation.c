@@ -33,9 +33,9 @@ static __always_inline bool overwrite_traceparent(struct process *process, u64 s
     write_traceparent(text, trace->trace_id_high, trace->trace_id_low, span_id, trace->flags);
     if (!valid)
         return write_user(value->data, text, TRACEPARENT_BYTES);
-    if (!trace->sampled) /* the parent stays the client's span: ours will not be */
-        return trace->parent_said_no || write_user(value->data + 53, text + 53, 2);
-    return write_user(value->data + 36, text + 36, 19); /* span id and flags */
+    if (trace->parent_said_no && !trace->sampled) /* nothing that we would tell is news */
+        return false;
+    return write_user(value->data + 36, text + 36, 19); /* span id and flags: W3C, "Mutating the traceparent Field" */
 }
 
 /* Whether the list is as ngx_list_init and ngx_list_push leave one of a single part, with room for one more and the text. */
@@ -125,7 +125,7 @@ int enter_ngx_http_process_request(struct pt_regs *ctx)
         count_loss(PARTIAL_PROPAGATION_MALFORMED);
     else if (has_room(process, r + list_offset, list))
         written = append_traceparent(process, r + list_offset, list, span_id);
-    if (written && process->trace.sampled)
+    if (written)
         active->told_span_id = span_id;
     return 0;
 }

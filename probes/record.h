@@ -95,7 +95,7 @@ struct request_record {
 };
 
 struct upstream_attempt {
-    __u64 connect_start_ns;   /* socket() returned; 0: the connection was open already */
+    __u64 connect_start_ns;   /* socket() returned; 0: the connection was open already, or connected_ns was all that is known */
     __u64 connected_ns;       /* getsockopt(SO_ERROR) found it connected, with TLS: after the handshake */
     __u64 connect_failed_ns;
     __u64 first_write_ns;     /* the write of the first request byte began, at the earliest */

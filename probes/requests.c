@@ -223,10 +223,91 @@ static __always_inline u32 count_upstream_states(u64 states)
     return named;
 }
 
+#define NANOSECONDS 1000000    /* in a millisecond */
+
+#if DETAIL_REQUEST
+#define ATTEMPTS_TAKEN_MAX 1
+#else
+#define ATTEMPTS_TAKEN_MAX ATTEMPTS_MAX
+#endif
+
+static __always_inline struct attempt_state *find_attempt(struct process *process, struct attempt_key *key)
+{
+#if DETAIL_REQUEST
+    return &process->attempt;
+#else
+    return attempts.lookup(key);
+#endif
+}
+
+#if DETAIL_REQUEST
+/* How long ago nginx's cached clock, and ngx_current_msec, which goes with it, were at a Unix time; all in milliseconds.
+ * Both were taken at the same moment (ngx_time_update), so that their difference turns one into the other. */
+static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 load_address, u64 now)
+{
+    struct {
+        u64 sec;
+        u64 msec;
+    } cached = {};
+    u64 address = 0, current_msec = 0;
+    if (bpf_probe_read_user(&address, sizeof(address), (void *)(load_address + ADDRESS_ngx_cached_time)) != 0
+        || bpf_probe_read_user(&cached, sizeof(cached), (void *)address) != 0
+        || bpf_probe_read_user(&current_msec, sizeof(current_msec), (void *)(load_address + ADDRESS_ngx_current_msec)) != 0)
+        return 0;
+    cached.msec &= 0xffffffff; /* the other half is the time zone */
+    u64 start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_sec) * 1000
+        + MEMBER(process->request, u64, ngx_http_request_s, start_msec);
+    s64 ago_msec = cached.sec * 1000 + cached.msec - start_msec;
+    u64 start_ns = (current_msec - ago_msec) * NANOSECONDS;
+    return ago_msec >= 0 && start_ns < now ? start_ns : 0;
+}
+
+/* The last attempt of the request itself, by nginx's own clock: u->start_time and its state's times, each rounded outward
+ * to a whole millisecond. False: there is none, or what should be times does not lie within the request. */
+static __always_inline bool recall_last_attempt(struct process *process, u64 *began_ns, u64 now)
+{
+    struct attempt_state *last = &process->attempt;
+    u64 upstream = MEMBER(process->request, u64, ngx_http_request_s, upstream), start_msec = 0;
+    struct {
+        u64 status;
+        u64 response_msec;
+        u64 connect_msec;
+    } state = {};
+    __builtin_memset(last, 0, sizeof(*last));
+    if (!upstream || bpf_probe_read_user(&last->state, sizeof(u64), (void *)(upstream + OFFSET_ngx_http_upstream_s__state)) != 0
+        || !last->state
+        || bpf_probe_read_user(&start_msec, sizeof(u64), (void *)(upstream + OFFSET_ngx_http_upstream_s__start_time)) != 0
+        || bpf_probe_read_user(&last->upstream, sizeof(u64), (void *)(upstream + OFFSET_ngx_http_upstream_s__upstream)) != 0
+        || bpf_probe_read_user(&state.response_msec, sizeof(u64),
+                               (void *)(last->state + OFFSET_ngx_http_upstream_state_t__response_time)) != 0
+        || bpf_probe_read_user(&state.connect_msec, sizeof(u64),
+                               (void *)(last->state + OFFSET_ngx_http_upstream_state_t__connect_time)) != 0)
+        return false;
+    u64 start_ns = start_msec * NANOSECONDS, end_ns = (start_msec + state.response_msec + 1) * NANOSECONDS;
+    if (state.response_msec == -1ULL || start_ns + NANOSECONDS < *began_ns || end_ns < start_ns || end_ns - NANOSECONDS > now)
+        return false;
+    if (start_ns < *began_ns) /* the two clocks are cut to milliseconds at different moments */
+        *began_ns = start_ns;
+    if (end_ns > now)
+        end_ns = now;
+    last->attempt.ended_ns = end_ns;
+    if (state.connect_msec == -1ULL) {
+        last->attempt.connect_start_ns = start_ns;
+        return true;
+    }
+    u64 connected_ns = start_ns + state.connect_msec * NANOSECONDS;
+    last->attempt.connect_start_ns = state.connect_msec ? start_ns : 0;
+    last->attempt.connected_ns = connected_ns;
+    last->attempt.first_write_ns = connected_ns;
+    last->attempt.last_read_ns = end_ns;
+    return true;
+}
+#endif
+
 /* Copies one finished attempt into the record, with what nginx has noted of it by now. */
 static __always_inline bool take_attempt(struct process *process, struct attempt_key *key, u64 told_span_id)
 {
-    struct attempt_state *ended = attempts.lookup(key);
+    struct attempt_state *ended = find_attempt(process, key);
     u32 index = key->index;
     if (!ended || index >= ATTEMPTS_MAX)
         return false;
@@ -261,7 +342,7 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
 
 static __always_inline void append_attempt_strings(struct process *process, struct attempt_key *key)
 {
-    struct attempt_state *ended = attempts.lookup(key);
+    struct attempt_state *ended = find_attempt(process, key);
     u64 peer = 0;
     if (!ended)
         return;
@@ -273,12 +354,13 @@ static __always_inline void append_attempt_strings(struct process *process, stru
     if (ended->request)
         append_str_at(process, STRING_SUBREQUEST_URI, key->index, ended->request + OFFSET_ngx_http_request_s__uri,
                            SHORT_STRING_BYTES_MAX);
+#if !DETAIL_REQUEST
     attempts.delete(key);
+#endif
 }
 
-static __always_inline void learn_core_module_index(struct process *process, u64 ip)
+static __always_inline void learn_core_module_index(struct process *process, u64 load_address)
 {
-    u64 load_address = ip - SITE_ngx_http_free_request;
     if (bpf_probe_read_user(&process->core_module_index, sizeof(u64),
                             (void *)(load_address + ADDRESS_ngx_http_core_module + OFFSET_ngx_module_s__ctx_index)) == 0)
         process->core_module_index_known = 1;
@@ -311,7 +393,7 @@ static __always_inline u8 keep(const struct request_record *record)
 /* Forgets a request that the sampler left out. */
 static __always_inline void leave_out(struct attempt_key *attempt_key, u32 count)
 {
-    EACH(i, count, ATTEMPTS_MAX) {
+    EACH(i, count, ATTEMPTS_TAKEN_MAX) {
         attempt_key->index = i;
         attempts.delete(attempt_key);
     }
@@ -336,6 +418,9 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         return 0;
     }
     key.connection = MEMBER(process->request, u64, ngx_http_request_s, connection);
+#if DETAIL_REQUEST
+    struct active_request active = {};
+#else
     struct active_request *found = active_requests.lookup(&key);
     if (!found) {
         count_loss(BEGAN_BEFORE_ATTACH);
@@ -343,6 +428,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     }
     struct active_request active = *found;
     active_requests.delete(&key);
+#endif
 
     if (MEMBER(process->request, u32, ngx_http_request_s, signature) != HTTP_MODULE
         || MEMBER(process->request, u64, ngx_http_request_s, main) != r) {
@@ -353,8 +439,17 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         count_loss(LOST_READ_FAILED);
         return 0;
     }
+    u64 load_address = ctx->ip - SITE_ngx_http_free_request;
     if (!process->core_module_index_known)
-        learn_core_module_index(process, ctx->ip);
+        learn_core_module_index(process, load_address);
+#if DETAIL_REQUEST
+    active.created_ns = monotonic_ns_of_start(process, load_address, now);
+    if (!active.created_ns) {
+        count_loss(LOST_READ_FAILED);
+        return 0;
+    }
+    active.attempts = recall_last_attempt(process, &active.created_ns, now);
+#endif
 
     struct socket_key socket_key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
     struct socket *socket = sockets.lookup(&socket_key);
@@ -421,6 +516,10 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->tls = 0; /* a build without TLS */
 #endif
     record->multiplexed = multiplexed;
+#if DETAIL_REQUEST
+    asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
+    active.attempts_lost = record->upstream_states - (active.attempts && record->upstream_states);
+#endif
     record->attempts_lost = active.attempts_lost > 255 ? 255 : active.attempts_lost;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
     record->requests_seen = active.requests_seen;
@@ -431,7 +530,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     record->attempts = 0;
     u32 attempts_count = active.attempts;
-    EACH(i, attempts_count, ATTEMPTS_MAX) {
+    EACH(i, attempts_count, ATTEMPTS_TAKEN_MAX) {
         attempt_key.index = i;
         if (!take_attempt(process, &attempt_key, told_span_id)) {
             count_loss(LOST_READ_FAILED);
@@ -439,7 +538,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         }
         record->attempts = i + 1;
     }
-    asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
+    asm volatile("" ::: "memory"); /* the same */
     u32 taken = record->attempts;
 
 #if ADOPT_UPSTREAM_CONTEXT
@@ -462,7 +561,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     append_request_strings(process);
     if (trace->has_tracestate)
         append_tracestate(process);
-    EACH(i, taken, ATTEMPTS_MAX) {
+    EACH(i, taken, ATTEMPTS_TAKEN_MAX) {
         attempt_key.index = i;
         append_attempt_strings(process, &attempt_key);
     }

@@ -8,6 +8,7 @@
  *     FOLLOW_ALL    1: every process that hits a probe is traced; 0: only those the agent named, and their children
  *     FOLLOW_FORKS    1: a fork's result is the child's pid as the agent counts; 0: nginx has another pid namespace
  *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the agent's, unless that is the host's
+ *     DETAIL_REQUEST    1: there is one probe, at a request's end, and no tracepoint of system calls
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
  * BCC rewrites only the main text, so maps and handlers stand in .c files that are joined into one.
  */
@@ -51,6 +52,16 @@ struct request_trace {
     u32 reserved;
 };
 
+struct attempt_state {
+    struct upstream_attempt attempt;
+    u64 state;                /* ngx_http_upstream_state_t *; stays readable to the request's end: pools free nothing before */
+    u64 upstream;             /* ngx_http_upstream_srv_conf_t * */
+    u64 request;              /* the subrequest's ngx_http_request_t *, or 0 */
+#if ADOPT_UPSTREAM_CONTEXT
+    struct trace_context told;
+#endif
+};
+
 struct process {
     u64 last_event_ns;        /* the worker's latest system call exit or probe hit: what comes next began no earlier */
     u64 failed_connect_start_ns; /* a connect() that failed at once; nginx closes that socket before the attempt ends */
@@ -71,6 +82,9 @@ struct process {
     struct trace_context told;
     struct request_trace trace;
     u64 found_at;
+#if DETAIL_REQUEST
+    struct attempt_state attempt;
+#endif
     u64 record_bytes;
     u8 record[RECORD_BYTES_MAX];
 };
@@ -124,16 +138,6 @@ struct attempt_key {
     u32 tgid;
     u32 index;
     u64 connection;
-};
-
-struct attempt_state {
-    struct upstream_attempt attempt;
-    u64 state;                /* ngx_http_upstream_state_t *; stays readable to the request's end: pools free nothing before */
-    u64 upstream;             /* ngx_http_upstream_srv_conf_t * */
-    u64 request;              /* the subrequest's ngx_http_request_t *, or 0 */
-#if ADOPT_UPSTREAM_CONTEXT
-    struct trace_context told;
-#endif
 };
 
 BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
