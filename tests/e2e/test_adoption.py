@@ -308,7 +308,7 @@ def test_snippet_for_a_part_of_the_traces(
     prefix.mkdir()
     (port,) = free_ports(1)
     location = f"location / {{ proxy_pass http://{upstream_addresses['ipv4']}; }}"
-    server = f"server {{ listen 127.0.0.1:{port}; access_log logs/all.log json; {location} }}"
+    server = f"server {{ listen 127.0.0.1:{port}; keepalive_requests 1000; {location} }}"
     nginx = NginxServer(prefix, text.replace(every, every.replace("{ default 01; }", rule)) + server)
     nginx.start([("127.0.0.1", port)])
     environment = {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.0625"}
