@@ -3,7 +3,7 @@
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -27,8 +27,13 @@ _POLL_S = 0.02
 # How often to look for nginx processes that have come or gone.
 _SWEEP_S = 1.0
 
-Take = Callable[[bytes, int, Mapping[str, AttributeValue]], None]
-"""Takes a record, Unix time minus monotonic time, and the resource attributes of the nginx it is from."""
+# How many records go to a capture file before it is flushed, at most.
+_WRITTEN_AT_ONCE = 1024
+
+Record = tuple[bytes, int, Mapping[str, AttributeValue]]
+"""A record, Unix time minus monotonic time, and the resource attributes of the nginx it is from."""
+
+Take = Callable[[list[Record]], None]
 
 
 @contextmanager
@@ -49,17 +54,26 @@ def _signals_received() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _trace(settings: Settings, stats: Stats, take: Take, idle: Callable[[], None]) -> None:
-    """Attaches, gives every record to `take` until a signal comes, then detaches and drains."""
+def _in_batches(records: Iterable[Record], size: int, take: Take) -> None:
+    """Gives all records to `take`, also those before an error of the source."""
+    batch: list[Record] = []
+    try:
+        for record in records:
+            batch.append(record)
+            if len(batch) == size:
+                full, batch = batch, []
+                take(full)
+    finally:
+        if batch:
+            take(batch)
+
+
+def _trace(settings: Settings, stats: Stats, take: Take, at_once: int) -> None:
+    """Attaches, gives every record to `take`, so many at once, until a signal comes; then detaches and drains."""
     tracing = Tracing(settings, stats)
 
     def take_all() -> None:
-        taken = False
-        for raw, unix_offset_ns, resource in tracing.records():
-            take(raw, unix_offset_ns, resource)
-            taken = True
-        if taken:
-            idle()
+        _in_batches(tracing.records(), at_once, take)
 
     with _signals_received() as stop:
         try:
@@ -78,12 +92,15 @@ def _trace(settings: Settings, stats: Stats, take: Take, idle: Callable[[], None
 
 
 def _exporting(exporter: "Exporter", stats: Stats) -> Take:
-    def export(raw: bytes, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
-        try:
-            exporter.take(decode(raw), unix_offset_ns, resource)
-        except RecordError as error:
-            stats.lose("lost_damaged_record")
-            _log.warning("a damaged record was left out: %s", error)
+    def export(records: list[Record]) -> None:
+        completed = []
+        for raw, unix_offset_ns, resource in records:
+            try:
+                completed.append((decode(raw), unix_offset_ns, resource))
+            except RecordError as error:
+                stats.lose("lost_damaged_record")
+                _log.warning("a damaged record was left out: %s", error)
+        exporter.take(completed)
 
     return export
 
@@ -95,7 +112,7 @@ def run(settings: Settings, exporter: "Exporter", stats: Stats) -> None:
         UserError: It cannot begin, or nginx's memory contradicts its layout.
         OSError: The exporter's output failed.
     """
-    _trace(settings, stats, _exporting(exporter, stats), idle=lambda: None)
+    _trace(settings, stats, _exporting(exporter, stats), exporter.at_once)
 
 
 def dry_run(settings: Settings) -> None:
@@ -119,11 +136,13 @@ def record(settings: Settings, path: Path, stats: Stats) -> None:
     """
     with CaptureWriter(path, {}) as writer:
 
-        def take(raw: bytes, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
-            writer.append(unix_offset_ns, raw)
-            stats.exported += 1
+        def take(records: list[Record]) -> None:
+            for raw, unix_offset_ns, _ in records:
+                writer.append(unix_offset_ns, raw)
+            writer.flush()
+            stats.exported += len(records)
 
-        _trace(settings, stats, take, writer.flush)
+        _trace(settings, stats, take, _WRITTEN_AT_ONCE)
 
 
 def replay(path: Path, exporter: "Exporter", stats: Stats) -> None:
@@ -133,8 +152,11 @@ def replay(path: Path, exporter: "Exporter", stats: Stats) -> None:
         UserError: Not a capture file of this version.
         CaptureError: Damaged; all before the damage was exported.
     """
-    take = _exporting(exporter, stats)
-    resource: Mapping[str, AttributeValue] = {}  # one object: what shares it shares a message's ResourceSpans
-    for frame in read_capture(path):
-        stats.received += 1
-        take(frame.raw, frame.unix_offset_ns, resource)
+    resource: Mapping[str, AttributeValue] = {}
+
+    def records() -> Iterator[Record]:
+        for frame in read_capture(path):
+            stats.received += 1
+            yield frame.raw, frame.unix_offset_ns, resource
+
+    _in_batches(records(), exporter.at_once, _exporting(exporter, stats))

@@ -160,12 +160,19 @@ class Sketcher(Generic[P]):
         """The SERVER span, then the others by start time. What did not happen, or was not seen, has none."""
         server_id = new_id()
         broken_off = _termination(request)
-        children = [child for child in self._children(request, broken_off, new_id) if child[1] > child[0]]
+        children = []
+        last_end_mono_ns = request.created_mono_ns
+        for child in self._children(request, broken_off, new_id):
+            start_mono_ns, end_mono_ns = child[0], child[1]
+            if end_mono_ns > start_mono_ns:
+                children.append(child)
+                if end_mono_ns > last_end_mono_ns:
+                    last_end_mono_ns = end_mono_ns
         children.sort()
         return [
             (
                 request.first_read_mono_ns or request.created_mono_ns,
-                _server_end_mono_ns(request, broken_off, children),
+                _server_end_mono_ns(request, broken_off, last_end_mono_ns),
                 server_id,
                 self._server_parts(request, broken_off),
             ),
@@ -326,12 +333,12 @@ def _termination(request: Request) -> int:
     return request.rc
 
 
-def _server_end_mono_ns(request: Request, broken_off: int, children: list[Sketch[P]]) -> int:
+def _server_end_mono_ns(request: Request, broken_off: int, last_child_mono_ns: int) -> int:
     """The last response byte, or a child that ends later (a mirror's exchange). Where nothing was written, a tunnel was
     opened, or nginx broke the request off, the request's own end."""
     if request.last_write_mono_ns is None or broken_off or request.status == _SWITCHING_PROTOCOLS:
         return request.ended_mono_ns
-    return max(request.last_write_mono_ns, request.created_mono_ns, *[child[1] for child in children])
+    return max(request.last_write_mono_ns, last_child_mono_ns)
 
 
 def _exchange_id(attempts: tuple[Attempt, ...], number: int) -> int | None:

@@ -201,7 +201,7 @@ class Tracing:
             if not wrong:
                 for raw in traced.attachment.records():
                     self._stats.received += 1
-                    wrong = self._verify(traced, raw, unix_offset_ns)
+                    wrong = self._verify(traced, raw, unix_offset_ns) if traced.unverified else ""
                     if wrong:
                         self._stats.lose("lost_layout_mismatch")
                         break
@@ -246,9 +246,7 @@ class Tracing:
         return ""
 
     def _verify(self, traced: _TracedBinary, raw: bytes, unix_offset_ns: int) -> str:
-        """What contradicts the layout, in words; only the first requests of a binary are looked at."""
-        if not traced.unverified:
-            return ""
+        """What contradicts the layout, in words. Only the first requests of a binary are looked at."""
         traced.unverified -= 1
         try:
             return ", ".join(contradictions(decode(raw), unix_offset_ns))

@@ -18,16 +18,20 @@ if TYPE_CHECKING:
     from otel_nginx_ebpf.export.otlp import OtlpExporter
 
 
+Completed = tuple[Request, int, Mapping[str, AttributeValue]]
+"""A request, Unix time minus monotonic time for it, and the resource attributes of its nginx."""
+
+
 class Exporter(Protocol):
     """Takes completed requests. Called from one thread."""
 
-    def take(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
-        """Takes one request, Unix time minus monotonic time for it, and the resource attributes of its nginx.
+    at_once: int
+    """How many requests it likes to be given at once."""
 
-        Returns at once, but for the time that writing a line to stdout takes.
+    def take(self, completed: Sequence[Completed]) -> None:
+        """Returns at once, but for the time that writing lines to stdout takes.
 
         Raises:
-            RecordError: The request cannot be: it is of a time after the year 2500.
             BrokenPipeError: The reader of the output is gone.
             UserError: The output cannot be written.
         """
@@ -47,15 +51,19 @@ class TraceExporter(Protocol):
 class _Readable:
     """Builds traces to be read, and gives each to every one of several exporters."""
 
+    at_once = 1
+    """So that nothing is under way when the reader of stdout goes."""
+
     def __init__(self, exporters: Sequence[TraceExporter], *, query: bool) -> None:
         self._exporters = exporters
         self._ids = RandomIds()
         self._query = query
 
-    def take(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
-        trace = build_trace(request, unix_offset_ns, self._ids, query=self._query, resource=resource)
-        for exporter in self._exporters:
-            exporter.export(trace)
+    def take(self, completed: Sequence[Completed]) -> None:
+        for request, unix_offset_ns, resource in completed:
+            trace = build_trace(request, unix_offset_ns, self._ids, query=self._query, resource=resource)
+            for exporter in self._exporters:
+                exporter.export(trace)
 
     def shutdown(self, timeout_s: float) -> None:
         for exporter in self._exporters:

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from opentelemetry.sdk.resources import Resource
@@ -19,7 +19,7 @@ from otel_nginx_ebpf.export.otlp_sender import Answer, Sender
 from otel_nginx_ebpf.export.queue_dir import QueueDir, Stored
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.printable import printable
-from otel_nginx_ebpf.record import Request
+from otel_nginx_ebpf.record import RecordError, Request
 from otel_nginx_ebpf.spans import RandomIds
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import AttributeValue, Trace
@@ -73,6 +73,9 @@ class OtlpExporter:
     messages wait there while the collector takes none, and what is left at the end waits for the next run.
     """
 
+    at_once = 64
+    """Decoding some and then encoding them is a fifth faster than each in turn: the processor's caches are small."""
+
     def __init__(
         self,
         sender: Sender,
@@ -102,7 +105,7 @@ class OtlpExporter:
         self._lock = threading.Lock()
         """Guards all below."""
         self._changed = threading.Condition(self._lock)
-        self._open: dict[int, tuple[Mapping[str, AttributeValue], list[bytes]]] = {}
+        self._open: dict[int, tuple[Mapping[str, AttributeValue], bytearray]] = {}
         """The message that is being filled: encoded spans by the identity of their nginx's attributes, 0: no such."""
         self._open_size = _Size()
         self._queue: deque[_Message] = deque()
@@ -121,9 +124,15 @@ class OtlpExporter:
         for thread in self._threads:
             thread.start()
 
-    def take(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue]) -> None:
-        encoded, spans = self._encoder.encode(request, unix_offset_ns)
-        self._add(resource, encoded, spans)
+    def take(self, completed: Sequence[tuple[Request, int, Mapping[str, AttributeValue]]]) -> None:
+        for request, unix_offset_ns, resource in completed:
+            try:
+                encoded, spans = self._encoder.encode(request, unix_offset_ns)
+            except RecordError as error:
+                self._stats.lose("lost_damaged_record")
+                logger.warning("a damaged record was left out: %s", error)
+            else:
+                self._add(resource, encoded, spans)
 
     def export(self, trace: Trace) -> None:
         """Takes a trace that was built to be read."""
@@ -133,7 +142,9 @@ class OtlpExporter:
         size = len(encoded)
         with self._lock:
             held = self._held
-            if not self._has_room(spans, size) and not self._wait_for(spans, size):
+            if (held.bytes + size > self._queue_bytes or held.spans + spans > self._queue_spans) and not self._wait_for(
+                spans, size
+            ):
                 self._stats.lose("lost_queue_full")
                 return
             filling = self._open_size
@@ -145,8 +156,8 @@ class OtlpExporter:
             instance = id(resource) if resource else 0
             encoded_of = self._open.get(instance)
             if encoded_of is None:
-                encoded_of = self._open[instance] = resource, []
-            encoded_of[1].append(encoded)
+                encoded_of = self._open[instance] = resource, bytearray()
+            encoded_of[1].extend(encoded)
             filling.traces += 1
             filling.spans += spans
             filling.bytes += size
@@ -174,7 +185,7 @@ class OtlpExporter:
         if not self._open_size.traces:
             return
         data = b"".join(
-            encode_resource_spans(self._resources.of(resource), spans) for resource, spans in self._open.values()
+            encode_resource_spans(self._resources.of(resource), [spans]) for resource, spans in self._open.values()
         )
         self._queue.append(_Message(self._open_size, data))
         self._open = {}
@@ -285,8 +296,8 @@ class OtlpExporter:
                 self._changed.notify_all()
 
     def _spill(self) -> None:
-        """Another thread's work: messages go to disk while the collector does not answer, and when half of the room in
-        memory is taken."""
+        """Another thread's work: messages go to disk while the collector does not answer, and when a quarter of the
+        room in memory is taken."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._abandoned or self._to_spill())
@@ -299,7 +310,7 @@ class OtlpExporter:
 
     def _to_spill(self) -> _Message | None:
         """The oldest message that is in memory and should be on disk."""
-        if not self._failing and self._held.bytes <= self._queue_bytes // 2:
+        if not self._failing and self._held.bytes <= self._queue_bytes // 4:
             return None
         return next((message for message in self._queue if message.data is not None), None)
 

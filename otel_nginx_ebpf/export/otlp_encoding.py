@@ -22,10 +22,11 @@ _VARINT, _LENGTH = 0, 2
 _TIMES = struct.Struct("<2s8sBQBQ")
 _SPAN_ID = bytes([2 << 3 | _LENGTH, 8])
 _START, _END = 7 << 3 | 1, 8 << 3 | 1
-_FLAGS = struct.Struct("<BBI")
-
-# SpanFlags: whether the parent is remote is known; it is.
-_HAS_IS_REMOTE, _IS_REMOTE = 0x100, 0x200
+_TRACE_ID = bytes([1 << 3 | _LENGTH, 16])
+_PARENT_ID = bytes([4 << 3 | _LENGTH, 8])
+# Field 16, SpanFlags: whether the parent is remote is known (0x100); it is (0x200).
+_LOCAL_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x100)
+_REMOTE_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x300)
 
 _KINDS = {SpanKind.INTERNAL: 1, SpanKind.SERVER: 2, SpanKind.CLIENT: 3}
 _STATUS_ERROR = 2
@@ -92,6 +93,7 @@ _VARINTS = [_varint(value) for value in range(1 << 14)]
 _LOW_VARINTS = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(1 << 14)]
 _SPAN = bytes([2 << 3 | _LENGTH])
 _SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS]
+_SPAN_HEADERS_COUNT = len(_SPAN_HEADERS)
 _KEPT_NUMBERS = 4096
 
 
@@ -137,33 +139,35 @@ class Encoder:
             RecordError: A time of the request is not one of the next 500 years.
         """
         sketches = self._sketch(request, self._new_id)
-        trace = b"\x0a\x10" + request.trace_id.to_bytes(16, "big")
+        trace = _TRACE_ID + request.trace_id.to_bytes(16, "big")
         if request.trace_state is not None:
             trace += _text(3, canonical(request.trace_state))
-        server_id = sketches[0][2]
         common = trace + _parent(request.parent_span_id, remote=True)
         encoded: list[bytes] = []
         try:
             for start_mono_ns, end_mono_ns, span_id, parts in sketches:
+                own_id = span_id.to_bytes(8, "big")
                 times = _TIMES.pack(
                     _SPAN_ID,
-                    span_id.to_bytes(8, "big"),
+                    own_id,
                     _START,
                     start_mono_ns + unix_offset_ns,
                     _END,
                     end_mono_ns + unix_offset_ns,
                 )
                 span = b"".join((common, times, *parts))
-                encoded += (_span_header(len(span)), span)
-                if span_id == server_id:
-                    common = trace + _parent(server_id, remote=False)
+                length = len(span)
+                header = _SPAN_HEADERS[length] if length < _SPAN_HEADERS_COUNT else _SPAN + _varint(length)
+                if not encoded:  # The first is the parent of the others.
+                    common = trace + _PARENT_ID + own_id + _LOCAL_PARENT
+                encoded += (header, span)
         except struct.error as error:
             raise RecordError("a time is out of range") from error
         return b"".join(encoded), len(sketches)
 
     def encode_trace(self, trace: Trace) -> bytes:
         """The spans of a readable trace."""
-        trace_fields = b"\x0a\x10" + trace.trace_id.to_bytes(16, "big") + _text(3, trace.trace_state)
+        trace_fields = _TRACE_ID + trace.trace_id.to_bytes(16, "big") + _text(3, trace.trace_state)
         return b"".join(
             _field(
                 2,
@@ -178,22 +182,17 @@ class Encoder:
         )
 
 
-def _span_header(length: int) -> bytes:
-    return _SPAN_HEADERS[length] if length < len(_SPAN_HEADERS) else _SPAN + _varint(length)
-
-
 def _parent(span_id: int | None, *, remote: bool) -> bytes:
     """parent_span_id and flags, as the SDK sets them."""
     if span_id is None:
-        return _FLAGS.pack(0x85, 0x01, _HAS_IS_REMOTE)
-    flags = _HAS_IS_REMOTE | _IS_REMOTE if remote else _HAS_IS_REMOTE
-    return b"\x22\x08" + span_id.to_bytes(8, "big") + _FLAGS.pack(0x85, 0x01, flags)
+        return _LOCAL_PARENT
+    return _PARENT_ID + span_id.to_bytes(8, "big") + (_REMOTE_PARENT if remote else _LOCAL_PARENT)
 
 
 _SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__))
 
 
-def encode_resource_spans(resource: Resource, spans: Iterable[bytes]) -> bytes:
+def encode_resource_spans(resource: Resource, spans: Iterable[bytes | bytearray]) -> bytes:
     """A ResourceSpans, as a field of ExportTraceServiceRequest, of spans that `Encoder` encoded."""
     scope_spans = _field(2, b"".join((_SCOPE, *spans)))
     return _field(1, _field(1, _attributes(1, resource.attributes)) + scope_spans + _text(3, resource.schema_url))
