@@ -47,6 +47,7 @@ extensions:
   jaeger_storage: { backends: { memory: { memory: { max_traces: 1000 } } } }
   jaeger_query:
     storage: { traces: memory }
+    enable_tracing: false  # of itself, to a fixed port
     http: { endpoint: "127.0.0.1:%(jaeger)d" }
     grpc: { endpoint: "127.0.0.1:%(jaeger_grpc)d" }
 receivers:
