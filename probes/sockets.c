@@ -31,20 +31,16 @@ static __always_inline void opened(struct socket_key *key, u64 now, u8 client)
 
 /* An upstream connection was found connected (or not): ngx_http_upstream_test_connect, called before a request is sent on
  * a new connection, after its TLS handshake, and before each request on a kept-alive one. */
-static __always_inline void connect_tested(struct socket_key *key, struct pt_regs *regs, u64 now)
+static __always_inline void connect_tested(struct socket_key *key, const struct syscall_entry *entry, u64 now)
 {
-    u64 level = 0, option = 0, value_address = 0;
     s32 error = 0;
 
-    bpf_probe_read_kernel(&level, sizeof(level), SYSCALL_ARGUMENT2(regs));
-    bpf_probe_read_kernel(&option, sizeof(option), SYSCALL_ARGUMENT3(regs));
-    if (level != SOL_SOCKET || option != SO_ERROR)
+    if (entry->argument2 != SOL_SOCKET || entry->argument3 != SO_ERROR)
         return;
     struct socket *socket = find_or_add_socket(key);
     if (!socket || socket->client)
         return;
-    bpf_probe_read_kernel(&value_address, sizeof(value_address), SYSCALL_ARGUMENT4(regs));
-    if (bpf_probe_read_user(&error, sizeof(error), (void *)value_address) != 0)
+    if (bpf_probe_read_user(&error, sizeof(error), (void *)entry->argument4) != 0)
         return;
     if (error) {
         socket->connect_failed_ns = now;
@@ -162,13 +158,10 @@ RAW_TRACEPOINT_PROBE(sys_exit)
     u64 data = 0;
 
     switch (entry.number) {
-    case SYS_recvfrom: {
-        u64 flags = 0;
-        bpf_probe_read_kernel(&flags, sizeof(flags), SYSCALL_ARGUMENT4(regs));
-        if (flags & MSG_PEEK)
+    case SYS_recvfrom:
+        if (entry.argument4 & MSG_PEEK)
             return 0;
-        bpf_probe_read_kernel(&data, sizeof(data), SYSCALL_ARGUMENT2(regs));
-    }
+        data = entry.argument2;
     /* fall through */
     case SYS_read:
     case SYS_readv:
@@ -199,7 +192,7 @@ RAW_TRACEPOINT_PROBE(sys_exit)
         connected_at_once(process, &key, result, now);
         break;
     case SYS_getsockopt:
-        connect_tested(&key, regs, now);
+        connect_tested(&key, &entry, now);
         break;
     case SYS_close:
         sockets.delete(&key);

@@ -18,14 +18,16 @@
 #define SYS_fork 57
 #define SYS_accept4 288
 
-/* rdi and orig_rax are neighbours in pt_regs: one read fetches both. */
+/* The end of pt_regs from r10 on: number and arguments of a system call in one read. */
 struct syscall_entry {
+    unsigned long argument4;  /* r10 */
+    unsigned long argument6;
+    unsigned long argument5;
+    unsigned long result;
+    unsigned long cx;
+    unsigned long argument3;
+    unsigned long argument2;
     unsigned long argument1;
-    unsigned long number;
+    unsigned long number;     /* orig_rax */
 };
-#define SYSCALL_ENTRY(regs) (&(regs)->di)
-
-/* The remaining arguments, in order: rsi, rdx, r10. */
-#define SYSCALL_ARGUMENT2(regs) (&(regs)->si)
-#define SYSCALL_ARGUMENT3(regs) (&(regs)->dx)
-#define SYSCALL_ARGUMENT4(regs) (&(regs)->r10)
+#define SYSCALL_ENTRY(regs) (&(regs)->r10)
