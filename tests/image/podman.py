@@ -1,4 +1,4 @@
-"""Containers of the images that image/build has built, on the host's network."""
+"""Containers of the images that image/build has built."""
 
 import subprocess
 import uuid
@@ -11,7 +11,7 @@ from e2e.nginx_server import wait_until
 _BUILD = Path(__file__).parents[2] / "image" / "build"
 # What podman would ask of systemd, which need not run here.
 _GLOBAL = ("--cgroup-manager=cgroupfs", "--runtime=runc", "--events-backend=file")
-_RUN = ("--network=host", "--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096")
+_RUN = ("--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096")
 
 
 def build() -> "Podman":
@@ -34,10 +34,12 @@ class Podman:
 class Container:
     """A container that runs until the end of the `with` statement."""
 
-    def __init__(self, podman: Podman, image: str, *command: str, options: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self, podman: Podman, image: str, *command: str, options: Sequence[str] = (), network: str = "host"
+    ) -> None:
         self._podman = podman
         self.name = f"test-{uuid.uuid4().hex[:12]}"
-        podman.run("run", "--detach", "--name", self.name, *_RUN, *options, image, *command)
+        podman.run("run", "--detach", "--name", self.name, f"--network={network}", *_RUN, *options, image, *command)
 
     def __enter__(self) -> Self:
         return self
@@ -58,6 +60,9 @@ class Container:
 
     def exec(self, *command: str) -> str:
         return self._podman.run("exec", self.name, *command).stdout
+
+    def succeeds(self, *command: str) -> bool:
+        return self._podman.run("exec", self.name, *command, check=False).returncode == 0
 
     def is_healthy(self) -> bool:
         """By the check that the image declares."""

@@ -1,9 +1,7 @@
 """The image as a sidecar: nginx in one container, the program in another that shares its pid namespace."""
 
 import json
-import os
 import re
-import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from collector.process import CollectorProcess, collected, official
 from e2e.agent_process import Trace
 from e2e.nginx_server import free_ports, wait_until
 
-from image.podman import Container, Podman, build
+from image.podman import Container, Podman
 from otel_nginx_ebpf import __version__
 
 _NGINX = """
@@ -38,14 +36,6 @@ _PYTHON = "/opt/otel-nginx-ebpf/bin/python"
 
 
 @pytest.fixture(scope="module")
-def podman() -> Podman:
-    needed = ("buildah", "debootstrap", "podman", "runc")
-    if os.geteuid() != 0 or not all(map(shutil.which, needed)):
-        pytest.skip(f"needs root and {', '.join(needed)}; run it with `sudo make test`")
-    return build()
-
-
-@pytest.fixture(scope="module")
 def ports() -> dict[str, int]:
     names = ("FRONT", "BACK", "OTLP")
     return dict(zip(names, free_ports(len(names)), strict=True))
@@ -55,7 +45,7 @@ def ports() -> dict[str, int]:
 def nginx(podman: Podman, ports: dict[str, int], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
     config = tmp_path_factory.mktemp("nginx") / "nginx.conf"
     config.write_text(_filled(_NGINX, ports))
-    with Container(podman, "nginx", options=["--volume", f"{config}:/etc/nginx/nginx.conf:ro"]) as container:
+    with Container(podman, "nginx", options=[f"--volume={config}:/etc/nginx/nginx.conf:ro"]) as container:
         wait_until(lambda: _answers(ports["FRONT"]), "nginx in its container")
         yield container
 
