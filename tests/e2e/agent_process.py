@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e2e.nginx_server import wait_until
+from e2e.nginx_server import PATIENCE, wait_until
 
 EMPTY: Mapping[str, str] = {}
 PROGRAM = Path(sys.executable).with_name("otel-nginx-ebpf")
@@ -136,7 +136,7 @@ class AgentProcess:
         self._process.send_signal(number)
         started = time.monotonic()
         try:
-            code = self._process.wait(30)
+            code = self._process.wait(30 * PATIENCE)
         except subprocess.TimeoutExpired:
             self.kill()
             raise

@@ -22,6 +22,8 @@ class Http2Request:
 class Http2Response:
     status: int = 0
     body_bytes: int = 0
+    body: bytes = b""
+    """Its first megabyte."""
     reset: bool = False
     ended: bool = False
     headers: dict[str, str] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class Http2Connection:
             response.status = int(response.headers[":status"])
         elif isinstance(event, h2.events.DataReceived):
             response.body_bytes += len(event.data)
+            response.body += event.data[: (1 << 20) - len(response.body)]
             self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
         elif isinstance(event, h2.events.StreamEnded):
             response.ended = True

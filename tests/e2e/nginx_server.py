@@ -19,6 +19,9 @@ BUILD = os.environ.get("OTEL_NGINX_EBPF_TEST_NGINX")
 NGINX = Path(BUILD, "nginx") if BUILD else Path("/usr/sbin/nginx")
 START = Path(BUILD, "start") if BUILD else NGINX
 
+PATIENCE = float(os.environ.get("OTEL_NGINX_EBPF_TEST_PATIENCE", "1"))
+"""How many times longer everything may take than on a real machine: an emulated one (tests/vm) needs it."""
+
 # Every variable is logged as a JSON string; empty means that nginx has no value.
 LOG_VARIABLES = """
     msec request_time status bytes_sent request_length connection connection_requests pid
@@ -44,8 +47,8 @@ def nginx_build(start: Path = START) -> str:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
-    """Polls `condition` until it holds. Raises TimeoutError naming `what` after `seconds`."""
-    deadline = time.monotonic() + seconds
+    """Polls `condition` until it holds. Raises TimeoutError naming `what` after `seconds`, times PATIENCE."""
+    deadline = time.monotonic() + seconds * PATIENCE
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {seconds} s for {what}")
@@ -186,12 +189,12 @@ http {{
     def stop(self) -> None:
         self._process.terminate()
         try:
-            self._process.wait(10)
+            self._process.wait(10 * PATIENCE)
         except subprocess.TimeoutExpired:
             for pid in self.worker_pids():
                 os.kill(pid, signal.SIGKILL)
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(10 * PATIENCE)
             raise
 
     def problems(self) -> list[str]:

@@ -15,16 +15,16 @@ from math import inf
 from statistics import median
 
 from e2e.agent_process import Span, Trace
-from e2e.nginx_server import LogLine
+from e2e.nginx_server import PATIENCE, LogLine
 from e2e.oracle import LoggedAttempt, TracedAttempt, pair_attempts, traced_attempts
 
 EARLY_MAX_MS = 2.0
 """How far a true time may lie before nginx's: both ends of a difference are cut to a millisecond."""
-LAG_MAX_MS = 50.0
+LAG_MAX_MS = 50.0 * PATIENCE
 """Beyond the pauses that the kernel counted: for those that only the machine's hypervisor knows of."""
 LONG_TURN_MS = 1000.0
 """For responses so large that writing all that the client takes at once makes a single long turn."""
-MEDIAN_MAX_MS = 3.0
+MEDIAN_MAX_MS = 3.0 * PATIENCE
 MEDIAN_SAMPLES_MIN = 5
 """Below this one unlucky turn decides the median, and LAG_MAX_MS alone applies."""
 
