@@ -16,7 +16,7 @@ PACKAGES += buildah debootstrap netavark podman runc
 .DEFAULT_GOAL := help
 BENCH ?= all
 
-.PHONY: help setup demo test image matrix bench counts check clean
+.PHONY: help setup demo test image matrix vm bench counts check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,10 @@ bench: setup ## what tracing costs, as tables and in bench.json; parts and optio
 
 counts: BENCH := counts
 counts: bench ## the part of it that does not depend on the machine's load: instructions
+
+vm: setup ## scenarios and --propagate under other kernels, in qemu: KERNEL=5.10, 6.1, 6.12 or newest; by default all
+	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86
+	@PYTHONPATH=tests $(BIN)/python -m vm.table $(KERNEL)
 
 check: setup ## format, lint, types, layers and unit tests; needs no root once set up
 	$(BIN)/ruff format --check .

@@ -1,0 +1,101 @@
+"""`make vm`: the program under other kernels, as one table: whether it attaches, scenarios, and --propagate's write.
+
+Exits with 1 when a scenario fails or a kernel does not come to the end.
+"""
+
+import argparse
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from matrix.builds import BuildError
+from matrix.run import Result, result_of
+
+from vm.images import CACHE, KERNELS, kernel
+from vm.machine import RESULTS, MachineError, run
+
+# An emulated machine takes a minute for each nginx that is traced anew, so these: upstreams, HTTP/2, subrequests, TLS.
+SCENARIOS = ["test_proxied", "test_http2", "test_subrequests", "test_tls"]
+PROPAGATION = "tests/vm/test_propagation.py"
+PATIENCE = 20
+GUEST_S = 3600.0
+
+# The program says whether it may write; nginx here is Debian's own.
+GUEST = """\
+mkdir -p {results}/prefix && cd {results}/prefix && echo 'pid nginx.pid; events {{}}' >nginx.conf
+nginx -p . -c nginx.conf -e error.log && cd - >/dev/null
+.venv/bin/otel-nginx-ebpf run --propagate --dry-run 2>&1 | tee {results}/dry-run
+nginx -p {results}/prefix -c nginx.conf -e error.log -s quit
+export OTEL_NGINX_EBPF_TEST_PATIENCE={patience}
+.venv/bin/python -m pytest -q -p no:cacheprovider --color=no --junitxml={results}/report.xml {selection}
+true
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel came to. `problem` stands for all that did not run."""
+
+    release: str
+    dry_run: str = ""
+    results: tuple[Result, ...] = ()
+    problem: str = ""
+
+    @property
+    def good(self) -> bool:
+        return not self.problem and all(each.outcome != "failed" for each in self.results)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        counts = Counter(each.outcome for each in self.results)
+        ready = next((line for line in self.dry_run.splitlines() if line.startswith("ready")), "")
+        writes = "no" if "--propagate does nothing" in self.dry_run else "yes"
+        notes = [f"{each.scenario}: {each.outcome}, {each.reason}" for each in self.results if each.outcome != "passed"]
+        return (
+            self.release,
+            "yes" if ready else "**no**",
+            f"{counts['passed']} of {counts.total()}",
+            writes if ready else "",
+            "; ".join([self.problem, *notes] if self.problem else notes),
+        )
+
+
+def try_kernel(name: str, selection: Sequence[str]) -> Row:
+    directory = CACHE / f"results-{name}"
+    (directory / "report.xml").unlink(missing_ok=True)
+    script = GUEST.format(results=RESULTS, patience=PATIENCE, selection=shlex.join(selection))
+    release = name
+    try:
+        release = kernel(name).release
+        run(name, ["bash", "-c", script], directory, GUEST_S)
+        results = tuple(result_of(case) for case in ElementTree.parse(directory / "report.xml").iter("testcase"))
+    except (BuildError, MachineError, OSError) as error:
+        return Row(release, problem=str(error))
+    return Row(release, (directory / "dry-run").read_text(), results)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make vm", description=__doc__)
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)}; by default all")
+    parser.add_argument("--tests", nargs="+", metavar="PATH", type=Path, help="pytest's selection instead of our own")
+    arguments = parser.parse_args()
+    names = arguments.kernels or list(KERNELS)
+    if unknown := set(names) - set(KERNELS):
+        parser.error(f"no kernel is called {', '.join(sorted(unknown))}")
+    selection = [str(path) for path in arguments.tests or []]
+    selection = selection or [*(f"tests/e2e/{module}.py" for module in SCENARIOS), PROPAGATION]
+    rows = [try_kernel(name, selection) for name in names]
+    print(
+        "\n| kernel | attached | scenarios passed | `bpf_probe_write_user` | notes |\n| --- | --- | ---: | --- | --- |"
+    )
+    for row in rows:
+        print(f"| {' | '.join(row.cells)} |")
+    return 0 if all(row.good for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
