@@ -27,6 +27,9 @@ _POLL_S = 0.02
 # How often to look for nginx processes that have come or gone.
 _SWEEP_S = 1.0
 
+# How often to say what was lost.
+_REPORT_S = 60.0
+
 # How many records go to a capture file before it is flushed, at most.
 _WRITTEN_AT_ONCE = 1024
 
@@ -68,6 +71,16 @@ def _in_batches(records: Iterable[Record], size: int, take: Take) -> None:
             take(batch)
 
 
+def _tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
+    """Logs what was lost since `told`, by cause. Returns what is told of now."""
+    lost = stats.losses()
+    new = {cause: count - told.get(cause, 0) for cause, count in sorted(lost.items()) if cause.startswith("lost_")}
+    if any(new.values()):
+        causes = ", ".join(f"{cause} {count}" for cause, count in new.items() if count)
+        _log.warning("traces lost in the last minute: %s", causes)
+    return lost
+
+
 def _trace(settings: Settings, stats: Stats, take: Take, at_once: int) -> None:
     """Attaches, gives every record to `take`, so many at once, until a signal comes; then detaches and drains."""
     tracing = Tracing(settings, stats)
@@ -79,12 +92,17 @@ def _trace(settings: Settings, stats: Stats, take: Take, at_once: int) -> None:
         try:
             tracing.begin()
             next_sweep_s = time.monotonic() + _SWEEP_S
+            next_report_s, told = time.monotonic() + _REPORT_S, stats.losses()
             while not stop:
                 time.sleep(_POLL_S)
                 take_all()
-                if time.monotonic() >= next_sweep_s:
+                now_s = time.monotonic()
+                if now_s >= next_sweep_s:
                     tracing.sweep()
-                    next_sweep_s = time.monotonic() + _SWEEP_S
+                    next_sweep_s = now_s + _SWEEP_S
+                if now_s >= next_report_s:
+                    told = _tell_losses(stats, told)
+                    next_report_s = now_s + _REPORT_S
             tracing.detach()
             take_all()
         finally:

@@ -101,6 +101,8 @@ QueueDirMib = Annotated[str | None, _option("queue_dir_mib", "MIB")]
 BatchSize = Annotated[str | None, _option("batch_size", "SPANS")]
 BatchDelay = Annotated[str | None, _option("batch_delay_ms", "MS")]
 OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
+Metrics = Annotated[bool | None, _option("metrics", None, "--metrics")]
+MetricsListen = Annotated[str | None, _option("metrics_listen", "ADDRESS")]
 GraceSeconds = Annotated[str | None, _option("grace_seconds", "S")]
 
 
@@ -155,6 +157,8 @@ def run(
     batch_delay_ms: BatchDelay = None,
     otlp_protocol: OtlpProtocol = None,
     grace_seconds: GraceSeconds = None,
+    metrics: Metrics = None,
+    metrics_listen: MetricsListen = None,
     config_file: ConfigFile = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compile, load, attach, say ready, detach; send nothing.")

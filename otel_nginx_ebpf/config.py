@@ -210,6 +210,16 @@ class Source(BaseSettings):
         description="How long in seconds to keep delivering what is queued after the end was asked for.",
         examples=["seconds, 0 to 3600"],
     )
+    metrics: bool = Field(
+        False,
+        description="Send the collector metrics about this program itself, too.",
+        examples=["true or false"],
+    )
+    metrics_listen: Annotated[str | None, Field(pattern=r"^[^:]+:[0-9]{1,5}$|^\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}$")] = Field(
+        None,
+        description="Offer metrics about this program itself to Prometheus at this address.",
+        examples=["an address and a port, as in 127.0.0.1:9464 or [::1]:9464"],
+    )
     sdk_disabled: bool = Field(
         False,
         validation_alias="OTEL_SDK_DISABLED",

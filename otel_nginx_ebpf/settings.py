@@ -48,4 +48,6 @@ class Settings:
     batch_delay_ms: int
     otlp_protocol: OtlpProtocol
     grace_seconds: float
+    metrics: bool
+    metrics_listen: str | None
     sdk_disabled: bool

@@ -1,5 +1,8 @@
 """What was seen, what was exported and every loss by its cause."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from otel_nginx_ebpf.record import c_enum
 
 LOSS_CAUSES: tuple[str, ...] = tuple(
@@ -8,8 +11,22 @@ LOSS_CAUSES: tuple[str, ...] = tuple(
 """Names of the kernel's loss counters, in the order of their index."""
 
 
+@dataclass(slots=True)
+class Size:
+    """Of a message to the collector, or of several."""
+
+    traces: int = 0
+    spans: int = 0
+    bytes: int = 0
+
+    def remove(self, other: "Size") -> None:
+        self.traces -= other.traces
+        self.spans -= other.spans
+        self.bytes -= other.bytes
+
+
 class Stats:
-    """Counters of one run. Traces, except `*_spans` and the `partial_*` causes."""
+    """Counters of one run. Traces, except the `partial_*` causes. One thread writes each; any may read."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -18,10 +35,25 @@ class Stats:
         self.kept = 0
         """Left in the queue directory for the next run."""
         self.lost: dict[str, int] = {}
-        """By cause, user space's own and the kernel's."""
+        """By cause, user space's own and the kernel's; the latter come when what they are of is let go."""
+        self.lost_in_kernel: dict[str, int] = {}
+        """The kernel's counters of what is attached, as they were at the last sweep."""
+        self.ring_buffer_fill = 0.0
+        """The fullest ring buffer before it was last read, 0 to 1."""
+        self.queued = Size()
+        """What waits for the collector in memory."""
+        self.stored_bytes = 0
+        """What waits on disk."""
+        self.sent: Callable[[float], None] = lambda seconds: None
+        """Called with the time that each message to the collector took."""
 
     def lose(self, cause: str, count: int = 1) -> None:
         self.lost[cause] = self.lost.get(cause, 0) + count
+
+    def losses(self) -> dict[str, int]:
+        """By cause, the kernel's of what is attached included."""
+        lost, in_kernel = self.lost.copy(), self.lost_in_kernel
+        return lost | {cause: lost.get(cause, 0) + count for cause, count in in_kernel.items()}
 
     def summary(self) -> str:
         """One line: `received 10, exported 9, lost 1 (queue_full 1)`."""

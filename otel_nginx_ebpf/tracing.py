@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -103,6 +104,8 @@ class Tracing:
         self._silent: dict[FileIdentity, frozenset[str]] = {}
         self._attaching: dict[FileIdentity, Future[_TracedBinary]] = {}
         self._reattach: set[FileIdentity] = set()
+        self._fullest = 0.0
+        """Ring buffer since the last sweep, 0 to 1."""
         self._attacher = ThreadPoolExecutor(1, thread_name_prefix="attach")
 
     def begin(self) -> None:
@@ -172,6 +175,15 @@ class Tracing:
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("%s has ended", traced.target)
                 self._retire(identity)
+        self._note_counters()
+
+    def _note_counters(self) -> None:
+        """For whoever asks while probes are live."""
+        lost: Counter[str] = Counter()
+        for traced in [*self._traced.values(), *self._retired]:
+            lost.update(traced.attachment.losses())
+        self._stats.lost_in_kernel = lost
+        self._stats.ring_buffer_fill, self._fullest = self._fullest, 0.0
 
     def _find_new_workers(self) -> None:
         """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
@@ -197,6 +209,7 @@ class Tracing:
         """
         for traced in [*self._traced.values(), *self._retired]:
             unix_offset_ns = self._clock.unix_offset_ns()
+            self._fullest = max(self._fullest, traced.attachment.ring_buffer_fill())
             wrong = self._layout_mismatch(traced)
             if not wrong:
                 for raw in traced.attachment.records():
@@ -219,6 +232,7 @@ class Tracing:
         else:
             del self._traced[identity]
         self._give_back(traced)
+        self._note_counters()
         self._refuse(
             identity,
             f"{traced.target} does not look in memory as its layout ({traced.target.layout_source}) says: {wrong}; "
@@ -268,6 +282,7 @@ class Tracing:
             self._give_back(traced)
         self._traced.clear()
         self._retired.clear()
+        self._note_counters()
 
     def _retire(self, identity: FileIdentity) -> None:
         """Detaches from a binary; its ring buffer is read until the next sweep."""

@@ -15,6 +15,7 @@ from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace import AttributeValue, Trace
 
 if TYPE_CHECKING:
+    from otel_nginx_ebpf.export.metrics import Metrics
     from otel_nginx_ebpf.export.otlp import OtlpExporter
 
 
@@ -70,6 +71,20 @@ class _Readable:
             exporter.shutdown(timeout_s)
 
 
+class _Measured:
+    """Tells of itself until it has nothing more to deliver."""
+
+    def __init__(self, exporter: Exporter, metrics: "Metrics") -> None:
+        self._exporter = exporter
+        self._metrics = metrics
+        self.at_once = exporter.at_once
+        self.take = exporter.take
+
+    def shutdown(self, timeout_s: float) -> None:
+        self._exporter.shutdown(timeout_s)
+        self._metrics.shutdown()
+
+
 def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_for_room: bool = False) -> Exporter:
     """The exporter, or exporters, that `settings` ask for; with `wait_for_room` they rather block than drop.
 
@@ -93,12 +108,19 @@ def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_
     counting = "otlp" if "otlp" in names else names[0]
     uncounted = Stats()
     uncounted.lost = stats.lost
+    exporter: Exporter
     if names == ["otlp"]:  # No trace need be built that nobody reads.
-        return _make_otlp(settings, stats, resource, wait_for_room)
-    return _Readable(
-        [_make(name, settings, stats if name == counting else uncounted, resource, wait_for_room) for name in names],
-        query=settings.query,
-    )
+        exporter = _make_otlp(settings, stats, resource, wait_for_room)
+    else:
+        each = [
+            _make(name, settings, stats if name == counting else uncounted, resource, wait_for_room) for name in names
+        ]
+        exporter = _Readable(each, query=settings.query)
+    if settings.metrics or settings.metrics_listen:
+        from otel_nginx_ebpf.export.metrics import Metrics
+
+        return _Measured(exporter, Metrics(settings, stats))
+    return exporter
 
 
 # Imported where chosen, which spares the others their time and memory.

@@ -21,7 +21,7 @@ from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.record import RecordError, Request
 from otel_nginx_ebpf.spans import RandomIds
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.stats import Size, Stats
 from otel_nginx_ebpf.trace import AttributeValue, Trace
 
 logger = logging.getLogger(__name__)
@@ -38,30 +38,11 @@ _ABORT_S = 1.0
 """How long the SDK's exporter gets to notice that its shutdown interrupts an export."""
 
 
-@dataclass(slots=True)
-class _Size:
-    """Of a message, or of all that is queued."""
-
-    traces: int = 0
-    spans: int = 0
-    bytes: int = 0
-
-    def add(self, other: "_Size") -> None:
-        self.traces += other.traces
-        self.spans += other.spans
-        self.bytes += other.bytes
-
-    def remove(self, other: "_Size") -> None:
-        self.traces -= other.traces
-        self.spans -= other.spans
-        self.bytes -= other.bytes
-
-
 @dataclass(slots=True, eq=False)
 class _Message:
     """An ExportTraceServiceRequest: its bytes in memory, else on disk."""
 
-    size: _Size
+    size: Size
     data: bytes | None = None
     stored: Stored | None = None
 
@@ -107,9 +88,9 @@ class OtlpExporter:
         self._changed = threading.Condition(self._lock)
         self._open: dict[int, tuple[Mapping[str, AttributeValue], bytearray]] = {}
         """The message that is being filled: encoded spans by the identity of their nginx's attributes, 0: no such."""
-        self._open_size = _Size()
+        self._open_size = Size()
         self._queue: deque[_Message] = deque()
-        self._held = _Size()
+        self._held = stats.queued
         """Of all that is in memory: messages of the queue, and the open one."""
         self._closing = False
         self._abandoned = False
@@ -117,7 +98,7 @@ class OtlpExporter:
         self._queue_dir = queue_dir
         for stored in queue_dir.left_behind() if queue_dir else ():
             stats.received += stored.traces
-            self._queue.append(_Message(_Size(stored.traces, stored.spans), stored=stored))
+            self._queue.append(_Message(Size(stored.traces, stored.spans), stored=stored))
         self._threads = [threading.Thread(target=self._deliver, name="otlp-export", daemon=True)]
         if queue_dir:
             self._threads.append(threading.Thread(target=self._spill, name="otlp-queue", daemon=True))
@@ -189,7 +170,7 @@ class OtlpExporter:
         )
         self._queue.append(_Message(self._open_size, data))
         self._open = {}
-        self._open_size = _Size()
+        self._open_size = Size()
         self._changed.notify_all()
 
     def shutdown(self, timeout_s: float) -> None:
@@ -253,6 +234,7 @@ class OtlpExporter:
             if self._take_out(message):
                 self._stats.lose("lost_queue_file_damaged", message.size.traces)
             return Answer()
+        began_s = time.monotonic()
         try:
             answer = self._sender.send(data)
         except Exception:
@@ -261,6 +243,7 @@ class OtlpExporter:
             # The thread must live: an exporter that raises loses this message, and says so.
             logger.exception("collector: the exporter failed on a message of %d spans", message.size.spans)
             answer = Answer()
+        self._stats.sent(time.monotonic() - began_s)
         if answer.retry or not self._take_out(message):
             return answer
         if answer.delivered:
@@ -274,6 +257,7 @@ class OtlpExporter:
             self._stats.lose("lost_export_refused", message.size.traces)
         if message.stored and self._queue_dir:
             self._queue_dir.forget(message.stored)
+            self._stats.stored_bytes = self._queue_dir.bytes
         return answer
 
     def _take_out(self, message: _Message) -> bool:
@@ -326,5 +310,6 @@ class OtlpExporter:
                 return True
             message.stored, message.data = stored, None
             self._held.remove(message.size)
+            self._stats.stored_bytes = self._queue_dir.bytes
             self._changed.notify_all()
         return True

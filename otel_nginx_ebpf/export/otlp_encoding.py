@@ -92,7 +92,7 @@ def encode_part(part: Part) -> bytes:
 _VARINTS = [_varint(value) for value in range(1 << 14)]
 _LOW_VARINTS = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(1 << 14)]
 _SPAN = bytes([2 << 3 | _LENGTH])
-_SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS]
+_SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS[: 1 << 12]]
 _SPAN_HEADERS_COUNT = len(_SPAN_HEADERS)
 _KEPT_NUMBERS = 4096
 

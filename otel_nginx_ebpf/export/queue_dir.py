@@ -48,7 +48,7 @@ class QueueDir:
             for unfinished in directory.glob("*.new"):
                 unfinished.unlink()
             found = sorted(directory.iterdir())
-            self._bytes = sum(path.stat().st_size for path in found)
+            self.bytes = sum(path.stat().st_size for path in found)
         except BlockingIOError:
             raise UserError(f"--queue-dir {directory}: another otel-nginx-ebpf uses it") from None
         except OSError as error:
@@ -64,7 +64,7 @@ class QueueDir:
     def store(self, message: bytes, traces: int, spans: int) -> Stored | None:
         """Writes a message behind the others. None where there is no room, or the disk does not take it."""
         packed = gzip.compress(message, _FASTEST, mtime=0)
-        problem = f"its {self._bytes_max >> 20} MiB are full" if self._bytes + len(packed) > self._bytes_max else ""
+        problem = f"its {self._bytes_max >> 20} MiB are full" if self.bytes + len(packed) > self._bytes_max else ""
         path = self._directory / f"{self._next:012}-{traces}-{spans}.otlp.gz"
         unfinished = path.with_suffix(".new")
         if not problem:
@@ -82,7 +82,7 @@ class QueueDir:
             return None
         self._full = False
         self._next += 1
-        self._bytes += len(packed)
+        self.bytes += len(packed)
         return Stored(path, traces, spans)
 
     def load(self, stored: Stored) -> bytes | None:
@@ -104,7 +104,7 @@ class QueueDir:
     def forget(self, stored: Stored) -> None:
         """Removes a message that needs no keeping any more."""
         try:
-            self._bytes -= stored.path.stat().st_size
+            self.bytes -= stored.path.stat().st_size
             stored.path.unlink()
         except OSError as error:
             logger.error("--queue-dir: cannot remove %s: %s", stored.path, error.strerror)

@@ -86,6 +86,10 @@ class Attachment:
         """The records that have come since the last call."""
         return self._records.read()
 
+    def ring_buffer_fill(self) -> float:
+        """How much of the ring buffer waits to be read: 0 to 1."""
+        return self._records.fill()
+
     def losses(self) -> dict[str, int]:
         """The kernel's loss counters since the probes went live, by cause."""
         return dict(zip(LOSS_CAUSES, self._loss_counts.read(), strict=True))

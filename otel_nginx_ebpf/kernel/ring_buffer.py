@@ -29,6 +29,11 @@ class RingBuffer:
         self._consumer = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
         self._producer = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
 
+    def fill(self) -> float:
+        """How much of it waits to be read: 0 to 1."""
+        waiting = _POSITION.unpack_from(self._producer, 0)[0] - _POSITION.unpack_from(self._consumer, 0)[0]
+        return float(waiting / (self._mask + 1))
+
     def read(self) -> Iterator[bytes]:
         """The records that are complete now, oldest first.
 

@@ -1,0 +1,102 @@
+"""What the program tells of itself: OpenTelemetry metrics, to the collector or to a Prometheus server."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+
+from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.settings import Settings
+from otel_nginx_ebpf.stats import Stats
+
+_END_S = 5.0
+_SECONDS = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+
+
+class Metrics:
+    """Measures until `shutdown`.
+
+    Raises:
+        UserError: The address to listen at cannot be used, or an $OTEL_* variable has a value that the SDK refuses.
+    """
+
+    def __init__(self, settings: Settings, stats: Stats) -> None:
+        readers: list[MetricReader] = []
+        if settings.metrics:
+            readers.append(_to_collector(settings.otlp_protocol))
+        if settings.metrics_listen:
+            readers.append(_to_prometheus(settings.metrics_listen))
+        own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__})
+        attributes = OTELResourceDetector().detect().attributes
+        said = Resource({name: value for name, value in attributes.items() if name != SERVICE_NAME})
+        self._provider = MeterProvider(readers, own.merge(said))
+        _measure(self._provider, stats)
+
+    def shutdown(self) -> None:
+        """Sends what was measured last, for a few seconds at most."""
+        # In a thread: the SDK's exporter has no time limit of its own for a collector that does not answer.
+        last = threading.Thread(target=self._provider.shutdown, kwargs={"timeout_millis": _END_S * 1e3}, daemon=True)
+        last.start()
+        last.join(_END_S)
+
+
+def _to_collector(protocol: str) -> MetricReader:
+    try:
+        if protocol == "grpc":
+            from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+
+            return PeriodicExportingMetricReader(GrpcExporter())
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
+
+        return PeriodicExportingMetricReader(HttpExporter())
+    except Exception as error:  # Whatever the SDK raises here, a variable of the user's is the cause.
+        raise UserError(f"OTEL_EXPORTER_OTLP_* for metrics over {protocol}: {error}") from error
+
+
+def _to_prometheus(address: str) -> MetricReader:
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+    from prometheus_client import start_http_server
+
+    host, _, port = address.rpartition(":")
+    try:
+        start_http_server(int(port), host.removeprefix("[").removesuffix("]"))
+    except OSError as error:
+        raise UserError(f"--metrics-listen {address}: {error.strerror}") from error
+    return PrometheusMetricReader()
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _measure(provider: MeterProvider, stats: Stats) -> None:
+    meter = provider.get_meter("otel_nginx_ebpf", __version__)
+
+    def lost(options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(count, {"cause": cause}) for cause, count in stats.losses().items()]
+
+    def processor_time(options: CallbackOptions) -> Iterable[Observation]:
+        times = os.times()
+        return [Observation(times.user, {"cpu.mode": "user"}), Observation(times.system, {"cpu.mode": "system"})]
+
+    def observed(value: Callable[[], float]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
+        return [lambda options: [Observation(value())]]
+
+    prefix = "otel_nginx_ebpf"
+    meter.create_observable_counter(f"{prefix}.requests.received", observed(lambda: stats.received), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.exported", observed(lambda: stats.exported), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.lost", [lost], "{request}")
+    meter.create_observable_gauge(f"{prefix}.queue.spans", observed(lambda: stats.queued.spans), "{span}")
+    meter.create_observable_gauge(f"{prefix}.queue.memory", observed(lambda: stats.queued.bytes), "By")
+    meter.create_observable_gauge(f"{prefix}.queue.disk", observed(lambda: stats.stored_bytes), "By")
+    meter.create_observable_gauge(f"{prefix}.ring_buffer.fill", observed(lambda: stats.ring_buffer_fill), "1")
+    duration = meter.create_histogram(f"{prefix}.export.duration", "s", explicit_bucket_boundaries_advisory=_SECONDS)
+    stats.sent = duration.record
+    meter.create_observable_counter("process.cpu.time", [processor_time], "s")
+    meter.create_observable_up_down_counter("process.memory.usage", observed(_resident_bytes), "By")

@@ -1,0 +1,123 @@
+"""The program's own metrics, as a collector and a Prometheus server get them."""
+
+import logging
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from urllib.request import urlopen
+
+import grpc
+import pytest
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
+    MetricsServiceServicer,
+    add_MetricsServiceServicer_to_server,
+)
+
+from otel_nginx_ebpf.agent import _tell_losses
+from otel_nginx_ebpf.config import load
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.metrics import Metrics
+from otel_nginx_ebpf.settings import Settings
+from otel_nginx_ebpf.stats import Stats
+
+
+def settings(**chosen: object) -> Settings:
+    return replace(load({}), **chosen)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stats() -> Stats:
+    made = Stats()
+    made.received, made.exported = 10, 7
+    made.lose("lost_queue_full", 2)
+    made.lost_in_kernel = {"lost_queue_full": 0, "lost_ring_buffer_full": 1}
+    made.queued.spans, made.queued.bytes, made.stored_bytes, made.ring_buffer_fill = 12, 3456, 789, 0.25
+    return made
+
+
+class Collector(MetricsServiceServicer):
+    def __init__(self) -> None:
+        self.requests: list[ExportMetricsServiceRequest] = []
+
+    def Export(
+        self, request: ExportMetricsServiceRequest, context: grpc.ServicerContext
+    ) -> ExportMetricsServiceResponse:
+        self.requests.append(request)
+        return ExportMetricsServiceResponse()
+
+
+def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatch: pytest.MonkeyPatch) -> None:
+    collector = Collector()
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_MetricsServiceServicer_to_server(collector, server)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "edge")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=here")
+    server.start()
+    try:
+        subject = Metrics(settings(metrics=True), stats)
+        stats.sent(0.5)
+        subject.shutdown()
+    finally:
+        server.stop(None).wait()
+    (resource_metrics,) = collector.requests[-1].resource_metrics
+    resource = {pair.key: pair.value.string_value for pair in resource_metrics.resource.attributes}
+    assert (resource["service.name"], resource["host.name"]) == ("otel-nginx-ebpf", "here")
+    (scope,) = resource_metrics.scope_metrics
+    metrics = {metric.name: metric for metric in scope.metrics}
+    assert metrics["otel_nginx_ebpf.requests.received"].sum.data_points[0].as_int == 10
+    assert metrics["otel_nginx_ebpf.requests.received"].sum.is_monotonic
+    assert metrics["otel_nginx_ebpf.requests.exported"].sum.data_points[0].as_int == 7
+    lost = metrics["otel_nginx_ebpf.requests.lost"].sum.data_points
+    assert {point.attributes[0].value.string_value: point.as_int for point in lost} == {
+        "lost_queue_full": 2,
+        "lost_ring_buffer_full": 1,
+    }
+    gauges = {
+        "queue.spans": 12,
+        "queue.memory": 3456,
+        "queue.disk": 789,
+    }
+    for name, value in gauges.items():
+        assert metrics[f"otel_nginx_ebpf.{name}"].gauge.data_points[0].as_int == value
+    assert metrics["otel_nginx_ebpf.ring_buffer.fill"].gauge.data_points[0].as_double == 0.25
+    assert metrics["otel_nginx_ebpf.export.duration"].histogram.data_points[0].sum == 0.5
+    assert metrics["process.cpu.time"].sum.data_points[0].as_double > 0
+    assert metrics["process.memory.usage"].sum.data_points[0].as_int > 10**6
+
+
+def test_a_prometheus_server_fetches_them(stats: Stats) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(UserError, match=f"--metrics-listen {address}: Address already in use"):
+            Metrics(settings(metrics_listen=address), stats)
+    subject = Metrics(settings(metrics_listen=address), stats)
+    try:
+        with urlopen(f"http://{address}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+    finally:
+        subject.shutdown()
+
+    def value(name: str, label: str = "") -> float:
+        (line,) = [line for line in lines if line.startswith(name + "{") and label in line]
+        return float(line.rpartition(" ")[2])
+
+    assert value("otel_nginx_ebpf_requests_received_total") == 10
+    assert value("otel_nginx_ebpf_requests_lost_total", 'cause="lost_ring_buffer_full"') == 1
+    assert value("otel_nginx_ebpf_queue_memory_bytes") == 3456
+
+
+def test_losses_are_told_once(stats: Stats, caplog: pytest.LogCaptureFixture) -> None:
+    told = _tell_losses(stats, {})
+    stats.lose("partial_string_cut", 5)
+    told = _tell_losses(stats, told)
+    stats.lose("lost_queue_full", 3)
+    _tell_losses(stats, told)
+    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+        "traces lost in the last minute: lost_queue_full 2, lost_ring_buffer_full 1",
+        "traces lost in the last minute: lost_queue_full 3",
+    ]
