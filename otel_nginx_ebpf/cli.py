@@ -1,30 +1,16 @@
 """The command line."""
 
 import json
-import logging
-import os
-import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from otel_nginx_ebpf import __version__, config
-from otel_nginx_ebpf.capture import CaptureError
-from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf import __version__, config, service
+from otel_nginx_ebpf.messages import PROGRAM, complain
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.settings import Settings
-from otel_nginx_ebpf.stats import Stats
-
-if TYPE_CHECKING:
-    from otel_nginx_ebpf.export import Exporter
-
-PROGRAM = "otel-nginx-ebpf"
-
-_INTERRUPTED = 128 + signal.SIGINT
 
 _ABOUT = """
 OpenTelemetry traces of a running nginx, by eBPF.
@@ -179,12 +165,11 @@ def run(
         OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 otel-nginx-ebpf run
     """
     settings = _settings(context)
+    if not dry_run:
+        service.become(service.run, settings)
     from otel_nginx_ebpf import agent
 
-    if dry_run:
-        agent.dry_run(settings)
-    else:
-        _deliver(settings, lambda exporter, stats: agent.run(settings, exporter, stats))
+    agent.dry_run(settings)
 
 
 @app.command()
@@ -211,11 +196,7 @@ def record(
 
         otel-nginx-ebpf record --pid $(cat /run/nginx.pid) -o day.capture
     """
-    settings, stats = _settings(context), Stats()
-    from otel_nginx_ebpf import agent
-
-    agent.record(settings, file, stats)
-    _complain(stats.summary())
+    service.become(service.record, _settings(context), file)
 
 
 @app.command()
@@ -235,7 +216,7 @@ def replay(
     otlp_protocol: OtlpProtocol = None,
     grace_seconds: GraceSeconds = None,
     config_file: ConfigFile = None,
-) -> None:
+) -> int:
     """Export what a capture file holds. Needs no root, no nginx and no BCC.
 
     Where the file is damaged it exits with 1, after it exported all before that.
@@ -244,11 +225,7 @@ def replay(
 
         otel-nginx-ebpf replay day.capture --exporter console
     """
-    settings = _settings(context)
-    from otel_nginx_ebpf import agent
-
-    # A file can wait until the collector has taken what is queued; a running nginx cannot.
-    _deliver(settings, lambda exporter, stats: agent.replay(file, exporter, stats), wait_for_room=True)
+    return service.replay(_settings(context), file)
 
 
 @app.command()
@@ -283,7 +260,7 @@ def doctor(
         else:
             print(doctor.text(report, make_console(stdout, settings.color)), end="", file=stdout, flush=True)
     except BrokenPipeError:
-        _forget_stdout()
+        service.forget_stdout()
     if not report.ok:
         raise typer.Exit(1)
 
@@ -336,66 +313,18 @@ def list_layouts(catalogue: Catalogue = None) -> None:
         typer.echo(printable(line))
 
 
-def _deliver(settings: Settings, work: Callable[["Exporter", Stats], None], *, wait_for_room: bool = False) -> None:
-    """Runs `work` with an exporter, then delivers what the exporter still holds and prints the counts.
-
-    Raises:
-        typer.Exit: With 1 where the input was damaged, with 130 where `work` was interrupted.
-    """
-    # The SDK is slow to import, which --help need not wait for.
-    from otel_nginx_ebpf.export import make_exporter
-    from otel_nginx_ebpf.export.resource import make_resource
-
-    stats = Stats()
-    exporter = make_exporter(settings, stats, make_resource(), wait_for_room=wait_for_room)
-    code = 0
+def _command() -> int:
     try:
-        work(exporter, stats)
-    except BrokenPipeError:
-        _forget_stdout()
-    except CaptureError as error:
-        _complain(str(error))
-        code = 1
-    except KeyboardInterrupt:
-        code = _INTERRUPTED
-    finally:
-        exporter.shutdown(settings.grace_seconds)
-        if stats.received or sys.exception() is None:
-            _complain(stats.summary())
-    if code:
-        raise typer.Exit(code)
-
-
-def _forget_stdout() -> None:
-    """Whoever read it has seen enough (`| head`). Python's own flush at exit must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _complain(text: str) -> None:
-    print(f"{PROGRAM}: {printable(text)}", file=sys.stderr, flush=True)
-
-
-def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+        return app(prog_name=PROGRAM, standalone_mode=False) or 0
+    except typer.TyperException as error:
+        # Empty where no command was given: the help is out already.
+        if message := error.format_message():
+            complain(message)
+        return 2
+    except typer.Abort:
+        return service.INTERRUPTED
 
 
 def main() -> None:
     """The program: exits with 0, with 1 for damaged input or what `doctor` finds, with 2 for what the user can mend."""
-    logging.basicConfig(format=f"{PROGRAM}: %(message)s", level=logging.INFO)
-    # Until the agent handles it, and again after that, SIGTERM ends the program as Ctrl-C does; so does SIGINT, also
-    # where a shell that runs the program in its background has told it to ignore that.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _interrupt)
-    try:
-        code = app(prog_name=PROGRAM, standalone_mode=False)
-    except UserError as error:
-        _complain(str(error))
-        code = 2
-    except typer.TyperException as error:
-        # Empty where no command was given: the help is out already.
-        if message := error.format_message():
-            _complain(message)
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = _INTERRUPTED
-    sys.exit(code)
+    sys.exit(service.exit_code(_command))
