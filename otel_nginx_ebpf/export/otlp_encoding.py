@@ -7,6 +7,7 @@ encoder makes of the same spans: tests hold it to that.
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanKind
@@ -43,8 +44,15 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
+# Lengths and small numbers, ready.
+_VARINTS = [_varint(value) for value in range(1 << 14)]
+_LOW_VARINTS = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(1 << 14)]
+_LENGTH_KEYS = [_varint(number << 3 | _LENGTH) for number in range(32)]
+
+
 def _field(number: int, data: bytes) -> bytes:
-    return _varint(number << 3 | _LENGTH) + _varint(len(data)) + data
+    length = len(data)
+    return _LENGTH_KEYS[number] + (_VARINTS[length] if length < 1 << 14 else _varint(length)) + data
 
 
 def _text(number: int, text: str) -> bytes:
@@ -70,10 +78,15 @@ def _any_value(value: object) -> bytes:
     raise TypeError(f"an attribute of type {type(value).__name__}")
 
 
+@lru_cache(256)
+def _key(name: str) -> bytes:
+    return _text(1, name)
+
+
 def _attributes(number: int, attributes: Mapping[str, object]) -> bytes:
     """Each as a KeyValue in a repeated field; without integers beyond 64 bits."""
     return b"".join(
-        _field(number, _text(1, key) + _field(2, _any_value(value)))
+        _field(number, _key(key) + _field(2, _any_value(value)))
         for key, value in attributes.items()
         if not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
     )
@@ -88,10 +101,7 @@ def encode_part(part: Part) -> bytes:
     return _text(5, part.name) + _int_field(6, _KINDS[part.kind]) + encoded + _field(15, status)
 
 
-# Lengths and small numbers, ready.
-_VARINTS = [_varint(value) for value in range(1 << 14)]
-_LOW_VARINTS = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(1 << 14)]
-_SPAN = bytes([2 << 3 | _LENGTH])
+_SPAN = _LENGTH_KEYS[2]
 _SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS[: 1 << 12]]
 _SPAN_HEADERS_COUNT = len(_SPAN_HEADERS)
 _KEPT_NUMBERS = 4096
