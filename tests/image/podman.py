@@ -39,13 +39,20 @@ class Container:
     ) -> None:
         self._podman = podman
         self.name = f"test-{uuid.uuid4().hex[:12]}"
-        podman.run("run", "--detach", "--name", self.name, f"--network={network}", *_RUN, *options, image, *command)
+        try:
+            podman.run("run", "--detach", "--name", self.name, f"--network={network}", *_RUN, *options, image, *command)
+        except BaseException:
+            self._remove()
+            raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._podman.run("rm", "--force", "--time=5", self.name)
+        self._remove()
+
+    def _remove(self) -> None:
+        self._podman.run("rm", "--force", "--ignore", "--time=5", self.name)
 
     def output(self) -> str:
         """All that it wrote so far, on both streams."""
