@@ -47,3 +47,14 @@ def test_a_mistake_of_the_user_s_is_told_in_one_line() -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "otel-nginx-ebpf: cannot read the capture file none.capture: No such file or directory\n"
+
+
+def test_the_process_that_stays_imports_nothing_of_those_that_end() -> None:
+    done = become(
+        "import sys; from otel_nginx_ebpf import agent, service; from otel_nginx_ebpf.export import otlp, otlp_grpc;"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    )
+    assert done.stderr == ""
+    imported = set(done.stdout.split())
+    assert {"grpc", "psutil"} < imported
+    assert imported & {"bcc", "capstone", "elftools", "prometheus_client", "pydantic", "rich", "typer"} == set()
