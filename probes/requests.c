@@ -133,6 +133,7 @@ static __always_inline void append_string(struct process *process, u8 kind, u8 a
         return;
     }
     struct string_header *header = (struct string_header *)(process->record + at);
+    *(u64 *)((u8 *)(header + 1) + ((bytes - 1) & (STRING_BYTES_MAX - 8))) = 0; /* what pads the string to 8 bytes */
     if (bpf_probe_read_user(header + 1, bytes, (void *)data) != 0) {
         count_loss(PARTIAL_STRING_READ_FAILED);
         return;
@@ -169,34 +170,6 @@ static __always_inline void append_core_conf_name(struct process *process, u8 ki
         append_str_at(process, kind, 0, conf + name_offset, SHORT_STRING_BYTES_MAX);
 }
 
-static __always_inline void append_request_strings(struct process *process)
-{
-    struct ngx_str *method = REQUEST_STR(method_name), *uri = REQUEST_STR(unparsed_uri);
-    append_string(process, STRING_URI, 0, uri->data, uri->len, STRING_BYTES_MAX);
-    append_string(process, STRING_METHOD, 0, method->data, method->len, SHORT_STRING_BYTES_MAX);
-
-    u8 *headers_in = process->request + OFFSET_ngx_http_request_s__headers_in;
-    u64 host = MEMBER(headers_in, u64, ngx_http_headers_in_t, host);
-    u64 user_agent = MEMBER(headers_in, u64, ngx_http_headers_in_t, user_agent);
-    if (host)
-        append_str_at(process, STRING_HOST, 0, host + OFFSET_ngx_table_elt_t__value, SHORT_STRING_BYTES_MAX);
-    if (user_agent)
-        append_str_at(process, STRING_USER_AGENT, 0, user_agent + OFFSET_ngx_table_elt_t__value, USER_AGENT_BYTES_MAX);
-
-    if (process->core_module_index_known) {
-        append_core_conf_name(process, STRING_LOCATION, MEMBER(process->request, u64, ngx_http_request_s, loc_conf),
-                                   OFFSET_ngx_http_core_loc_conf_s__name);
-        append_core_conf_name(process, STRING_SERVER_NAME, MEMBER(process->request, u64, ngx_http_request_s, srv_conf),
-                                   OFFSET_ngx_http_core_srv_conf_t__server_name);
-    }
-    u32 client_length = MEMBER(process->connection, u32, ngx_connection_s, socklen);
-    u32 local_length = MEMBER(process->connection, u32, ngx_connection_s, local_socklen);
-    append_string(process, STRING_CLIENT_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, sockaddr),
-                       client_length, SHORT_STRING_BYTES_MAX);
-    append_string(process, STRING_LOCAL_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, local_sockaddr),
-                         local_length, SHORT_STRING_BYTES_MAX);
-}
-
 /* Half a list of vendors' entries would be another list: a line comes whole or not at all. */
 static __always_inline void append_tracestate(struct process *process)
 {
@@ -206,6 +179,37 @@ static __always_inline void append_tracestate(struct process *process)
         if (line->len <= STRING_BYTES_MAX)
             append_string(process, STRING_TRACESTATE, i, line->data, line->len, STRING_BYTES_MAX);
     }
+}
+
+/* First what each request has of its own, then what it has in common with others: user space keeps that decoded. */
+static __always_inline void append_request_strings(struct process *process)
+{
+    struct ngx_str *method = REQUEST_STR(method_name), *uri = REQUEST_STR(unparsed_uri);
+    u8 *headers_in = process->request + OFFSET_ngx_http_request_s__headers_in;
+    u64 host = MEMBER(headers_in, u64, ngx_http_headers_in_t, host);
+    u64 user_agent = MEMBER(headers_in, u64, ngx_http_headers_in_t, user_agent);
+    u32 client_length = MEMBER(process->connection, u32, ngx_connection_s, socklen);
+    u32 local_length = MEMBER(process->connection, u32, ngx_connection_s, local_socklen);
+
+    append_string(process, STRING_URI, 0, uri->data, uri->len, STRING_BYTES_MAX);
+    if (user_agent)
+        append_str_at(process, STRING_USER_AGENT, 0, user_agent + OFFSET_ngx_table_elt_t__value, USER_AGENT_BYTES_MAX);
+    append_string(process, STRING_CLIENT_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, sockaddr),
+                  client_length, SHORT_STRING_BYTES_MAX);
+    if (process->trace.has_tracestate)
+        append_tracestate(process);
+
+    append_string(process, STRING_METHOD, 0, method->data, method->len, SHORT_STRING_BYTES_MAX);
+    if (host)
+        append_str_at(process, STRING_HOST, 0, host + OFFSET_ngx_table_elt_t__value, SHORT_STRING_BYTES_MAX);
+    if (process->core_module_index_known) {
+        append_core_conf_name(process, STRING_LOCATION, MEMBER(process->request, u64, ngx_http_request_s, loc_conf),
+                              OFFSET_ngx_http_core_loc_conf_s__name);
+        append_core_conf_name(process, STRING_SERVER_NAME, MEMBER(process->request, u64, ngx_http_request_s, srv_conf),
+                              OFFSET_ngx_http_core_srv_conf_t__server_name);
+    }
+    append_string(process, STRING_LOCAL_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, local_sockaddr),
+                  local_length, SHORT_STRING_BYTES_MAX);
 }
 
 /* How many upstream states name a peer or, when there was no live one, the upstream itself. */
@@ -559,8 +563,6 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 
     process->record_bytes = sizeof(struct request_record) + taken * sizeof(struct upstream_attempt);
     append_request_strings(process);
-    if (trace->has_tracestate)
-        append_tracestate(process);
     EACH(i, taken, ATTEMPTS_TAKEN_MAX) {
         attempt_key.index = i;
         append_attempt_strings(process, &attempt_key);

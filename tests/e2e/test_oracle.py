@@ -87,6 +87,8 @@ FIRST = peer("127.0.0.1:1", "127.0.0.1", 1, 1)
 SECOND = peer("[::1]:2", "::1", 2, 2)
 TRACE = Trace(
     "0123456789abcdef0123456789abcdef",
+    1,
+    "",
     {},
     (
         span(1, "GET /app", "SERVER", 0.5, 300.5, **SERVER),
