@@ -49,7 +49,7 @@ static __always_inline void find_context_headers(struct process *process)
         EACH(i, count, HEADERS_IN_PART) {
             u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
             u64 hash = MEMBER(header, u64, ngx_table_elt_t, hash);
-#if PROPAGATOR_TRACECONTEXT || PROPAGATE
+#if PROPAGATOR_TRACECONTEXT || PROPAGATE || ADOPT_UPSTREAM_CONTEXT
             NOTE_HEADER(traceparent, HEADER_TRACEPARENT);
             NOTE_HEADER(tracestate, HEADER_TRACESTATE);
 #endif
@@ -105,7 +105,7 @@ static __always_inline void read_incoming_context(struct process *process)
     struct trace_context *context = &process->incoming;
     __builtin_memset(context, 0, sizeof(*context));
     process->trace.has_tracestate = 0;
-#if PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE
+#if PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE || ADOPT_UPSTREAM_CONTEXT
     find_context_headers(process);
 #endif
 #if PROPAGATOR_TRACECONTEXT
@@ -207,9 +207,21 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
         read_traceparent(told, process->record + value, TRACEPARENT_BYTES);
 }
 
-static __always_inline bool tells_something_new(const struct trace_context *told, const struct trace_context *incoming)
+/* The span that the client's first traceparent names, be that malformed, one of several, or not to be read: nginx passes it
+ * on as it is. 0: none. */
+static __always_inline u64 read_client_span_id(struct process *process)
 {
-    return told->valid
+    u64 bad = 0;
+    if (read_header_value(process, HEADER_TRACEPARENT) < TRACEPARENT_BYTES)
+        return 0;
+    return decode_16(process->context_value + 36, 0, &bad);
+}
+
+/* Whether a span is named that is neither the incoming context's nor the client's: two spans of one id would be a lie. */
+static __always_inline bool tells_something_new(const struct process *process, const struct trace_context *told)
+{
+    const struct trace_context *incoming = &process->incoming;
+    return told->valid && told->parent_span_id != process->client_span_id
         && (told->parent_span_id != incoming->parent_span_id || told->trace_id_low != incoming->trace_id_low
             || told->trace_id_high != incoming->trace_id_high);
 }
@@ -242,7 +254,7 @@ static __always_inline void adopt_trace(struct process *process)
     trace->has_tracestate = 0;
 #if !PROPAGATE
     trace->sampled = is_sampled(&process->incoming, told->trace_id_low);
-    trace->flags = trace->sampled;
 #endif
+    trace->flags = trace->sampled; /* whether the id is random is not known */
 }
 #endif

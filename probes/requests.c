@@ -174,10 +174,14 @@ static __always_inline void append_core_conf_name(struct process *process, u8 ki
 static __always_inline void append_tracestate(struct process *process)
 {
     u64 lines = process->header_lines[HEADER_TRACESTATE];
+    if (lines > TRACESTATE_LINES_MAX)
+        count_loss(PARTIAL_STRING_CUT);
     EACH(i, lines, TRACESTATE_LINES_MAX) {
         struct ngx_str *line = &process->tracestate[i];
         if (line->len <= STRING_BYTES_MAX)
             append_string(process, STRING_TRACESTATE, i, line->data, line->len, STRING_BYTES_MAX);
+        else
+            count_loss(PARTIAL_STRING_CUT);
     }
 }
 
@@ -227,7 +231,7 @@ static __always_inline u32 count_upstream_states(u64 states)
     return named;
 }
 
-#define NANOSECONDS 1000000    /* in a millisecond */
+#define MILLISECOND_NS 1000000
 
 #if DETAIL_REQUEST
 #define ATTEMPTS_TAKEN_MAX 1
@@ -262,7 +266,7 @@ static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 lo
     u64 start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_sec) * 1000
         + MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     s64 ago_msec = cached.sec * 1000 + cached.msec - start_msec;
-    u64 start_ns = (current_msec - ago_msec) * NANOSECONDS;
+    u64 start_ns = (current_msec - ago_msec) * MILLISECOND_NS;
     return ago_msec >= 0 && start_ns < now ? start_ns : 0;
 }
 
@@ -287,8 +291,8 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
         || bpf_probe_read_user(&state.connect_msec, sizeof(u64),
                                (void *)(last->state + OFFSET_ngx_http_upstream_state_t__connect_time)) != 0)
         return false;
-    u64 start_ns = start_msec * NANOSECONDS, end_ns = (start_msec + state.response_msec + 1) * NANOSECONDS;
-    if (state.response_msec == -1ULL || start_ns + NANOSECONDS < *began_ns || end_ns < start_ns || end_ns - NANOSECONDS > now)
+    u64 start_ns = start_msec * MILLISECOND_NS, end_ns = (start_msec + state.response_msec + 1) * MILLISECOND_NS;
+    if (state.response_msec == -1ULL || start_ns + MILLISECOND_NS < *began_ns || end_ns < start_ns || end_ns - MILLISECOND_NS > now)
         return false;
     if (start_ns < *began_ns) /* the two clocks are cut to milliseconds at different moments */
         *began_ns = start_ns;
@@ -299,7 +303,7 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
         last->attempt.connect_start_ns = start_ns;
         return true;
     }
-    u64 connected_ns = start_ns + state.connect_msec * NANOSECONDS;
+    u64 connected_ns = start_ns + state.connect_msec * MILLISECOND_NS;
     last->attempt.connect_start_ns = state.connect_msec ? start_ns : 0;
     last->attempt.connected_ns = connected_ns;
     last->attempt.first_write_ns = connected_ns;
@@ -334,7 +338,7 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
 #if ADOPT_UPSTREAM_CONTEXT
     struct trace_context *told = &ended->told;
-    if (tells_something_new(told, &process->incoming)) {
+    if (tells_something_new(process, told)) {
         if (!process->told.valid)
             process->told = *told;
         if (told->trace_id_high == process->told.trace_id_high && told->trace_id_low == process->told.trace_id_low)
@@ -531,6 +535,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 
 #if ADOPT_UPSTREAM_CONTEXT
     __builtin_memset(&process->told, 0, sizeof(process->told));
+    process->client_span_id = read_client_span_id(process);
 #endif
     record->attempts = 0;
     u32 attempts_count = active.attempts;

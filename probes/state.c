@@ -80,6 +80,7 @@ struct process {
     u8 context_value[CONTEXT_VALUE_BYTES];
     struct trace_context incoming;
     struct trace_context told;
+    u64 client_span_id;
     struct request_trace trace;
     u64 found_at;
 #if DETAIL_REQUEST

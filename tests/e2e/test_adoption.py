@@ -18,7 +18,7 @@ from e2e.http2_client import Http2Connection, Http2Request
 from e2e.nginx_server import NginxServer, free_ports, nginx_version
 from e2e.stage import Exchange, Stage
 from e2e.timing import LONG_TURN_MS, Slack
-from e2e.trace_contexts import CASES, PARENT_ID, TRACE_ID, VALID, Context, Headers, check_context, head
+from e2e.trace_contexts import CASES, PARENT_ID, TRACE_ID, VALID, Context, Headers, check_cases, check_context, head
 
 AGENT_ENVIRONMENT = {"OTEL_NGINX_EBPF_ADOPT_UPSTREAM_CONTEXT": "true", "OTEL_TRACES_SAMPLER": "always_on"}
 SNIPPET = Path(__file__).parents[2] / "examples" / "traceparent.conf"
@@ -193,6 +193,20 @@ def test_what_is_not_the_header(stage: Stage) -> None:
     exchanges = stage.exchanges(len(cases))
     wrong = [case for case, each, told in zip(cases, exchanges, answers, strict=True) if not adopted(each, told)]
     assert wrong == []
+
+
+@pytest.mark.nginx(server="location /passed { proxy_pass http://@UP@/; proxy_set_header X-Other other; }")
+def test_what_the_client_sent(stage: Stage) -> None:
+    """It is passed on as it came, valid or not, one or several: the client's span, and never ours."""
+    with stage.connect() as connection:
+        for number, (headers, _) in enumerate(CASES.values()):
+            connection.send(head(f"/passed?{number}", headers))
+            assert connection.read_response().status == 200
+    exchanges = stage.exchanges(len(CASES))
+    check_cases(exchanges)
+    assert {exchange_of(each.trace).span_id for each in exchanges}.isdisjoint(
+        {PARENT_ID, PARENT_ID.replace("b7", "c8")}
+    )
 
 
 @pytest.mark.nginx(listen="listen @LISTEN@ http2;", server="location / { proxy_pass http://@UP@; }")
