@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -35,10 +37,11 @@ def _retry_delay_s(error: grpc.RpcError) -> float | None:
     """What the collector asks for in RetryInfo (google.rpc.Status in the trailing metadata), None where it does not."""
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
-            for detail in Status.FromString(value).details:
-                info = RetryInfo()
-                if detail.Unpack(info):
-                    return float(info.retry_delay.ToNanoseconds() / 1e9)
+            with suppress(DecodeError):  # whoever garbles it has not asked
+                for detail in Status.FromString(value).details:
+                    info = RetryInfo()
+                    if detail.Unpack(info):
+                        return float(info.retry_delay.ToNanoseconds() / 1e9)
     return None
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,7 +75,8 @@ class QueueDir:
                 unfinished.rename(path)
             except OSError as error:
                 problem = str(error.strerror)
-                unfinished.unlink(missing_ok=True)
+                with suppress(OSError):  # a disk that has become read-only refuses that, too
+                    unfinished.unlink()
         if problem:
             if not self._full:
                 logger.warning("--queue-dir %s: %s; what comes waits in memory", self._directory, problem)
