@@ -1,4 +1,4 @@
-"""The way of a record: found nginx → probes → ring buffer → `Request` → `Trace` → exporter."""
+"""The way of a record: found nginx → probes → ring buffer → `Request` → exporter."""
 
 import logging
 import signal
