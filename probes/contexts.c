@@ -133,8 +133,8 @@ static __always_inline void read_incoming_context(struct process *process)
 }
 
 #if ADOPT_UPSTREAM_CONTEXT
-/* Of what was sent upstream, as much is searched. */
-#define SENT_BYTES_MAX 4096
+/* Of what was sent upstream, as much is searched; the double is too much for the verifier of Linux 5.10. */
+#define SENT_BYTES_MAX 2048
 
 #define LOWER_CASE 0x2020202020202020ULL
 #define RACEPARE 0x6572617065636172ULL /* "racepare", of traceparent in any case */
