@@ -44,8 +44,10 @@ static __always_inline void find_context_headers(struct process *process)
         if (count > HEADERS_IN_PART)
             count = HEADERS_IN_PART;
         u64 bytes = count * SIZEOF_ngx_table_elt_t;
-        if (elements && bytes && bytes <= sizeof(process->headers))
-            bpf_probe_read_user(process->headers, bytes, (void *)elements);
+        if (bytes && (bytes > sizeof(process->headers) || bpf_probe_read_user(process->headers, bytes, (void *)elements) != 0)) {
+            count_loss(PARTIAL_STRING_READ_FAILED);
+            return; /* what stands there is another request's */
+        }
         EACH(i, count, HEADERS_IN_PART) {
             u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
             u64 hash = MEMBER(header, u64, ngx_table_elt_t, hash);
@@ -67,14 +69,17 @@ static __always_inline void find_context_headers(struct process *process)
 #endif
         }
         if (!next)
-            break;
+            return;
         u8 *following = process->header_part;
-        if (bpf_probe_read_user(following, sizeof(process->header_part), (void *)next) != 0)
-            break;
+        if (bpf_probe_read_user(following, sizeof(process->header_part), (void *)next) != 0) {
+            count_loss(PARTIAL_STRING_READ_FAILED);
+            return;
+        }
         elements = MEMBER(following, u64, ngx_list_part_s, elts);
         count = MEMBER(following, u64, ngx_list_part_s, nelts);
         next = MEMBER(following, u64, ngx_list_part_s, next);
     }
+    count_loss(PARTIAL_STRING_CUT); /* more than 160 headers */
 }
 
 /* Copies a header's value to process->context_value. 0: there is none. */
@@ -87,8 +92,10 @@ static __always_inline u64 read_header_value(struct process *process, u32 place)
     if (bytes > CONTEXT_VALUE_BYTES)
         bytes = CONTEXT_VALUE_BYTES;
     asm volatile("" : "+r"(bytes));
-    if (bytes > CONTEXT_VALUE_BYTES || bpf_probe_read_user(process->context_value, bytes, (void *)value->data) != 0)
+    if (bytes > CONTEXT_VALUE_BYTES || bpf_probe_read_user(process->context_value, bytes, (void *)value->data) != 0) {
+        count_loss(PARTIAL_STRING_READ_FAILED);
         return 0;
+    }
     return value->len;
 }
 
@@ -169,8 +176,10 @@ static __always_inline u64 has_no_name(const u8 *at)
 
 /* What nginx told the upstream in a traceparent, if it did: from the first buffer of u->request_bufs, that of the header.
  * It is read when the attempt ends, and process->record is free. */
-static __always_inline void read_told_context(struct process *process, u64 upstream, struct trace_context *told)
+static __always_inline void read_told_context(struct process *process, u64 upstream)
 {
+    struct trace_context *told = &process->told;
+    __builtin_memset(told, 0, sizeof(*told));
     u64 chain = 0, buffer = 0, start = 0, last = 0;
     if (!read_pointer(&chain, upstream + OFFSET_ngx_http_upstream_s__request_bufs) || !chain
         || !read_pointer(&buffer, chain + OFFSET_ngx_chain_s__buf) || !buffer

@@ -51,7 +51,8 @@ enum loss {
     PARTIAL_PROPAGATION_NO_ROOM = 12,   /* --propagate: the request has too many headers for one more */
     PARTIAL_PROPAGATION_MALFORMED = 13, /* the client's own traceparent is malformed, or there are several */
     PARTIAL_PROPAGATION_UNSAFE = 14,    /* nginx's header list is not as expected, or could not be written */
-    LOSS_CAUSES = 15,
+    LOST_CLOCK_SET_BACK = 15, /* --detail request: nginx's clock went back during the request */
+    LOSS_CAUSES = 16,
 };
 
 enum limit {

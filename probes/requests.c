@@ -249,8 +249,8 @@ static __always_inline struct attempt_state *find_attempt(struct process *proces
 }
 
 #if DETAIL_REQUEST
-/* How long ago nginx's cached clock, and ngx_current_msec, which goes with it, were at a Unix time; all in milliseconds.
- * Both were taken at the same moment (ngx_time_update), so that their difference turns one into the other. */
+/* When the request began; 0: not known, and counted. nginx notes it by its cached clock, in Unix milliseconds. That clock and
+ * ngx_current_msec are taken at one moment (ngx_time_update), so that their difference leads from the one to the other. */
 static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 load_address, u64 now)
 {
     struct {
@@ -260,14 +260,19 @@ static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 lo
     u64 address = 0, current_msec = 0;
     if (bpf_probe_read_user(&address, sizeof(address), (void *)(load_address + ADDRESS_ngx_cached_time)) != 0
         || bpf_probe_read_user(&cached, sizeof(cached), (void *)address) != 0
-        || bpf_probe_read_user(&current_msec, sizeof(current_msec), (void *)(load_address + ADDRESS_ngx_current_msec)) != 0)
+        || bpf_probe_read_user(&current_msec, sizeof(current_msec), (void *)(load_address + ADDRESS_ngx_current_msec)) != 0) {
+        count_loss(LOST_READ_FAILED);
         return 0;
+    }
     cached.msec &= 0xffffffff; /* the other half is the time zone */
     u64 start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_sec) * 1000
         + MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     s64 ago_msec = cached.sec * 1000 + cached.msec - start_msec;
     u64 start_ns = (current_msec - ago_msec) * MILLISECOND_NS;
-    return ago_msec >= 0 && start_ns < now ? start_ns : 0;
+    if (ago_msec >= 0 && start_ns < now)
+        return start_ns;
+    count_loss(LOST_CLOCK_SET_BACK);
+    return 0;
 }
 
 /* The last attempt of the request itself, by nginx's own clock: u->start_time and its state's times, each rounded outward
@@ -450,14 +455,6 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     u64 load_address = ctx->ip - SITE_ngx_http_free_request;
     if (!process->core_module_index_known)
         learn_core_module_index(process, load_address);
-#if DETAIL_REQUEST
-    active.created_ns = monotonic_ns_of_start(process, load_address, now);
-    if (!active.created_ns) {
-        count_loss(LOST_READ_FAILED);
-        return 0;
-    }
-    active.attempts = recall_last_attempt(process, &active.created_ns, now);
-#endif
 
     struct socket_key socket_key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
     struct socket *socket = sockets.lookup(&socket_key);
@@ -481,6 +478,12 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         leave_out(&attempt_key, active.attempts);
         return 0;
     }
+#endif
+#if DETAIL_REQUEST
+    active.created_ns = monotonic_ns_of_start(process, load_address, now);
+    if (!active.created_ns)
+        return 0;
+    active.attempts = recall_last_attempt(process, &active.created_ns, now);
 #endif
     u64 http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
     u64 multiplexed = MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || http_version == HTTP_VERSION_3;

@@ -21,6 +21,9 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
     struct active_request *active = active_requests.lookup(&key);
     if (!active)
         return 0;
+#if ADOPT_UPSTREAM_CONTEXT
+    read_told_context(process, upstream); /* before the ways part: the verifier goes through its loop once for each */
+#endif
 
     struct attempt_state ended = {};
     ended.attempt.ended_ns = now;
@@ -85,7 +88,7 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
     }
     process->failed_connect_start_ns = 0;
 #if ADOPT_UPSTREAM_CONTEXT
-    read_told_context(process, upstream, &ended.told);
+    ended.told = process->told;
 #endif
 
     if (active->attempts >= ATTEMPTS_MAX) {

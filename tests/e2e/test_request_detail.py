@@ -1,13 +1,14 @@
 """`--detail request`: one probe a request; times by nginx's own clock of milliseconds, to which its log is held."""
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from e2e.agent_process import AgentProcess, Trace
+from e2e.agent_process import PROGRAM, AgentProcess, Trace
 from e2e.http1_client import Http1Connection
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.nginx_server import AccessLog, LogLine, NginxServer, free_ports, wait_until
@@ -161,3 +162,16 @@ def test_new_workers_are_traced(stand: Stand) -> None:
     assert {trace.server.attributes["nginx.worker.pid"] for trace in stand.agent.traces[stand.expected :]} <= set(
         stand.nginx.worker_pids()
     )
+
+
+EVERYTHING = ["--propagators", "tracecontext", "--propagators", "b3", "--propagators", "b3multi", "--propagators"]
+EVERYTHING += ["xrequestid", "--keep-errors", "--keep-slower-than", "1s", "--sampler", "parentbased_traceidratio"]
+
+
+@pytest.mark.parametrize("choice", [["--detail", "request"], ["--adopt-upstream-context"]], ids=lambda words: words[0])
+def test_the_kernel_takes_the_program_with_all_that_can_be_chosen(stand: Stand, choice: list[str]) -> None:
+    """The verifier has to follow each way through it; more choices are more ways."""
+    command = [PROGRAM, "run", "--dry-run", "--pid", str(stand.nginx.pid), *EVERYTHING, *choice]
+    attached = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert attached.returncode == 0, attached.stderr
+    assert "ready: nginx" in attached.stderr
