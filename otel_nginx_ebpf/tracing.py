@@ -130,8 +130,9 @@ class Tracing:
         attachment = Attachment(load_request, self._settings.ring_buffer_mib << 20)
         if attachment.refused:
             _log.warning(
-                "--propagate does nothing: this kernel refuses bpf_probe_write_user (lockdown, or no CAP_SYS_ADMIN); "
-                "requests are traced, and applications are not told"
+                "--propagate does nothing: the kernel does not take the program that writes to nginx's memory (%s; the "
+                "usual reasons are lockdown and no CAP_SYS_ADMIN); requests are traced, and applications are not told",
+                attachment.refused[0],
             )
         return _TracedBinary(target, instances, attachment)
 

@@ -63,7 +63,7 @@ class Attachment:
         descriptors, answer = _load(request)
         self._process_bytes: int = answer["process_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
-        """Handlers that write to nginx's memory, where the kernel does not allow that."""
+        """Why the kernel did not take handlers that write to nginx's memory, such as `Invalid argument`."""
         self._probes = descriptors[len(HANDED_OVER_MAPS) :]
         maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
         self._records = RingBuffer(maps["records"], ring_buffer_bytes)

@@ -133,10 +133,10 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     for probe in request["probes"]:
         try:
             handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
-        except Exception:
+        except Exception as error:
             if not probe["writes"]:
                 raise
-            refused.append(probe["handler"])
+            refused.append(str(error).rsplit(": ", 1)[-1])
             continue
         probes.append(_attach_uprobe(lib, handler.fd, probe["handler"], request["executable"], probe["file_offset"]))
     process_bytes = ctypes.sizeof(processes.Leaf)
