@@ -48,7 +48,8 @@ static __always_inline void find_context_headers(struct process *process)
             count_loss(PARTIAL_STRING_READ_FAILED);
             return; /* what stands there is another request's */
         }
-        EACH(i, count, HEADERS_IN_PART) {
+        process->headers_read = count;
+        for (u32 i = 0; i < HEADERS_IN_PART && i < *(volatile u64 *)&process->headers_read; i++) {
             u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
             u64 hash = MEMBER(header, u64, ngx_table_elt_t, hash);
 #if PROPAGATOR_TRACECONTEXT || PROPAGATE || ADOPT_UPSTREAM_CONTEXT

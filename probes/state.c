@@ -73,6 +73,7 @@ struct process {
     u8 connection[512];
     u8 upstream_state[256];
     u8 headers[HEADERS_IN_PART * SIZEOF_ngx_table_elt_t];
+    u64 headers_read; /* how many; to the verifier any number whenever it is read */
     u8 header_part[24];
     u64 header_lines[CONTEXT_HEADERS];
     struct ngx_str header_values[CONTEXT_HEADERS];

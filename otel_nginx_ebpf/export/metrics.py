@@ -78,8 +78,14 @@ def _resident_bytes() -> int:
 def _measure(provider: MeterProvider, stats: Stats) -> None:
     meter = provider.get_meter("otel_nginx_ebpf", __version__)
 
-    def lost(options: CallbackOptions) -> Iterable[Observation]:
-        return [Observation(count, {"cause": cause}) for cause, count in stats.losses().items()]
+    def causes(*prefixes: str) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
+        return [
+            lambda options: [
+                Observation(count, {"cause": cause})
+                for cause, count in stats.losses().items()
+                if cause.startswith(prefixes)
+            ]
+        ]
 
     def processor_time(options: CallbackOptions) -> Iterable[Observation]:
         times = os.times()
@@ -91,7 +97,9 @@ def _measure(provider: MeterProvider, stats: Stats) -> None:
     prefix = "otel_nginx_ebpf"
     meter.create_observable_counter(f"{prefix}.requests.received", observed(lambda: stats.received), "{request}")
     meter.create_observable_counter(f"{prefix}.requests.exported", observed(lambda: stats.exported), "{request}")
-    meter.create_observable_counter(f"{prefix}.requests.lost", [lost], "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.lost", causes("lost_"), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.left_out", causes("not_", "began_"), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.incomplete", causes("partial_"), "{request}")
     meter.create_observable_gauge(f"{prefix}.queue.spans", observed(lambda: stats.queued.spans), "{span}")
     meter.create_observable_gauge(f"{prefix}.queue.memory", observed(lambda: stats.queued.bytes), "By")
     meter.create_observable_gauge(f"{prefix}.queue.disk", observed(lambda: stats.stored_bytes), "By")

@@ -34,6 +34,7 @@ def stats() -> Stats:
     made = Stats()
     made.received, made.exported = 10, 7
     made.lose("lost_queue_full", 2)
+    made.lose("not_sampled", 4)
     made.lost_in_kernel = {"lost_queue_full": 0, "lost_ring_buffer_full": 1}
     made.queued.spans, made.queued.bytes, made.stored_bytes, made.ring_buffer_fill = 12, 3456, 789, 0.25
     return made
@@ -77,6 +78,8 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
         "lost_queue_full": 2,
         "lost_ring_buffer_full": 1,
     }
+    left_out = metrics["otel_nginx_ebpf.requests.left_out"].sum.data_points
+    assert {point.attributes[0].value.string_value: point.as_int for point in left_out} == {"not_sampled": 4}
     gauges = {
         "queue.spans": 12,
         "queue.memory": 3456,

@@ -1,1 +1,0 @@
-for o in "PROPAGATE=0" "PROPAGATE=1" "ADOPT_UPSTREAM_CONTEXT=1 KEEP_ERRORS=1 PROPAGATOR_B3MULTI=1 PROPAGATOR_B3=1 PROPAGATE=1"; do echo "== $o"; .venv/bin/python vt.py $o 2>&1 | tail -14 | cut -c1-220; done
