@@ -6,7 +6,7 @@ from typing import Any
 from bench.figures import percentile, summary
 from bench.load import at_rate
 from bench.site import SCENARIOS, Site
-from bench.variants import OFF, Variant, tracing
+from bench.variants import Variant, turns
 
 PERCENTS = (50.0, 99.0, 99.9)
 SECONDS = 3
@@ -23,17 +23,12 @@ def measure(
     """By scenario, variant and percentile: microseconds in each round, and their figures."""
     names = list(names)
     found: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in names}
-    for number in range(rounds):
-        order = [None, *variants]
-        for variant in order if number % 2 else reversed(order):
-            with tracing(variant, site.nginx.pid):
-                for name in names:
-                    label = variant.name if variant else OFF
-                    advance(f"round {number + 1}, {label}: latency of {name}")
-                    latencies_us = at_rate(site.url(SCENARIOS[name]), SCENARIOS[name], requests_a_second, SECONDS)
-                    series = found[name].setdefault(label, {f"p{percent:g}": [] for percent in PERCENTS})
-                    for percent in PERCENTS:
-                        series[f"p{percent:g}"].append(percentile(latencies_us, percent))
+    for number, label, name in turns(variants, names, site.nginx.pid, rounds):
+        advance(f"round {number}, {label}: latency of {name}")
+        latencies_us = at_rate(site.url(SCENARIOS[name]), SCENARIOS[name], requests_a_second, SECONDS)
+        series = found[name].setdefault(label, {f"p{percent:g}": [] for percent in PERCENTS})
+        for percent in PERCENTS:
+            series[f"p{percent:g}"].append(percentile(latencies_us, percent))
     return {
         name: {
             label: {each: {**summary(values), "rounds": values} for each, values in series.items()}

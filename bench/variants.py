@@ -2,7 +2,7 @@
 
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,20 @@ def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | 
             raise
         agent.stop()
         _say_losses(variant, agent)
+
+
+def turns(
+    variants: Sequence[Variant], names: Iterable[str], nginx_pid: int, rounds: int
+) -> Iterator[tuple[int, str, str]]:
+    """A round's number, a variant's label and a name, while the variant is live. Each round has every variant, in an
+    order that changes, and each variant every name."""
+    names = list(names)
+    for number in range(1, rounds + 1):
+        order = [None, *variants]
+        for variant in reversed(order) if number % 2 else order:
+            with tracing(variant, nginx_pid):
+                for name in names:
+                    yield number, variant.name if variant else OFF, name
 
 
 def _say_losses(variant: Variant, agent: AgentProcess) -> None:

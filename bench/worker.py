@@ -10,7 +10,7 @@ from bench.load import at_most_speed
 from bench.machine import NGINX_CPU
 from bench.programs import counting, programs_of
 from bench.site import SCENARIOS, Site
-from bench.variants import OFF, Variant, tracing
+from bench.variants import OFF, Variant, tracing, turns
 
 BYSTANDER = "bystander"
 """A process that does nothing but system calls; its figures are of one call."""
@@ -54,19 +54,14 @@ def interleave(
     names = list(names)
     cpu_us: dict[str, Series] = {name: {} for name in names}
     rate: dict[str, Series] = {name: {} for name in names}
-    for number in range(rounds):
-        order = [None, *variants]
-        for variant in order if number % 2 else reversed(order):
-            with tracing(variant, site.nginx.pid):
-                for name in names:
-                    label = variant.name if variant else OFF
-                    advance(f"round {number + 1}, {label}: {name}")
-                    if name == BYSTANDER:
-                        cpu_us[name].setdefault(label, []).append(bystander_us_a_call())
-                        continue
-                    cpu, requests_a_second = cpu_us_a_request(site, name)
-                    cpu_us[name].setdefault(label, []).append(cpu)
-                    rate[name].setdefault(label, []).append(requests_a_second)
+    for number, label, name in turns(variants, names, site.nginx.pid, rounds):
+        advance(f"round {number}, {label}: {name}")
+        if name == BYSTANDER:
+            cpu_us[name].setdefault(label, []).append(bystander_us_a_call())
+            continue
+        cpu, requests_a_second = cpu_us_a_request(site, name)
+        cpu_us[name].setdefault(label, []).append(cpu)
+        rate[name].setdefault(label, []).append(requests_a_second)
     return cpu_us, rate
 
 
