@@ -45,6 +45,8 @@ class _Message:
     size: Size
     data: bytes | None = None
     stored: Stored | None = None
+    done: bool = False
+    """Delivered or refused."""
 
 
 class OtlpExporter:
@@ -80,7 +82,9 @@ class OtlpExporter:
         self._stats = stats
         self._queue_spans = queue_spans
         self._queue_bytes = queue_bytes
-        self._batch_spans = batch_spans
+        # A quarter of the room, so that the others can wait on disk, or be sent, while one is filled.
+        self._batch_spans = min(batch_spans, queue_spans // 4)
+        self._batch_bytes = min(_MESSAGE_BYTES_MAX, queue_bytes // 4)
         self._delay_s = delay_s
         self._wait_for_room = wait_for_room
         self._lock = threading.Lock()
@@ -130,7 +134,7 @@ class OtlpExporter:
                 return
             filling = self._open_size
             if filling.traces and (
-                filling.spans + spans > self._batch_spans or filling.bytes + size > _MESSAGE_BYTES_MAX
+                filling.spans + spans > self._batch_spans or filling.bytes + size > self._batch_bytes
             ):
                 self._close_message()
                 filling = self._open_size
@@ -155,7 +159,7 @@ class OtlpExporter:
 
     def _wait_for(self, spans: int, size: int) -> bool:
         """Waits for room, if that is wanted. Returns whether there is any."""
-        if not self._queue:
+        if self._held.traces == self._open_size.traces:  # what is queued is on disk
             self._close_message()
         while self._wait_for_room and self._held.traces and not self._has_room(spans, size):
             self._changed.wait(_SIGNAL_S)
@@ -186,8 +190,9 @@ class OtlpExporter:
                 self._abandoned = True
                 self._changed.notify_all()
             self._sender.shutdown()
-            for thread in self._threads:
-                thread.join(_ABORT_S)
+            self._threads[0].join(_ABORT_S)
+            for spilling in self._threads[1:]:
+                spilling.join()  # What it is writing must not be written twice.
             self._keep_the_rest()
 
     def _keep_the_rest(self) -> None:
@@ -229,7 +234,12 @@ class OtlpExporter:
     def _send(self, message: _Message) -> Answer:
         data = message.data
         if data is None and message.stored and self._queue_dir:
-            data = self._queue_dir.load(message.stored)
+            try:
+                data = self._queue_dir.load(message.stored)
+            except OSError:
+                with self._changed:
+                    self._queue.rotate(-1)  # The others need not wait for it.
+                return Answer(retry=True)
         if data is None:
             if self._take_out(message):
                 self._stats.lose("lost_queue_file_damaged", message.size.traces)
@@ -266,6 +276,7 @@ class OtlpExporter:
             if not self._queue:
                 return False
             self._queue.popleft()
+            message.done = True
             if message.data is not None:
                 self._held.remove(message.size)
             self._changed.notify_all()
@@ -294,7 +305,8 @@ class OtlpExporter:
 
     def _to_spill(self) -> _Message | None:
         """The oldest message that is in memory and should be on disk."""
-        if not self._failing and self._held.bytes <= self._queue_bytes // 4:
+        held = self._held
+        if not self._failing and held.bytes <= self._queue_bytes // 4 and held.spans <= self._queue_spans // 4:
             return None
         return next((message for message in self._queue if message.data is not None), None)
 
@@ -305,7 +317,7 @@ class OtlpExporter:
         if stored is None:
             return False
         with self._changed:
-            if message not in self._queue and not self._abandoned:  # delivered in the meantime
+            if message.done:  # in the meantime
                 self._queue_dir.forget(stored)
                 return True
             message.stored, message.data = stored, None

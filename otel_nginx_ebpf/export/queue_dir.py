@@ -9,6 +9,7 @@ import gzip
 import logging
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,7 +33,7 @@ class Stored(NamedTuple):
 
 
 class QueueDir:
-    """A directory of messages, used by one program at a time.
+    """A directory of messages, used by one program at a time. One thread at a time stores; any may do the rest.
 
     Raises:
         UserError: It cannot be used, or another program uses it.
@@ -42,6 +43,8 @@ class QueueDir:
         self._directory = directory
         self._bytes_max = bytes_max
         self._full = False
+        self._unreadable: set[Path] = set()
+        self._counting = threading.Lock()
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -84,17 +87,21 @@ class QueueDir:
             return None
         self._full = False
         self._next += 1
-        self.bytes += len(packed)
+        self._count(len(packed))
         return Stored(path, traces, spans)
 
     def load(self, stored: Stored) -> bytes | None:
-        """A stored message. None where it is damaged: then its file is set aside, as `*.damaged`, and logged."""
+        """A stored message. None where it is damaged: then its file is set aside, as `*.damaged`, and logged.
+
+        Raises:
+            OSError: It cannot be read now (too many open files, a disk that fails); logged once.
+        """
         try:
             packed = stored.path.read_bytes()
             if not packed:  # no gzip stream at all is to Python one of nothing
                 raise EOFError("it is empty")
             return gzip.decompress(packed)
-        except (OSError, EOFError, zlib.error) as error:
+        except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             aside = stored.path.with_name(stored.path.name + ".damaged")
             try:
                 stored.path.rename(aside)
@@ -102,14 +109,25 @@ class QueueDir:
                 aside = stored.path
             logger.error("--queue-dir: a damaged file, set aside as %s: %s", aside, error)
             return None
+        except OSError as error:
+            if stored.path not in self._unreadable:
+                self._unreadable.add(stored.path)
+                logger.warning("--queue-dir: cannot read %s now, will try again: %s", stored.path, error.strerror)
+            raise
 
     def forget(self, stored: Stored) -> None:
         """Removes a message that needs no keeping any more."""
         try:
-            self.bytes -= stored.path.stat().st_size
+            size = stored.path.stat().st_size
             stored.path.unlink()
         except OSError as error:
             logger.error("--queue-dir: cannot remove %s: %s", stored.path, error.strerror)
+        else:
+            self._count(-size)
+
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self.bytes += size
 
     def close(self) -> None:
         """Lets another program use the directory."""

@@ -1,5 +1,6 @@
 """What waits for the collector on disk: it all comes, in order, after a restart, too; damage is counted."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ import pytest
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export import otlp
 from otel_nginx_ebpf.export.otlp import OtlpExporter
 from otel_nginx_ebpf.export.otlp_sender import make_sender
-from otel_nginx_ebpf.export.queue_dir import QueueDir
+from otel_nginx_ebpf.export.queue_dir import QueueDir, Stored
 from otel_nginx_ebpf.stats import Stats
 from unit.otlp_receiver import GrpcReceiver
 from unit.sample_traces import renumbered, static_trace
@@ -34,7 +36,9 @@ def port(monkeypatch: pytest.MonkeyPatch) -> int:
     return gone.port
 
 
-def exporter(stats: Stats, directory: Path, *, disk_bytes: int = MIB, queue_bytes: int = MIB) -> OtlpExporter:
+def exporter(
+    stats: Stats, directory: Path, *, disk_bytes: int = MIB, queue_bytes: int = MIB, batch_spans: int = 20
+) -> OtlpExporter:
     """Messages of 10 traces each."""
     return OtlpExporter(
         make_sender("grpc"),
@@ -42,7 +46,7 @@ def exporter(stats: Stats, directory: Path, *, disk_bytes: int = MIB, queue_byte
         stats,
         queue_spans=10**6,
         queue_bytes=queue_bytes,
-        batch_spans=20,
+        batch_spans=batch_spans,
         delay_s=0.1,
         queue_dir=QueueDir(directory, disk_bytes),
     )
@@ -73,6 +77,24 @@ def test_what_memory_would_not_hold_waits_on_disk_and_comes_in_order(port: int, 
         subject.shutdown(10)
     assert receiver.trace_ids == list(range(1, 2021))
     assert (stats.exported, stats.lost, files(tmp_path / "queue")) == (2020, {}, [])
+
+
+def test_a_message_that_would_fill_all_memory_goes_to_disk_too(port: int, tmp_path: Path) -> None:
+    """--queue-mib 1 is less than a message's 2 MiB."""
+    stats = Stats()
+    subject = exporter(stats, tmp_path, disk_bytes=8 * MIB, batch_spans=10**6)
+    offer(subject, stats, 1)
+    wait_until(lambda: files(tmp_path))
+    largest = 0
+    for _ in range(80):
+        offer(subject, stats, 100)
+        largest = max(largest, subject._held.bytes)
+        wait_until(lambda: subject._held.bytes < MIB // 2)
+    assert stats.received * largest / 100 > 2 * MIB
+    with GrpcReceiver(port) as receiver:
+        subject.shutdown(10)
+    assert sorted(receiver.trace_ids) == list(range(1, stats.received + 1))
+    assert (stats.exported, stats.lost, files(tmp_path)) == (stats.received, {}, [])
 
 
 def test_what_is_left_waits_for_the_next_run(port: int, tmp_path: Path) -> None:
@@ -129,6 +151,52 @@ def test_damage_is_set_aside_and_counted(damage: Callable[[bytes], bytes], port:
     assert receiver.trace_ids == [*range(1, 11), *range(21, 31)]
     assert (later.received, later.exported, later.lost) == (30, 20, {"lost_queue_file_damaged": 10})
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["lock", "notes.txt", second.name + ".damaged"])
+
+
+def test_a_file_that_cannot_be_read_now_is_read_later(
+    port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with too many open files. The others need not wait for it."""
+    subject = exporter(stats := Stats(), tmp_path)
+    offer(subject, stats, 30)
+    subject.shutdown(0)
+    first = tmp_path / files(tmp_path)[0]
+    hidden = first.rename(tmp_path / "hidden")
+    first.mkdir()
+    later = Stats()
+    with GrpcReceiver(port) as receiver:
+        subject = exporter(later, tmp_path)
+        wait_until(lambda: len(receiver.trace_ids) >= 20)
+        assert "Is a directory" in caplog.text
+        first.rmdir()
+        hidden.rename(first)
+        wait_until(lambda: len(receiver.trace_ids) >= 30)
+        subject.shutdown(10)
+    assert receiver.trace_ids == [*range(11, 31), *range(1, 11)]
+    assert (later.exported, later.lost, files(tmp_path)) == (30, {}, [])
+
+
+def test_a_disk_that_is_slow_at_the_end_stores_nothing_twice(
+    port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is real, but for its pace."""
+    stored = QueueDir.store
+    writing = threading.Event()
+
+    def slowly(directory: QueueDir, message: bytes, traces: int, spans: int) -> Stored | None:
+        writing.set()
+        time.sleep(otlp._ABORT_S + 0.5)
+        return stored(directory, message, traces, spans)
+
+    monkeypatch.setattr(QueueDir, "store", slowly)
+    stats = Stats()
+    subject = exporter(stats, tmp_path)
+    offer(subject, stats, 10)
+    assert writing.wait(10)
+    subject.shutdown(0)
+    assert (stats.kept, stats.lost, len(files(tmp_path))) == (10, {}, 1)
+    assert subject._queue_dir
+    assert subject._queue_dir.bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
 def test_a_full_disk_leaves_memory_and_then_the_rest_is_counted(
