@@ -9,7 +9,6 @@ import os
 import struct
 from collections.abc import Iterator
 
-_POSITION = struct.Struct("<Q")
 _HEADER = struct.Struct("<II")
 _BUSY = 1 << 31
 _DISCARDED = 1 << 30
@@ -26,21 +25,23 @@ class RingBuffer:
         page = mmap.PAGESIZE
         self._descriptor = descriptor
         self._mask = data_bytes - 1
-        self._consumer = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
-        self._producer = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
+        # As numbers, each read and written by one machine instruction: struct.pack_into writes zeros first, and to a
+        # worker that sees those the buffer is full.
+        writable = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
+        self._consumed = memoryview(writable).cast("Q")
+        self._produced = memoryview(mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)).cast("Q")
 
     def fill(self) -> float:
         """How much of it waits to be read: 0 to 1."""
-        waiting = _POSITION.unpack_from(self._producer, 0)[0] - _POSITION.unpack_from(self._consumer, 0)[0]
-        return float(waiting / (self._mask + 1))
+        return (self._produced[0] - self._consumed[0]) / (self._mask + 1)
 
     def read(self) -> Iterator[bytes]:
         """The records that are complete now, oldest first.
 
         Space is given back after each window, and when the iterator ends or is closed.
         """
-        position = _POSITION.unpack_from(self._consumer, 0)[0]
-        end = _POSITION.unpack_from(self._producer, 0)[0]
+        position = self._consumed[0]
+        end = self._produced[0]
         while position < end:
             in_page = position % mmap.PAGESIZE
             with self._map(position - in_page, end) as window:
@@ -59,7 +60,10 @@ class RingBuffer:
                             yield window[start:stop]
                 finally:
                     position += at - in_page
-                    _POSITION.pack_into(self._consumer, 0, position)
+                    self._give_back_to(position)
+
+    def _give_back_to(self, position: int) -> None:
+        self._consumed[0] = position
 
     def _map(self, position: int, end: int) -> mmap.mmap:
         """A window of the data, from the start of a page on."""
@@ -68,8 +72,8 @@ class RingBuffer:
         return mmap.mmap(self._descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
 
     def close(self) -> None:
-        self._consumer.close()
-        self._producer.close()
+        self._consumed.release()
+        self._produced.release()
         os.close(self._descriptor)
 
 

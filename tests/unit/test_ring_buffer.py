@@ -2,6 +2,8 @@
 
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -106,3 +108,26 @@ def test_space_is_given_back_where_reading_stops_and_little_is_mapped_meanwhile(
     reading.close()
     assert producer.consumed == begin + 1500 * 1008
     assert mapped_kib() == at_rest
+
+
+WATCH = """
+import mmap, sys
+consumed = memoryview(mmap.mmap(int(sys.argv[1]), mmap.PAGESIZE, mmap.MAP_SHARED, mmap.PROT_READ)).cast("Q")
+print("watching", flush=True)
+print(min(consumed[0] for _ in range(3_000_000)))
+"""
+
+
+def test_a_position_changes_at_once() -> None:
+    """Whoever looks meanwhile, as the kernel does, finds the old one or the new one."""
+    producer = Producer(7 * DATA_BYTES)
+    command = [sys.executable, "-c", WATCH, str(producer.file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[producer.file], text=True) as watcher:
+        assert watcher.stdout is not None
+        watcher.stdout.readline()
+        while watcher.poll() is None:
+            for position in range(producer.position, producer.position + 80_000, 8):
+                producer.reader._give_back_to(position)
+        assert int(watcher.stdout.read()) >= producer.position
+    producer.reader.close()
+    os.close(producer.file)
