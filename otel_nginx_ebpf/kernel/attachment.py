@@ -13,6 +13,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
+from otel_nginx_ebpf.kernel.runs import Runs, runs_of
 from otel_nginx_ebpf.stats import LOSS_CAUSES
 
 _PID = struct.Struct("=I")
@@ -42,7 +43,7 @@ def _load(request: bytes) -> tuple[list[int], dict[str, Any]]:
     answer = json.loads(message)
     if "error" in answer:
         raise UserError(f"{answer['error']}\n{_last_lines(messages)}".strip())
-    if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"]:
+    if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"] + len(answer["handlers"]):
         raise UserError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
     return descriptors, answer
 
@@ -64,7 +65,9 @@ class Attachment:
         self._process_bytes: int = answer["process_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
         """Why the kernel did not take handlers that write to nginx's memory, such as `Invalid argument`."""
-        self._probes = descriptors[len(HANDED_OVER_MAPS) :]
+        handlers_at = len(HANDED_OVER_MAPS) + answer["probes"]
+        self._probes = descriptors[len(HANDED_OVER_MAPS) : handlers_at]
+        self._handlers = dict(zip(answer["handlers"], descriptors[handlers_at:], strict=True))
         maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
         self._records = RingBuffer(maps["records"], ring_buffer_bytes)
         self._loss_counts = CounterArray(maps["loss_counts"], len(LOSS_CAUSES))
@@ -93,6 +96,10 @@ class Attachment:
     def losses(self) -> dict[str, int]:
         """The kernel's loss counters since the probes went live, by cause."""
         return dict(zip(LOSS_CAUSES, self._loss_counts.read(), strict=True))
+
+    def runs(self) -> dict[str, Runs]:
+        """How often each handler ran, and for how long, while the kernel counted it (`runs.Counting`)."""
+        return {name: runs_of(program) for name, program in self._handlers.items()}
 
     def add_processes(self, pids: Iterable[int]) -> None:
         """Traces these processes from now on, as the loader did with those it was given."""
@@ -123,6 +130,8 @@ class Attachment:
     def close(self) -> None:
         """Detaches, and gives back all that the kernel holds for this attachment."""
         self.detach()
+        for descriptor in self._handlers.values():
+            os.close(descriptor)
         self._records.close()
         self._loss_counts.close()
         for state in (self._processes, self._sockets, self._active_requests, self._attempts):

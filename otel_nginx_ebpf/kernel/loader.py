@@ -129,6 +129,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     maps = [program[name.encode()].map_fd for name in HANDED_OVER_MAPS]
     # BCC has attached these, by their handlers' names. Before Linux 6.10 a second time would be refused (EEXIST).
     probes = [program.raw_tracepoint_fds[name.encode()] for name in request["tracepoints"]]
+    handlers = {name: program.funcs[f"raw_tracepoint__{name}".encode()].fd for name in request["tracepoints"]}
     refused: list[str] = []
     for probe in request["probes"]:
         try:
@@ -139,8 +140,14 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             refused.append(str(error).rsplit(": ", 1)[-1])
             continue
         probes.append(_attach_uprobe(lib, handler.fd, probe["handler"], request["executable"], probe["file_offset"]))
-    process_bytes = ctypes.sizeof(processes.Leaf)
-    return {"probes": len(probes), "refused": refused, "process_bytes": process_bytes}, maps + probes
+        handlers[probe["handler"]] = handler.fd
+    answer = {
+        "probes": len(probes),
+        "handlers": list(handlers),
+        "refused": refused,
+        "process_bytes": ctypes.sizeof(processes.Leaf),
+    }
+    return answer, [*maps, *probes, *handlers.values()]
 
 
 def _tell_version() -> dict[str, str]:
