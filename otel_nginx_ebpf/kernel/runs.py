@@ -1,4 +1,4 @@
-"""How often the kernel ran a BPF program, and for how long: it counts only while it is asked to, as that costs time too."""
+"""How often the kernel ran a BPF program, and for how long: counted only while it is asked to, as that costs time."""
 
 import ctypes
 import os
@@ -26,7 +26,7 @@ class Runs(NamedTuple):
     """Of one program."""
 
     time_ns: int
-    count: int
+    hits: int
 
 
 class _StatsAttribute(ctypes.Structure):
@@ -52,8 +52,8 @@ class Counting:
     """The kernel counts, for every program of the machine, until this is closed.
 
     Raises:
-        OSError: It may not be asked to: EPERM without CAP_SYS_ADMIN, EINVAL before Linux 5.8. Not raised where it counts
-            always (sysctl kernel.bpf_stats_enabled).
+        OSError: It may not be asked to: EPERM without CAP_SYS_ADMIN, EINVAL before Linux 5.8. Not where it always
+            counts (sysctl kernel.bpf_stats_enabled).
     """
 
     def __init__(self) -> None:
