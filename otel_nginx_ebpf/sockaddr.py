@@ -13,7 +13,7 @@ _FAMILY_BYTES = 2
 _PEER = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<v4>[0-9.]+)):(?P<port>[0-9]{1,5})", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Address:
     """A socket's address. Unix sockets have `unix:/path` as host and no port."""
 

@@ -83,13 +83,35 @@ def _key(name: str) -> bytes:
     return _text(1, name)
 
 
+class _TextHeaders(dict[int, bytes]):
+    """All in front of an attribute's text, by the text's bytes; those of short texts are kept."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self._number = number
+        self._key = _key(name)
+
+    def __missing__(self, length: int) -> bytes:
+        attribute = _field(self._number, self._key + _field(2, _field(1, bytes(length))))
+        header = attribute[: len(attribute) - length]
+        if length < _KEPT_TEXT_BYTES:
+            self[length] = header
+        return header
+
+
+_KEPT_TEXT_BYTES = 512
+_text_headers = lru_cache(256)(_TextHeaders)
+
+
 def _attributes(number: int, attributes: Mapping[str, object]) -> bytes:
     """Each as a KeyValue in a repeated field; without integers beyond 64 bits."""
-    return b"".join(
-        _field(number, _key(key) + _field(2, _any_value(value)))
-        for key, value in attributes.items()
-        if not isinstance(value, int) or -(1 << 63) <= value < 1 << 63
-    )
+    encoded: list[bytes] = []
+    for key, value in attributes.items():
+        if isinstance(value, str):
+            text = value.encode()
+            encoded += (_text_headers(number, key)[len(text)], text)
+        elif not isinstance(value, int) or -(1 << 63) <= value < 1 << 63:
+            encoded.append(_field(number, _key(key) + _field(2, _any_value(value))))
+    return b"".join(encoded)
 
 
 def encode_part(part: Part) -> bytes:
