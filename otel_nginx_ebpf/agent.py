@@ -96,6 +96,7 @@ def _trace(settings: Settings, stats: Stats, take: Take, at_once: int) -> None:
             while not stop:
                 time.sleep(_POLL_S)
                 take_all()
+                take([])
                 now_s = time.monotonic()
                 if now_s >= next_sweep_s:
                     tracing.sweep()

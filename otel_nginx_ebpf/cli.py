@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 from otel_nginx_ebpf import __version__, config, service
 from otel_nginx_ebpf.messages import PROGRAM, complain
 from otel_nginx_ebpf.printable import printable
-from otel_nginx_ebpf.settings import Settings
+from otel_nginx_ebpf.settings import Settings, Sort, Top
 
 _ABOUT = """
 OpenTelemetry traces of a running nginx, by eBPF.
@@ -170,6 +171,63 @@ def run(
     from otel_nginx_ebpf import agent
 
     agent.dry_run(settings)
+
+
+@app.command()
+def top(
+    context: typer.Context,
+    pid: Pid = None,
+    binary: Binary = None,
+    sort: Annotated[Sort, typer.Option(help="The column to sort by.")] = "rate",
+    interval: Annotated[
+        float,
+        typer.Option(
+            min=1, max=3600, metavar="S", help="The seconds that the tables are of; without a terminal, one so often."
+        ),
+    ] = 10,
+    once: Annotated[bool, typer.Option("--once", help="Print the tables of one interval, and end.")] = False,
+    color: Color = None,
+    detail: Detail = None,
+    ring_buffer_mib: RingBuffer = None,
+    max_active_requests: MaxActiveRequests = None,
+    config_file: ConfigFile = None,
+) -> None:
+    """Show where requests' time goes, by location and by upstream, as it happens. Needs root; no collector.
+
+    Whatever the sampler takes, all requests count. Of each location and
+    upstream: requests/s, those with a status of 4xx and 5xx, and how long they
+    took, as p50, p95 or p99 (all three where the terminal has 178 columns):
+
+        TOTAL  from the first byte to the last
+
+        READ   the client sends its request      CONN   connecting to a peer
+
+        WAIT   for the peer's first byte         XFER   the rest of its response
+
+        WRITE  the response to the client        NGINX  none of these
+
+    Keys: q or Ctrl-C quits, ← → (or < >) change the column that is sorted by,
+    p the percentile, u shows each peer of an upstream, a all time since the
+    start, space pauses, / shows only rows that contain what is typed.
+
+    Without a terminal, or with --once, the tables are printed as text.
+
+    Examples:
+
+        otel-nginx-ebpf top
+
+        otel-nginx-ebpf top --once --interval 60 --sort wait
+    """
+    settings = replace(
+        _settings(context),
+        top=Top(sort, interval, once),
+        sampler="always_on",
+        propagate=False,
+        adopt_upstream_context=False,
+        metrics=False,
+        metrics_listen=None,
+    )
+    service.become(service.top, settings)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from otel_nginx_ebpf.capture import CaptureError
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.messages import PROGRAM, complain, log_to_stderr
+from otel_nginx_ebpf.messages import PROGRAM, complain, log_to_stderr, stderr_kept
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 
@@ -37,6 +37,12 @@ def run(settings: Settings) -> int:
     from otel_nginx_ebpf import agent
 
     return _deliver(settings, lambda exporter, stats: agent.run(settings, exporter, stats))
+
+
+def top(settings: Settings) -> int:
+    """Traces, and shows what comes until the user has seen enough; the exit code. Raises `UserError`."""
+    with stderr_kept():
+        return run(settings)
 
 
 def record(settings: Settings, path: Path) -> int:

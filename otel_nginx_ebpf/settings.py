@@ -18,6 +18,20 @@ Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "
 Detail = Literal["phases", "request"]
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
+Sort = Literal["rate", "errors", "total", "read", "connect", "wait", "transfer", "write", "nginx"]
+"""By which of its columns `top` sorts; from the third on these are durations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """How `top` shows what comes."""
+
+    sort: Sort
+    interval_s: float
+    """The time that the tables are of; where they are not in a terminal, one is printed so often."""
+    once: bool
+    """The first one is printed, and that is all."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -51,3 +65,5 @@ class Settings:
     metrics: bool
     metrics_listen: str | None
     sdk_disabled: bool
+    top: Top | None = None
+    """Requests are shown, and go to no exporter."""

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
@@ -34,6 +35,11 @@ from otel_nginx_ebpf.record import Attempt, Request
 from otel_nginx_ebpf.sockaddr import Address, parse, parse_peer
 from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
 from otel_nginx_ebpf.trace_state import canonical
+
+DOWNSTREAM_READ = "downstream read"
+DOWNSTREAM_WRITE = "downstream write"
+UPSTREAM_CONNECT = "upstream connect"
+UPSTREAM_EXCHANGE = "upstream exchange"
 
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
@@ -146,8 +152,8 @@ class Sketcher(Generic[P]):
         self._connection_id = number(NGINX_CONNECTION_ID)
         self._connection_requests = number(NGINX_CONNECTION_REQUESTS)
         self._first_byte = number(NGINX_UPSTREAM_TTFB)
-        self._read_parts = (make(Part({}, "downstream read")),)
-        self._write_parts = (make(Part({}, "downstream write")),)
+        self._read_parts = (make(Part({}, DOWNSTREAM_READ)),)
+        self._write_parts = (make(Part({}, DOWNSTREAM_WRITE)),)
 
     def sketch(self, request: Request, new_id: Callable[[], int]) -> list[Sketch[P]]:
         """The SERVER span, then the others by start time. What did not happen, or was not seen, has none."""
@@ -268,6 +274,11 @@ class Sketcher(Generic[P]):
 @lru_cache
 def _readable(query: bool) -> Sketcher[Part]:
     return Sketcher(lambda part: part, lambda name: lambda value: Part({name: value}), query=query)
+
+
+def sketches(request: Request) -> list[Sketch[Part]]:
+    """The spans of one request, to be measured: the ids mean nothing."""
+    return _readable(False).sketch(request, count(1).__next__)
 
 
 def build_trace(
@@ -414,7 +425,7 @@ def _connect_part(
     attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
     if error is not None:
         attributes[error_attributes.ERROR_TYPE] = error
-    return Part(attributes, "upstream connect", error=error)
+    return Part(attributes, UPSTREAM_CONNECT, error=error)
 
 
 def _exchange_part(
@@ -439,7 +450,7 @@ def _exchange_part(
             error = str(status)
     if error is not None:
         attributes[error_attributes.ERROR_TYPE] = error
-    return Part(attributes, "upstream exchange", SpanKind.CLIENT, error)
+    return Part(attributes, UPSTREAM_EXCHANGE, SpanKind.CLIENT, error)
 
 
 def _add_address(attributes: dict[str, AttributeValue], address: Address | None, host_key: str, port_key: str) -> None:

@@ -32,8 +32,10 @@ class Exporter(Protocol):
     def take(self, completed: Sequence[Completed]) -> None:
         """Returns at once, but for the time that writing lines to stdout takes.
 
+        It is also called with nothing: while probes are live, at each look for what came.
+
         Raises:
-            BrokenPipeError: The reader of the output is gone.
+            BrokenPipeError: The reader of the output is gone, or has seen enough.
             UserError: The output cannot be written.
         """
 
@@ -94,6 +96,10 @@ def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_
     Raises:
         UserError: A value that an exporter refuses, or an output file that cannot be opened.
     """
+    if settings.top is not None:
+        from otel_nginx_ebpf.export.top import Top
+
+        return Top(settings, stats)
     names = list(dict.fromkeys(settings.exporter))
     texts = [name for name in names if name != "otlp"]
     if settings.output is not None and len(texts) != 1:

@@ -50,7 +50,7 @@ def _text(attributes: Mapping[str, AttributeValue], name: str, absent: str = "")
     return absent if value is None else printable(str(value))
 
 
-def _clip(text: str, cells: int) -> str:
+def clip(text: str, cells: int) -> str:
     """`text` in at most `cells` columns; what is cut shows as an ellipsis."""
     return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
 
@@ -111,15 +111,15 @@ def _header(trace: Trace, width: int) -> Text:
 
     head = Text.assemble(
         (f"{local:%H:%M:%S}.{local.microsecond // 1000:03d} ", "dim"),
-        (_clip(method, 10), "bold"),
+        (clip(method, 10), "bold"),
         " ",
     )
     tail = Text.assemble("  ", (str(status or "-"), _status_style(status)), "  ", (duration(_length(root)), "bold"))
     room = width - head.cell_len - tail.cell_len
-    line = head + Text(_clip(uri, room), style="bold" if root.error is None else _ERROR_STYLE) + tail
+    line = head + Text(clip(uri, room), style="bold" if root.error is None else _ERROR_STYLE) + tail
     if line.cell_len + 2 + cell_len(way) <= width:
         return line + Text("  " + way, style="dim")
-    return line + Text("\n" + " " * 13 + _clip(way, width - 13), style="dim")
+    return line + Text("\n" + " " * 13 + clip(way, width - 13), style="dim")
 
 
 def _length(span: Span) -> int:
@@ -166,10 +166,10 @@ def waterfall(trace: Trace, width: int) -> Text:
         )
         detail = _detail(span)
         if detail and detail_cells:
-            line.append("  " + _clip(detail, detail_cells), style="red" if span.error else "dim")
+            line.append("  " + clip(detail, detail_cells), style="red" if span.error else "dim")
         elif detail and span.error and span is not root:
             rail = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
-            line.append(f"\n{rail}", style=_TRACK_STYLE).append(_clip(f"✗ {detail}", width - len(rail)), style="red")
+            line.append(f"\n{rail}", style=_TRACK_STYLE).append(clip(f"✗ {detail}", width - len(rail)), style="red")
         lines.append(line)
     return Text("\n").join(lines)
 

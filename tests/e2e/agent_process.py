@@ -124,6 +124,10 @@ class AgentProcess:
             self.traces += [Trace.parse(line) for line in whole.splitlines() if newline]
         return self.traces
 
+    def wait(self, seconds: float = 30) -> int:
+        """Its exit code, when it has ended by itself."""
+        return self._process.wait(seconds * PATIENCE)
+
     def kill(self) -> None:
         """Without a chance to detach anything."""
         self._process.kill()
