@@ -143,6 +143,8 @@ static __always_inline void read_incoming_context(struct process *process)
 #if ADOPT_UPSTREAM_CONTEXT
 /* Of what was sent upstream, as much is searched; the double is too much for the verifier of Linux 5.10. */
 #define SENT_BYTES_MAX 2048
+#define BLANK_LINE 0x0a0d0a0d
+#define RESPONSE 0x50545448 /* "HTTP" */
 
 #define LOWER_CASE 0x2020202020202020ULL
 #define RACEPARE 0x6572617065636172ULL /* "racepare", of traceparent in any case */
@@ -175,6 +177,13 @@ static __always_inline u64 has_no_name(const u8 *at)
     return ((*(u64 *)at | LOWER_CASE) ^ RACEPARE) | (u64)(at[-2] ^ '\n') * (at[-8] ^ 16) * at[-7];
 }
 
+/* 0 where a search ends: at such a name, or at the blank line behind which proxy_set_body puts what the client may have sent. */
+static __always_inline u64 goes_on(const u8 *at)
+{
+    u64 name = has_no_name(at), blank = *(u32 *)at ^ BLANK_LINE;
+    return ((name | -name) & (blank | -blank)) >> 63;
+}
+
 /* What nginx told the upstream in a traceparent, if it did: from the first buffer of u->request_bufs, that of the header.
  * It is read when the attempt ends, and process->record is free. */
 static __always_inline void read_told_context(struct process *process, u64 upstream)
@@ -194,12 +203,16 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
     asm volatile("" : "+r"(bytes));
     if (bytes > SENT_BYTES_MAX || bpf_probe_read_user(process->record, bytes, (void *)start) != 0)
         return;
+    /* With proxy_request_buffering off the chain's link is given back when it is sent (ngx_http_upstream_send_request_body),
+     * and may be a response's by now. */
+    if (*(u32 *)process->record == RESPONSE)
+        return;
 
     process->found_at = 0; /* in the map's memory, so that the verifier need not tell one place from another */
     EACH(i, bytes, SENT_BYTES_MAX) {
         if (i < 8)
             continue;
-        if (!has_no_name(process->record + i)) {
+        if (!goes_on(process->record + i)) {
             process->found_at = i;
             break;
         }

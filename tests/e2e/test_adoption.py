@@ -159,11 +159,27 @@ def test_ways_to_send_a_request(stage: Stage) -> None:
                 many = {f"x-other-{number}": f"{number}" * 50 for number in range(40)} if target == "/" else {}
                 answers.append(Told.by(connection.request(target + "?echo=1", "POST", many, body)))
     slack = Slack(first_byte_unseen=True, late_max_ms=LONG_TURN_MS)
+    unseen = []
     for each, told in zip(stage.exchanges(len(answers), slack), answers, strict=True):
-        assert adopted(each, told)
+        if not adopted(each, told):
+            unseen.append(each.log["request_uri"])
+    # nginx forgets the header before it sends the rest of the body; the answer, which repeats it, is in its place.
+    assert unseen == ["/unbuffered?echo=1"]
 
 
 FIRST = "proxy_set_header X-First $arg_first; proxy_set_header traceparent $traceparent;"
+
+
+@pytest.mark.nginx(
+    server='location / { proxy_pass http://@UP@; proxy_set_header traceparent ""; proxy_set_body $request_body; }'
+)
+def test_a_body_beside_the_header(stage: Stage) -> None:
+    with stage.connect() as connection:
+        body = f"a\r\ntraceparent: 00-{OTHER_ID}-{OTHER_SPAN}-01\r\n".encode()
+        assert connection.request("/", "POST", {}, body).status == 200
+    (each,) = stage.exchanges(1)
+    assert each.trace.trace_id != OTHER_ID
+    assert exchange_of(each.trace).span_id != OTHER_SPAN
 
 
 @pytest.mark.nginx(server=f"location / {{ proxy_pass http://@UP@; {FIRST} }}")
