@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from e2e.nginx_server import PATIENCE, wait_until
 
 EMPTY: Mapping[str, str] = {}
@@ -105,6 +107,16 @@ class AgentProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """Its own and its children's."""
+        return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
+
+    def signal_all(self, number: signal.Signals) -> None:
+        """To all its processes."""
+        for pid in self.pids:
+            os.kill(pid, number)
 
     def stderr(self) -> str:
         return self._stderr_path.read_text(errors="backslashreplace")

@@ -67,8 +67,8 @@ def upstream_addresses(public_directory: Path) -> Iterator[dict[str, str]]:
 def site(request: pytest.FixtureRequest, public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Site]:
     """One nginx with a server for each selected scenario of the module, and one agent attached to it.
 
-    WORKERS, SITE_HTTP (text inside `http {}`) and AGENT_ENVIRONMENT are the module's, if it has them. At its end the
-    agent's whole output is compared with all access logs.
+    WORKERS, CONNECTIONS (a worker's), SITE_HTTP (text inside `http {}`) and AGENT_ENVIRONMENT are the module's, if it
+    has them. At its end the agent's whole output is compared with all access logs.
     """
     module = request.node
     scenarios = [Scenario.of(item) for item in request.session.items if item.getparent(pytest.Module) is module]
@@ -80,6 +80,7 @@ def site(request: pytest.FixtureRequest, public_directory: Path, upstream_addres
         workers=getattr(module.obj, "WORKERS", 1),
         http=getattr(module.obj, "SITE_HTTP", ""),
         environment=getattr(module.obj, "AGENT_ENVIRONMENT", EMPTY),
+        connections=getattr(module.obj, "CONNECTIONS", 1024),
     )
     with site:
         yield site

@@ -111,11 +111,17 @@ class NginxServer:
     """nginx under `prefix`, which must be readable and searchable by everyone.
 
     `http` is the text inside `http {}`; each of its servers writes `access_log logs/NAME.log json;`.
-    `main` is the text at the top of the file. `command` starts nginx, its options follow.
+    `main` is the text at the top of the file. `command` starts nginx, its options follow. `connections` are a worker's.
     """
 
     def __init__(
-        self, prefix: Path, http: str, workers: int = 1, main: str = "", command: Sequence[str | Path] = (START,)
+        self,
+        prefix: Path,
+        http: str,
+        workers: int = 1,
+        main: str = "",
+        command: Sequence[str | Path] = (START,),
+        connections: int = 1024,
     ) -> None:
         self.prefix = prefix
         self._command = command
@@ -135,7 +141,8 @@ worker_processes {workers};
 pid {prefix}/nginx.pid;
 error_log {self.error_log} notice;
 worker_shutdown_timeout 5s;
-events {{ worker_connections 1024; }}
+worker_rlimit_nofile {connections + 64};
+events {{ worker_connections {connections}; }}
 http {{
     log_format json escape=json '{log_format}';
     access_log off;

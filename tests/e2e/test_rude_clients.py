@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from e2e.http1_client import Http1Connection, request_bytes
+from e2e.kernel_maps import KernelMaps
 from e2e.nginx_server import wait_until
 from e2e.stage import Stage
 from e2e.timing import Slack
@@ -34,6 +35,15 @@ def leaves_at_once(connection: Http1Connection, chance: random.Random) -> None:
 
 def leaves_while_waiting(connection: Http1Connection, chance: random.Random) -> None:
     connection.send(request_bytes("GET", "/app?delay_ms=40"))
+    connection.socket.settimeout(chance.random() * 0.05)
+    try:
+        connection.socket.recv(1)
+    except TimeoutError:
+        _leave(connection, chance)
+
+
+def leaves_while_nginx_connects(connection: Http1Connection, chance: random.Random) -> None:
+    connection.send(request_bytes("GET", "/deaf"))
     connection.socket.settimeout(chance.random() * 0.05)
     try:
         connection.socket.recv(1)
@@ -86,6 +96,7 @@ def behaves(connection: Http1Connection, chance: random.Random) -> None:
 KINDS: list[Rude] = [
     leaves_at_once,
     leaves_while_waiting,
+    leaves_while_nginx_connects,
     leaves_during_the_download,
     sends_half_a_header,
     sends_half_a_body,
@@ -117,6 +128,7 @@ KINDS: list[Rude] = [
     location /app { proxy_pass http://@UP@; proxy_set_header Connection close; }
     location /kept { proxy_pass http://@NAME@_kept; }
     location /dead { proxy_pass http://@NAME@_dead; }
+    location /deaf { proxy_pass http://@DEAF@; proxy_connect_timeout 2s; }
     location /unbuffered { proxy_pass http://@UP@; proxy_request_buffering off; }
     location /impatient { proxy_pass http://@UP@; proxy_read_timeout 20ms; }
     """,
@@ -145,6 +157,9 @@ def test_rude_clients(stage: Stage) -> None:
         thread.join()
     assert failures == []
     wait_until(lambda: open_descriptors() == idle, "nginx to be idle again", 20)
+    maps = KernelMaps(stage.site.agent)
+    assert maps.in_flight() == {"active_requests": 0, "attempts": 0}
+    assert maps.stale_sockets() == set()
     lines = stage.log.poll()
     exchanges = stage.match(lines, stage.site.agent.poll, SLACK)
     statuses = Counter(each.log["status"] for each in exchanges)

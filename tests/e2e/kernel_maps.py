@@ -1,0 +1,57 @@
+"""What an agent's kernel programs hold, read from outside: its maps by bpftool, whichever of its processes has them."""
+
+import json
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from e2e.agent_process import AgentProcess
+
+SocketKey = tuple[int, int]
+"""Of a socket that is remembered: its process and descriptor."""
+
+
+def _bpftool(*arguments: object) -> Any:
+    return json.loads(subprocess.run(["bpftool", "-j", *map(str, arguments)], capture_output=True, check=True).stdout)
+
+
+def _numbers(agent: AgentProcess, field: str) -> set[int]:
+    """The values of a field, such as `map_id:`, over the descriptors of all the agent's processes."""
+    texts = [path.read_text() for pid in agent.pids for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    return {int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith(field)}
+
+
+class KernelMaps:
+    """One binary's, of a live agent."""
+
+    def __init__(self, agent: AgentProcess) -> None:
+        maps = [_bpftool("map", "show", "id", number) for number in _numbers(agent, "map_id:")]
+        self._ids = {each["name"]: each["id"] for each in maps}
+
+    def _keys(self, name: str) -> list[bytes]:
+        entries = _bpftool("map", "dump", "id", self._ids[name])
+        return [bytes(int(byte, 16) for byte in entry["key"]) for entry in entries]
+
+    def in_flight(self) -> dict[str, int]:
+        """How many requests, and finished attempts of such, are remembered."""
+        return {name: len(self._keys(name)) for name in ("active_requests", "attempts")}
+
+    def sockets(self) -> set[SocketKey]:
+        return {struct.unpack("=Ii", key) for key in self._keys("sockets")}
+
+    def stale_sockets(self) -> set[SocketKey]:
+        """Those that are not open."""
+        return {(pid, fd) for pid, fd in self.sockets() if not Path(f"/proc/{pid}/fd/{fd}").exists()}
+
+    def processes(self) -> set[int]:
+        return {struct.unpack("=I", key)[0] for key in self._keys("processes")}
+
+
+def program_ids(agent: AgentProcess) -> set[int]:
+    """The programs that are attached."""
+    return _numbers(agent, "prog_id:")
+
+
+def is_loaded(program: int) -> bool:
+    return subprocess.run(["bpftool", "prog", "show", "id", str(program)], capture_output=True).returncode == 0
