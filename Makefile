@@ -18,7 +18,7 @@ PACKAGES += buildah debootstrap netavark podman runc
 .DEFAULT_GOAL := help
 BENCH ?= all
 
-.PHONY: help setup demo test image matrix vm bench counts check clean
+.PHONY: help setup demo test image matrix soak vm bench counts check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: setup ## what tracing costs, as tables and in bench.json; parts and optio
 
 counts: BENCH := counts
 counts: bench ## the part of it that does not depend on the machine's load: instructions
+
+soak: setup ## ten minutes at 5,000 requests/s with the collector down: memory and losses; SOAK="--minutes 60"
+	@PYTHONPATH=tests $(BIN)/python -m soak.run $(SOAK)
 
 vm: setup ## scenarios and --propagate under other kernels, in qemu: KERNEL=5.10, 6.1, 6.12 or newest; by default all
 	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86
