@@ -17,8 +17,9 @@ PACKAGES += buildah debootstrap netavark podman runc
 
 .DEFAULT_GOAL := help
 BENCH ?= all
+SECONDS ?= 60
 
-.PHONY: help setup demo test image matrix soak vm bench counts check clean
+.PHONY: help setup demo test image matrix soak vm bench counts fuzz check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +53,9 @@ soak: setup ## ten minutes at 5,000 requests/s with the collector down: memory a
 vm: setup ## scenarios and --propagate under other kernels, in qemu: KERNEL=5.10, 6.1, 6.12 or newest; by default all
 	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86
 	@PYTHONPATH=tests $(BIN)/python -m vm.table $(KERNEL)
+
+fuzz: setup ## hostile input to whatever reads any, SECONDS=60 for each reader; or TARGETS="record capture"
+	@PYTHONPATH=tests:. $(BIN)/python -m fuzz --seconds $(SECONDS) $(TARGETS)
 
 check: setup ## format, lint, types, layers and unit tests; needs no root once set up
 	$(BIN)/ruff format --check .

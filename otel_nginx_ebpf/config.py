@@ -55,6 +55,14 @@ def _nanoseconds(value: object) -> object:
     return round(float(match[1]) * _NANOSECONDS[match[2]])
 
 
+def _openable(value: Path) -> Path:
+    """TOML can say what no path can be."""
+    if "\0" in str(value):
+        raise ValueError("a zero byte")
+    return value
+
+
+_Path = Annotated[Path, AfterValidator(_openable)]
 _Listed = (NoDecode, BeforeValidator(_split))
 
 
@@ -79,7 +87,7 @@ class Source(BaseSettings):
         description="Trace this nginx: its master's or a worker's pid.",
         examples=["process ids, each 1 or more"],
     )
-    binary: Annotated[tuple[Path, ...], *_Listed] = Field(
+    binary: Annotated[tuple[_Path, ...], *_Listed] = Field(
         (), description="Trace every process that runs this nginx binary.", examples=["paths"]
     )
     exporter: Annotated[tuple[ExporterName, ...], Field(min_length=1), *_Listed] = Field(
@@ -88,7 +96,7 @@ class Source(BaseSettings):
         "line (one line a request), json (one object a trace).",
         examples=["of otlp, console, line, json"],
     )
-    output: Path | None = Field(
+    output: _Path | None = Field(
         None,
         description="Write the console, line or json exporter's text to this file instead of stdout.",
         examples=["a path"],
@@ -175,7 +183,7 @@ class Source(BaseSettings):
         description="How many MiB of encoded spans may wait for the collector.",
         examples=["1 to 65536"],
     )
-    queue_dir: Path | None = Field(
+    queue_dir: _Path | None = Field(
         None,
         description="Keep what waits for the collector in this directory while it is down, and for the next run.",
         examples=["a directory of this program's own"],
@@ -191,11 +199,11 @@ class Source(BaseSettings):
         description="How many spans are sent to the collector at once.",
         examples=["a number of spans, 1 or more"],
     )
-    batch_delay_ms: Annotated[int, Field(ge=0)] = Field(
+    batch_delay_ms: Annotated[int, Field(ge=0, le=3_600_000)] = Field(
         5_000,
         validation_alias=_standard("batch_delay_ms", "OTEL_BSP_SCHEDULE_DELAY"),
         description="How long in milliseconds a span waits for its batch to fill.",
-        examples=["milliseconds, 0 or more"],
+        examples=["milliseconds, 0 to 3600000"],
     )
     otlp_protocol: OtlpProtocol = Field(
         "grpc",
@@ -296,7 +304,7 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
         settings = Settings(**FileSource(**given).model_dump())
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False)[0], path)) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise UserError(f"--config ({CONFIG_VARIABLE}): {path}: {error}") from error
     for name in _NEED_PHASES:
         if settings.detail == "request" and getattr(settings, name):

@@ -5,6 +5,7 @@ As a program (`planning`) it does so for the long-lived process.
 
 import logging
 import pickle
+import resource
 import sys
 from dataclasses import dataclass
 
@@ -18,6 +19,10 @@ from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
 from otel_nginx_ebpf.settings import Settings
 
 _log = logging.getLogger(__name__)
+
+# Of its own process; nginx with a static OpenSSL takes 5 s and 0.3 GB.
+_CPU_SECONDS_MAX = 300
+_MEMORY_BYTES_MAX = 4 << 30
 
 # linux/proc_ns.h, PROC_PID_INIT_INO: the host's own pid namespace.
 HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC
@@ -145,6 +150,9 @@ def find_site(
 def main() -> None:
     """The planner's process: the arguments of `make_plan` on stdin, the answer on stdout, warnings on stderr."""
     messages.log_to_stderr()
+    # The binary may be a container's, and made to be read for ever.
+    for limit, value in ((resource.RLIMIT_CPU, _CPU_SECONDS_MAX), (resource.RLIMIT_AS, _MEMORY_BYTES_MAX)):
+        resource.setrlimit(limit, (value, value))
     instances, settings, silent = pickle.load(sys.stdin.buffer)
     try:
         plan = make_plan(instances, settings, silent)

@@ -65,8 +65,8 @@ def _to_prometheus(address: str) -> MetricReader:
     host, _, port = address.rpartition(":")
     try:
         start_http_server(int(port), host.removeprefix("[").removesuffix("]"))
-    except OSError as error:
-        raise UserError(f"--metrics-listen {address}: {error.strerror}") from error
+    except (OSError, OverflowError, UnicodeError) as error:  # a port over 65535, a host name that is none
+        raise UserError(f"--metrics-listen {address}: {getattr(error, 'strerror', error)}") from error
     return PrometheusMetricReader()
 
 

@@ -114,14 +114,22 @@ class OtlpExporter:
             try:
                 encoded, spans = self._encoder.encode(request, unix_offset_ns)
             except RecordError as error:
-                self._stats.lose("lost_damaged_record")
-                logger.warning("a damaged record was left out: %s", error)
+                self._lose_damaged(error)
             else:
                 self._add(resource, encoded, spans)
 
     def export(self, trace: Trace) -> None:
         """Takes a trace that was built to be read."""
-        self._add(trace.resource, self._encoder.encode_trace(trace), len(trace.spans))
+        try:
+            encoded = self._encoder.encode_trace(trace)
+        except RecordError as error:
+            self._lose_damaged(error)
+        else:
+            self._add(trace.resource, encoded, len(trace.spans))
+
+    def _lose_damaged(self, error: RecordError) -> None:
+        self._stats.lose("lost_damaged_record")
+        logger.warning("a damaged record was left out: %s", error)
 
     def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> None:
         size = len(encoded)

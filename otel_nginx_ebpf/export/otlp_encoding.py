@@ -198,20 +198,23 @@ class Encoder:
         return b"".join(encoded), len(sketches)
 
     def encode_trace(self, trace: Trace) -> bytes:
-        """The spans of a readable trace."""
+        """The spans of a readable trace. Raises `RecordError` as `encode` does."""
         trace_fields = _TRACE_ID + trace.trace_id.to_bytes(16, "big") + _text(3, trace.trace_state)
-        return b"".join(
-            _field(
-                2,
-                trace_fields
-                + _parent(span.parent_span_id, remote=span is trace.spans[0])
-                + _TIMES.pack(
-                    _SPAN_ID, span.span_id.to_bytes(8, "big"), _START, span.start_unix_ns, _END, span.end_unix_ns
+        try:
+            return b"".join(
+                _field(
+                    2,
+                    trace_fields
+                    + _parent(span.parent_span_id, remote=span is trace.spans[0])
+                    + _TIMES.pack(
+                        _SPAN_ID, span.span_id.to_bytes(8, "big"), _START, span.start_unix_ns, _END, span.end_unix_ns
+                    )
+                    + encode_part(Part(span.attributes, span.name, span.kind, span.error)),
                 )
-                + encode_part(Part(span.attributes, span.name, span.kind, span.error)),
+                for span in trace.spans
             )
-            for span in trace.spans
-        )
+        except struct.error as error:
+            raise RecordError("a time is out of range") from error
 
 
 def _parent(span_id: int | None, *, remote: bool) -> bytes:

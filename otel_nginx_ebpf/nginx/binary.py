@@ -22,6 +22,9 @@ _CONFIGURE = re.compile(rb"configure arguments:([^\0\n]*)")
 # The longest prologue seen before a usable instruction is 11 bytes; what comes later has lost its arguments.
 _PROLOGUE_BYTES = 64
 
+# Elf64_Sym.
+_SYMBOL_BYTES = 24
+
 _ARGUMENT_REGISTERS = (
     {x86_const.X86_REG_RDI, x86_const.X86_REG_EDI, x86_const.X86_REG_DI, x86_const.X86_REG_DIL},
     {x86_const.X86_REG_RSI, x86_const.X86_REG_ESI, x86_const.X86_REG_SI, x86_const.X86_REG_SIL},
@@ -71,14 +74,22 @@ class Binary:
     def _read(self, elf: ELFFile, file_bytes: int) -> None:
         if elf.get_machine_arch() != "x64":
             raise UserError(f"{self.name} is built for {elf.get_machine_arch()}; only x86-64 is supported so far")
+        if elf.num_segments() * elf.structs.Elf_Phdr.sizeof() > file_bytes:
+            raise ELFError("a damaged table of segments")
         self._segments: list[tuple[int, int, int, bytes]] = []
+        loaded_bytes = 0
         for segment in elf.iter_segments("PT_LOAD"):
-            if segment["p_offset"] + segment["p_filesz"] > file_bytes:
-                raise ELFError("a segment passes the file's end")
+            loaded_bytes += segment["p_filesz"]
+            if segment["p_offset"] + segment["p_filesz"] > file_bytes or loaded_bytes > 2 * file_bytes:
+                raise ELFError("a segment passes the file's end, or many overlap")
             self._segments.append((segment["p_vaddr"], segment["p_filesz"], segment["p_offset"], segment.data()))
         self._symbols: dict[str, int] = {}
+        symbol_bytes = 0
         for section in elf.iter_sections():
             if isinstance(section, SymbolTableSection):
+                symbol_bytes += section["sh_size"]
+                if section["sh_entsize"] != _SYMBOL_BYTES or symbol_bytes > file_bytes:
+                    raise ELFError("a damaged symbol table")
                 for symbol in section.iter_symbols():
                     if symbol["st_shndx"] != "SHN_UNDEF" and symbol.name.startswith("ngx_"):
                         self._symbols[symbol.name] = symbol["st_value"]

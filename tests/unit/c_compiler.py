@@ -26,12 +26,13 @@ def compile_object(source: str, include: Sequence[Path] = ()) -> bytes:
 
 
 def compile_library(source: str, include: Sequence[Path] = ()) -> ctypes.CDLL:
-    """The functions of a C text, to be called. Warnings are errors."""
+    """The functions of a C text, to be called. Warnings are errors, undefined behaviour ends the process."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "library.so"
         compiled = subprocess.run(
             [
                 *("gcc", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-x", "c"),
+                *("-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"),
                 *(f"-I{path}" for path in include),
                 "-o",
                 target,

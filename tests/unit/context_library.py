@@ -1,6 +1,7 @@
 """`probes/context.h`, the text that the kernel program compiles, compiled by gcc and callable."""
 
 import ctypes
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,13 @@ _library = compile_library(_SOURCE, [PROBES / "stub_headers" / "include", PROBES
 VALUE_BYTES = ctypes.c_uint64.in_dll(_library, "value_bytes").value
 _CONTEXT_BYTES = ctypes.c_uint64.in_dll(_library, "context_bytes").value
 
+# A page of memory and one that may not be touched: whoever reads beyond the value's buffer ends the process.
+_pages = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+_guard = ctypes.addressof(ctypes.c_char.from_buffer(_pages)) + mmap.PAGESIZE
+if ctypes.CDLL(None, use_errno=True).mprotect(ctypes.c_void_p(_guard), mmap.PAGESIZE, 0):
+    raise OSError(ctypes.get_errno(), "mprotect")
+_value = ctypes.c_void_p(_guard - VALUE_BYTES)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -82,8 +90,8 @@ def read(*headers: tuple[str, bytes], stale: int = 0) -> Context:
     """Gives (reader, value) pairs to the readers in order. `stale` is what stands in the buffer behind each value."""
     context = ctypes.create_string_buffer(_CONTEXT_BYTES)
     for reader, value in headers:
-        buffer = value[:VALUE_BYTES].ljust(VALUE_BYTES, bytes([stale]))
-        getattr(_library, f"call_read_{reader}")(context, buffer, ctypes.c_uint64(len(value)))
+        ctypes.memmove(_value, value[:VALUE_BYTES].ljust(VALUE_BYTES, bytes([stale])), VALUE_BYTES)
+        getattr(_library, f"call_read_{reader}")(context, _value, ctypes.c_uint64(len(value)))
     if any(reader.startswith("b3_") for reader, _ in headers):
         _library.call_finish_b3_multi(context)
     members = (ctypes.c_uint64 * 6)()

@@ -93,6 +93,12 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
     assert metrics["process.memory.usage"].sum.data_points[0].as_int > 10**6
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", f"{'x' * 70}:9464"])
+def test_an_address_that_is_none(address: str, stats: Stats) -> None:
+    with pytest.raises(UserError, match=f"--metrics-listen {address}: "):
+        Metrics(settings(metrics_listen=address), stats)
+
+
 def test_a_prometheus_server_fetches_them(stats: Stats) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -134,8 +134,11 @@ def test_any_records(raws: list[bytes], query: bool) -> None:
 def test_a_time_that_no_clock_shows_is_a_damaged_record() -> None:
     fields: dict[str, Any] = dict.fromkeys((name for _, name in REQUEST_RECORD.fields), 0)
     fields["created_ns"] = 2**64 - 1
+    damaged = decode(REQUEST_RECORD.struct.pack(*fields.values()))
     with pytest.raises(RecordError):
-        ours(decode(REQUEST_RECORD.struct.pack(*fields.values())))
+        ours(damaged)
+    with pytest.raises(RecordError):
+        Encoder(CountingIds().generate_span_id).encode_trace(build_trace(damaged, UNIX_OFFSET_NS, CountingIds()))
 
 
 def test_more_kinds_of_requests_than_are_kept() -> None:

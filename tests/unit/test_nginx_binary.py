@@ -3,8 +3,11 @@
 import re
 import shutil
 import subprocess
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from struct import pack
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -103,6 +106,66 @@ def test_a_damaged_binary_is_refused_or_read(tmp_path: Path, at: int, damage: by
     path.write_bytes(raw)
     with suppress(UserError, NoSiteError):
         assert Binary(path).site(BOUNDARIES[0].functions[0], 1).displacement >= 0
+
+
+# Offsets in Elf64_Ehdr, and in Elf64_Shdr.
+E_PHOFF, E_SHOFF, E_PHENTSIZE, E_PHNUM, E_SHENTSIZE, E_SHNUM = 0x20, 0x28, 0x36, 0x38, 0x3A, 0x3C
+SH_SIZE, SH_INFO = 0x20, 0x2C
+
+
+def number(raw: bytes, at: int, size: int = 8) -> int:
+    return int.from_bytes(raw[at : at + size], "little")
+
+
+def put(raw: bytearray, at: int, value: int, size: int = 8) -> None:
+    raw[at : at + size] = value.to_bytes(size, "little")
+
+
+def endless_sections(raw: bytearray) -> None:
+    """2^60 sections, which all lie at one place."""
+    put(raw, E_SHENTSIZE, 0, 2)
+    put(raw, E_SHNUM, 0, 2)
+    put(raw, number(raw, E_SHOFF) + SH_SIZE, 1 << 60)
+
+
+def endless_segments(raw: bytearray) -> None:
+    """2^32 segments (PN_XNUM), which all lie at one place."""
+    put(raw, E_PHOFF, 0)
+    put(raw, E_PHENTSIZE, 0, 2)
+    put(raw, E_PHNUM, 0xFFFF, 2)
+    put(raw, number(raw, E_SHOFF) + SH_INFO, 0xFFFFFFFF, 4)
+
+
+def overlapping_segments(raw: bytearray) -> None:
+    """60,000 segments, each with all of the file."""
+    everything = bytearray(pack("<IIQQQQQQ", 1, 5, 0, 0, 0, len(raw), len(raw), 0))
+    put(raw, E_PHOFF, len(raw))
+    put(raw, E_PHNUM, 60_000, 2)
+    raw += everything * 60_000
+
+
+def overlapping_symbols(raw: bytearray) -> None:
+    """60,000 symbol tables at one place."""
+    sections = [number(raw, E_SHOFF) + 64 * index for index in range(number(raw, E_SHNUM, 2))]
+    table = next(raw[at : at + 64] for at in sections if number(raw, at + 4, 4) == 11)
+    first = raw[sections[0] : sections[-1] + 64]
+    put(raw, E_SHOFF, len(raw))
+    put(raw, E_SHNUM, 60_000, 2)
+    raw += first + table * (60_000 - len(sections))
+
+
+@pytest.mark.parametrize("damage", [endless_sections, endless_segments, overlapping_segments, overlapping_symbols])
+def test_tables_that_would_take_all_time_or_memory_are_refused(
+    tmp_path: Path, damage: Callable[[bytearray], None]
+) -> None:
+    raw = bytearray(NGINX.read_bytes())
+    damage(raw)
+    path = tmp_path / "nginx"
+    path.write_bytes(raw)
+    before_s = time.thread_time()
+    with pytest.raises(UserError, match=r"damaged|overlap|Too small e_shentsize"):
+        Binary(path)
+    assert time.thread_time() - before_s < 20
 
 
 def test_what_is_no_nginx_is_named(tmp_path: Path) -> None:

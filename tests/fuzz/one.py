@@ -1,0 +1,30 @@
+"""Fuzzes one target, in a process of its own: `python -m fuzz.one TARGET`, then libFuzzer's options and directories."""
+
+import logging
+import resource
+import sys
+
+import atheris
+
+# An input may take so much at most; what needs more ends the process, and is found.
+SECONDS, RESIDENT_MIB, ADDRESS_SPACE_BYTES = 20, 1024, 8 << 30
+
+if __name__ == "__main__":
+    name, *options = sys.argv[1:]
+    logging.disable()
+    atheris.enabled_hooks.add("str")
+    # Not elftools for whole nginx: it reads a hundred thousand entries.
+    read_by = [] if name == "nginx" else ["elftools", "json", "tomllib", "pydantic_settings"]
+    with atheris.instrument_imports(include=["otel_nginx_ebpf", *read_by, "fuzz.targets"]):
+        from fuzz.targets import PLANTED, TARGETS
+    target = (TARGETS | PLANTED)[name]
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE_BYTES, ADDRESS_SPACE_BYTES))
+    limits = [
+        f"-report_slow_units={SECONDS}",
+        f"-timeout={2 * SECONDS}",
+        f"-rss_limit_mb={RESIDENT_MIB}",
+        f"-max_len={target.bytes_max}",
+    ]
+    # libFuzzer starts itself anew, in a shell, by its first argument.
+    atheris.Setup([f"{sys.executable} -m fuzz.one {name}", *limits, *options], target.check)
+    atheris.Fuzz()
