@@ -11,7 +11,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from io import StringIO
 from itertools import count
 from pathlib import Path
@@ -294,11 +294,11 @@ def config_seeds() -> Iterator[bytes]:
     values = {"query": "false", "keep_slower_than": '"500ms"', "sampler_arg": "0.25", "propagators": '["b3", "none"]'}
     yield "\n".join(f"{name} = {value}" for name, value in values.items()).encode()
     defaults = config.load({})
-    for number, field in enumerate(fields(defaults)):
-        value = str(getattr(defaults, field.name))
-        yield f"{field.name} = {json.dumps(value)}".encode()
-        yield b"\0" + bytes([number]) + value.encode()
-        yield b"\0" + bytes([_FLAGS.index(field.name) + len(_FLAGS) * (128 // len(_FLAGS) + 1)]) + value.encode()
+    for number, name in enumerate(_FLAGS):
+        value = str(getattr(defaults, name, ""))
+        yield f"{name} = {json.dumps(value)}".encode()
+        yield b"\0" + bytes([number % 128]) + value.encode()
+        yield b"\0" + bytes([128 + (number - 128) % len(_FLAGS)]) + value.encode()
     yield b'output = "\\u0000"\nbinary = ["\\u0000"]\nqueue_dir = "\\u0000"'
     yield b"pid = " + b"[" * 500
     yield b"batch_delay_ms = " + b"9" * 20
