@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from otel_nginx_ebpf.capture import CaptureWriter, read_capture
+from otel_nginx_ebpf.capture import CaptureWriter, Frame
 from otel_nginx_ebpf.record import RecordError, decode
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
@@ -164,8 +164,8 @@ def record(settings: Settings, path: Path, stats: Stats) -> None:
         _trace(settings, stats, take, _WRITTEN_AT_ONCE)
 
 
-def replay(path: Path, exporter: "Exporter", stats: Stats) -> None:
-    """Exports what a capture file holds.
+def replay(frames: Iterable[Frame], exporter: "Exporter", stats: Stats) -> None:
+    """Exports the records of a capture file.
 
     Raises:
         UserError: Not a capture file of this version.
@@ -174,7 +174,7 @@ def replay(path: Path, exporter: "Exporter", stats: Stats) -> None:
     resource: Mapping[str, AttributeValue] = {}
 
     def records() -> Iterator[Record]:
-        for frame in read_capture(path):
+        for frame in frames:
             stats.received += 1
             yield frame.raw, frame.unix_offset_ns, resource
 

@@ -25,6 +25,8 @@ MAGIC = b"otel-nginx-ebpf capture 1\n"
 
 _HEADER_PREFIX = struct.Struct("<II")
 _FRAME_PREFIX = struct.Struct("<IqI")
+FRAME_BYTES = _FRAME_PREFIX.size
+"""Of each record's frame, besides the record."""
 _OFFSET = struct.Struct("<q")
 _HEADER_BYTES_MAX = 1 << 20
 

@@ -30,6 +30,10 @@ Examples:
 
     otel-nginx-ebpf replay day.capture --exporter json     … for later
 
+    otel-nginx-ebpf top                      where the time goes, live
+
+    otel-nginx-ebpf report day.capture -o day.html     the same as a page
+
 A flag wins over the environment, that over a TOML file (--config FILE).
 The standard variables mean what they mean everywhere: OTEL_SERVICE_NAME
 (default: nginx), OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_ENDPOINT
@@ -176,6 +180,10 @@ def run(
 @app.command()
 def top(
     context: typer.Context,
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="A capture file, instead of what happens now.", show_default=False),
+    ] = None,
     pid: Pid = None,
     binary: Binary = None,
     sort: Annotated[Sort, typer.Option(help="The column to sort by.")] = "rate",
@@ -191,7 +199,7 @@ def top(
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
     config_file: ConfigFile = None,
-) -> None:
+) -> int:
     """Show where requests' time goes, by location and by upstream, as it happens. Needs root; no collector.
 
     Whatever the sampler takes, all requests count. Of each location and
@@ -210,24 +218,29 @@ def top(
     p the percentile, u shows each peer of an upstream, a all time since the
     start, space pauses, / shows only rows that contain what is typed.
 
-    Without a terminal, or with --once, the tables are printed as text.
+    Without a terminal, with --once and of a capture file (which needs no root)
+    the tables are printed as text.
 
     Examples:
 
         otel-nginx-ebpf top
 
         otel-nginx-ebpf top --once --interval 60 --sort wait
+
+        otel-nginx-ebpf top day.capture
     """
     settings = replace(
         _settings(context),
-        top=Top(sort, interval, once),
+        top=Top(sort, interval, once, of_file=file is not None),
         sampler="always_on",
         propagate=False,
         adopt_upstream_context=False,
         metrics=False,
         metrics_listen=None,
     )
-    service.become(service.top, settings)
+    if file is None:
+        service.become(service.top, settings)
+    return service.replay(settings, file)
 
 
 @app.command()
@@ -284,6 +297,29 @@ def replay(
         otel-nginx-ebpf replay day.capture --exporter console
     """
     return service.replay(_settings(context), file)
+
+
+@app.command()
+def report(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A capture file.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write.")],
+    query: Query = None,
+    config_file: ConfigFile = None,
+) -> int:
+    """Write what a capture file holds as one HTML page: where the time goes. Needs no root, no nginx and no BCC.
+
+    Latency by phase over time, tables by location and upstream, the slowest
+    requests as waterfalls. The page fetches nothing and can be sent to others,
+    who then see what clients sent: addresses, URIs, user agents.
+
+    Where the file is damaged it exits with 1, and the page is of all before that.
+
+    Example:
+
+        otel-nginx-ebpf report day.capture -o day.html
+    """
+    return service.report(_settings(context), file, output)
 
 
 @app.command()

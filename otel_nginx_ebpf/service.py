@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from otel_nginx_ebpf.capture import CaptureError
+from otel_nginx_ebpf.capture import CaptureError, read_capture, read_header
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.messages import PROGRAM, complain, log_to_stderr, stderr_kept
 from otel_nginx_ebpf.settings import Settings
@@ -58,9 +58,41 @@ def record(settings: Settings, path: Path) -> int:
 def replay(settings: Settings, path: Path) -> int:
     """Exports what a capture file holds; the exit code. Raises `UserError`."""
     from otel_nginx_ebpf import agent
+    from otel_nginx_ebpf.progress import with_progress
 
+    frames = read_capture(path)
+    if settings.top or not (set(settings.exporter) - {"otlp"} and settings.output is None and sys.stdout.isatty()):
+        frames = with_progress(frames, path)
     # A file can wait until the collector has taken what is queued; a running nginx cannot.
-    return _deliver(settings, lambda exporter, stats: agent.replay(path, exporter, stats), wait_for_room=True)
+    return _deliver(settings, lambda exporter, stats: agent.replay(frames, exporter, stats), wait_for_room=True)
+
+
+def report(settings: Settings, capture: Path, output: Path) -> int:
+    """Writes what a capture file holds as a page; the exit code. Raises `UserError`."""
+    from otel_nginx_ebpf import agent
+    from otel_nginx_ebpf.export.report import Report, open_page
+    from otel_nginx_ebpf.progress import with_progress
+
+    stats = Stats()
+    notes: list[str] = []
+    try:
+        read_header(capture)
+        with open_page(output, capture) as page:
+            contents = Report(stats, query=settings.query)
+            try:
+                agent.replay(with_progress(read_capture(capture), capture), contents, stats)
+            except CaptureError as error:
+                notes.append(str(error))
+            if stats.lost:
+                notes.append(stats.summary())
+            page.write(contents.page(capture.name, notes))
+    except CaptureError as error:
+        notes.append(str(error))
+    except OSError as error:
+        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    for note in notes:
+        complain(note)
+    return 1 if notes else 0
 
 
 def _deliver(settings: Settings, work: Callable[["Exporter", Stats], None], *, wait_for_room: bool = False) -> int:

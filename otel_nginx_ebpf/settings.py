@@ -31,6 +31,8 @@ class Top:
     """The time that the tables are of; where they are not in a terminal, one is printed so often."""
     once: bool
     """The first one is printed, and that is all."""
+    of_file: bool = False
+    """They are of all that comes, by its own times."""
 
 
 @dataclass(frozen=True, slots=True)

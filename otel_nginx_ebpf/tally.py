@@ -77,15 +77,15 @@ class Tally:
         self.peers: dict[tuple[str, str], Row] = {}
         """Attempts, by the upstream block's name, or the host of a `proxy_pass` without one, and the peer's address."""
 
-    def add(self, request: Request) -> int:
-        """Counts a request. Returns how long it took, nanoseconds."""
+    def add(self, request: Request, *also: Row) -> int:
+        """Counts a request, in rows of the caller's, too. Returns how long it took, nanoseconds."""
         (start_ns, end_ns, _, _), *children = spans.sketches(request)
         intervals, of_attempts = _intervals(request, children)
-        row = _row(self.locations, (request.server_name or "", request.location or ""))
-        row.add(400 <= request.status < 500, request.status >= 500, end_ns - start_ns, intervals)
         time_ns = _divide(start_ns, end_ns, intervals)
-        row.add_time(time_ns)
-        row.phases[NGINX].add(time_ns[NGINX])
+        for row in (_row(self.locations, (request.server_name or "", request.location or "")), *also):
+            row.add(400 <= request.status < 500, request.status >= 500, end_ns - start_ns, intervals)
+            row.add_time(time_ns)
+            row.phases[NGINX].add(time_ns[NGINX])
         for attempt, own in zip(request.attempts, of_attempts, strict=True):
             row = _row(self.peers, (attempt.upstream or "", attempt.peer or ""))
             status = attempt.status or (_CLIENT_CLOSED_REQUEST if request.status == _CLIENT_CLOSED_REQUEST else 502)

@@ -97,9 +97,9 @@ def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_
         UserError: A value that an exporter refuses, or an output file that cannot be opened.
     """
     if settings.top is not None:
-        from otel_nginx_ebpf.export.top import Top
+        from otel_nginx_ebpf.export.top import Top, Totals
 
-        return Top(settings, stats)
+        return Totals(settings, stats) if settings.top.of_file else Top(settings, stats)
     names = list(dict.fromkeys(settings.exporter))
     texts = [name for name in names if name != "otlp"]
     if settings.output is not None and len(texts) != 1:

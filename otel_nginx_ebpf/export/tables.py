@@ -62,7 +62,8 @@ def short_number(number: float) -> str:
     return f"{value:.{int(value < 99.95)}f}{unit}"
 
 
-def _share(part: int, whole: int) -> str:
+def share(part: int, whole: int) -> str:
+    """In five columns: `<0.1%`, `0.4%`, `12%`; `-` for nothing."""
     share = 100 * part / whole if whole else 0
     if not share:
         return "-"
@@ -113,7 +114,7 @@ def where_time_went(row: Row, width: int, *, bar: bool) -> list[Text]:
         line.append("█" * (end - filled), style=_STYLES[phase])
         filled = end
         name = PHASES[phase] if width >= _WORDY else _DURATIONS[1 + phase][0]
-        legend.append(" ■ ", style=_STYLES[phase]).append(f"{name} {_share(time_ns, whole)}")
+        legend.append(" ■ ", style=_STYLES[phase]).append(f"{name} {share(time_ns, whole)}")
     return [line, legend] if bar else [legend]
 
 
@@ -199,8 +200,8 @@ class _Cells:
             line.append(f"{row.count:>9}")
         line.append(f"{short_number(row.count / self._seconds) if self._seconds else '-':>{_CELL}}")
         if self._middling:
-            line.append(f"{_share(row.refused, row.count):>{_CELL}}", style="yellow" if row.refused else "dim")
-        line.append(f"{_share(row.failed, row.count):>{_CELL}}", style="bold red" if row.failed else "dim")
+            line.append(f"{share(row.refused, row.count):>{_CELL}}", style="yellow" if row.refused else "dim")
+        line.append(f"{share(row.failed, row.count):>{_CELL}}", style="bold red" if row.failed else "dim")
         for _, phase in _DURATIONS:
             durations = _durations(row, phase)
             for percentile in self._percentiles:

@@ -10,11 +10,12 @@ import time
 import tty
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from rich.console import Console, ConsoleDimensions, Group
 from rich.text import Text
 
+from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export import Completed
 from otel_nginx_ebpf.export.console import make_console
 from otel_nginx_ebpf.export.tables import PERCENTILES, SORTS, View, screen
@@ -156,18 +157,58 @@ class Terminal:
         self._screen.update(Group(*lines))
 
     def close(self) -> None:
-        self._restore.close()
+        with suppress(OSError, termios.error):  # nothing is left to restore
+            self._restore.close()
 
 
 def print_tally(console: Console, title: str, tally: Tally, seconds: float, view: View) -> None:
-    """As text, and an empty line. Raises `OSError` where it cannot be written."""
+    """As text, and an empty line.
+
+    Raises:
+        BrokenPipeError: Nobody reads it.
+        UserError: It cannot be written.
+    """
     width = console.width if console.is_terminal or "COLUMNS" in os.environ else PLAIN_WIDTH
     lines = screen(title, tally, seconds, view, width, bar=console.color_system is not None)
-    # Rendered apart from writing: on a broken pipe rich itself would end the program.
-    with console.capture() as capture:
-        console.print(*lines, "", sep="\n", overflow="ignore", no_wrap=True, crop=False)
-    console.file.write(capture.get())
-    console.file.flush()
+    try:
+        # Rendered apart from writing: on a broken pipe rich itself would end the program.
+        with console.capture() as capture:
+            console.print(*lines, "", sep="\n", overflow="ignore", no_wrap=True, crop=False)
+        console.file.write(capture.get())
+        console.file.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot write to {console.file.name}: {error.strerror}; it ends here") from error
+
+
+class Totals:
+    """An exporter that prints the tables of all it was given when it ends."""
+
+    at_once = 1024
+
+    def __init__(self, settings: Settings, stats: Stats) -> None:
+        assert settings.top is not None
+        self._stats = stats
+        self._console = make_console(open_output(None), settings.color)
+        self._view = View(SORTS.index(settings.top.sort))
+        self._tally = Tally()
+        self._start_unix_ns, self._end_unix_ns = 2**63, 0
+
+    def take(self, completed: Sequence[Completed]) -> None:
+        for request, unix_offset_ns, _ in completed:
+            end_unix_ns = request.ended_mono_ns + unix_offset_ns
+            length_ns = self._tally.add(request)
+            self._end_unix_ns = max(self._end_unix_ns, end_unix_ns)
+            self._start_unix_ns = min(self._start_unix_ns, end_unix_ns - length_ns)
+        self._stats.exported += len(completed)
+
+    def shutdown(self, timeout_s: float) -> None:
+        if not self._tally.locations:
+            return
+        seconds = max(self._end_unix_ns - self._start_unix_ns, 0) / 1e9
+        with suppress(BrokenPipeError):
+            print_tally(self._console, "the file", self._tally, seconds, self._view)
 
 
 class Top:
@@ -204,7 +245,11 @@ class Top:
             self._recent.newest.add(request)
         self._stats.exported += len(completed)
         if self._terminal is not None:
-            self._draw(self._terminal, self._recent, now_s)
+            try:
+                self._draw(self._terminal, self._recent, now_s)
+            except OSError as error:  # the user has seen enough, or the terminal is gone
+                self._terminal.close()
+                raise BrokenPipeError from error
         elif now_s - self._recent.start_s >= self._interval_s:
             self._print(self._recent, now_s)
             self._recent = Recent(self._interval_s, now_s)
@@ -226,7 +271,6 @@ class Top:
         for key in keys:
             self._controls.press(key)
         if self._controls.ended:
-            terminal.close()
             raise BrokenPipeError
         width, height = size = terminal.size
         if not keys and size == self._drawn_size and now_s - self._drawn_s < _REDRAW_S:

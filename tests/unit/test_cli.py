@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,6 +91,13 @@ def test_without_arguments_there_is_help_and_no_complaint() -> None:
         (["replay"], "Missing argument 'FILE'"),
         (["replay", "none.capture"], "none.capture: No such file"),
         (["replay", "none.capture", "--exporter", "line", "--output", "/none/x"], "/none/x: No such file"),
+        (["replay", "/"], "cannot read the capture file /: Is a directory"),
+        (["replay", "/dev/null"], "/dev/null is not a capture file of this version"),
+        (["report", "none.capture", "-o", "x.html"], "none.capture: No such file"),
+        (["report", "none.capture"], "Missing option '-o'"),
+        (["top", "none.capture"], "none.capture: No such file"),
+        (["top", "--sort", "beauty"], "'beauty' is not one of 'rate', 'errors'"),
+        (["top", "--interval", "0"], "greater than or equal to 1"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(arguments: list[str], complaint: str) -> None:
@@ -213,3 +221,41 @@ def test_an_interrupted_replay_says_what_was_lost(capture: Path, number: signal.
     assert process.returncode == 130
     assert "Traceback" not in rest
     assert rest.splitlines()[-1].endswith("exported 0, lost 1 (lost_export_failed 1)")
+
+
+def test_top_of_a_file(capture: Path) -> None:
+    code, out, err = run("top", capture, "--sort", "wait")
+    assert (code, err) == (0, "otel-nginx-ebpf: received 2, exported 2, lost 0\n")
+    assert out.startswith(" p95 of the file: 2 requests in 0.0 s\n"), "$COLUMNS is 100"
+    assert re.search(r"^ \(all\) +2 ", out, re.MULTILINE)
+    assert "\x1b" not in out
+
+
+@pytest.mark.parametrize(
+    ("page", "complaint"),
+    [
+        ("/dev/full", "cannot write /dev/full: No space left on device"),
+        ("/", "cannot write /: Is a directory"),
+        ("/none/x.html", "cannot write /none/x.html: No such file or directory"),
+        ("", "is the capture file itself"),
+    ],
+)
+def test_a_page_that_cannot_be_written(capture: Path, page: str, complaint: str) -> None:
+    before = capture.read_bytes()
+    code, out, err = run("report", capture, "-o", page or capture)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert complaint in err
+    assert capture.read_bytes() == before
+
+
+def test_a_page_of_all_before_the_damage(capture: Path, tmp_path: Path) -> None:
+    raw = bytearray(capture.read_bytes())
+    raw[-1] ^= 1
+    capture.write_bytes(raw)
+    page = tmp_path / "page.html"
+    code, _, err = run("report", capture, "-o", page)
+    assert (code, err.count("\n")) == (1, 1)
+    assert f"{capture}: damaged at byte " in err
+    assert f"{capture}: damaged at byte " in page.read_text()
+    assert '<dd id="requests">1</dd>' in page.read_text()
+    assert page.stat().st_mode & 0o077 == 0
