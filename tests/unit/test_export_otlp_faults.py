@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 
@@ -215,6 +215,74 @@ def test_a_server_that_is_no_collector_until_one_takes_its_place(
                 assert sender.end(10) == {}
     finally:
         wrong.close()
+
+
+class SilencedProxy:
+    """Passes connections on to a collector; `silence` ends that for those that are open and the next one, but closes
+    none."""
+
+    def __init__(self, port: int) -> None:
+        self.bytes_ignored = 0
+        self._next_is_silent = False
+        self._target = port
+        self._sockets: list[socket.socket] = []
+        self._open = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._target))
+                silent = self._open = threading.Event()
+                if self._next_is_silent:
+                    self._next_is_silent = False
+                    silent.set()
+                self._sockets += (client, server)
+                for pair in ((client, server), (server, client)):
+                    threading.Thread(target=self._pass_on, args=(*pair, silent), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket, silent: threading.Event) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                if silent.is_set():
+                    self.bytes_ignored += len(data)
+                else:
+                    target.sendall(data)
+
+    def silence(self) -> None:
+        self._next_is_silent = True
+        self._open.set()
+
+    def close(self) -> None:
+        for each in (self._listener, *self._sockets):
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+
+@pytest.mark.parametrize(("protocol", "kind"), PROTOCOLS)
+def test_a_connection_whose_other_end_falls_silent(
+    protocol: str, kind: type[GrpcReceiver | HttpReceiver], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where the collector's machine has lost its power: no FIN, no RST. Another connection is made."""
+    with kind() as receiver:
+        proxy = SilencedProxy(receiver.port)
+        try:
+            with subject(protocol, proxy.port) as sender:
+                sender.offer(1)
+                wait_until(lambda: receiver.trace_ids == [1])
+                proxy.silence()
+                sender.offer(2)
+                wait_until(lambda: len(receiver.trace_ids) >= 3)
+                assert proxy.bytes_ignored > 0
+                assert "collector: " in caplog.text
+                assert sender.end(10) == {}
+        finally:
+            proxy.close()
+    assert sorted(set(receiver.trace_ids)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
