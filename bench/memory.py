@@ -85,8 +85,8 @@ def over_time(site: Site, directory: Path, advance: Callable[[str], None]) -> di
             if requests:
                 at_most_speed([site.url(SCENARIOS["proxied"])], SCENARIOS["proxied"], requests)
             sent += requests
-            _wait_for_quiet(agent.pid)
-            found[moment] = {"requests": sent, **resident(agent.pid)}
+            _wait_for_quiet(agent.emitter_pid)
+            found[moment] = {"requests": sent, **resident(agent.emitter_pid)}
     finally:
         agent.stop()
         collector.stop()
@@ -106,7 +106,7 @@ def _wait_for_quiet(pid: int) -> None:
 
 _IMPORTS = {
     "Python": "",
-    "the program without exporters": "otel_nginx_ebpf.agent",
+    "the program without exporters": "otel_nginx_ebpf.emitter",
     "and the SDK": "opentelemetry.sdk.trace.export",
     "and OTLP's protobuf messages": "opentelemetry.proto.collector.trace.v1.trace_service_pb2",
     "and the exporter over HTTP": "opentelemetry.exporter.otlp.proto.http.trace_exporter",

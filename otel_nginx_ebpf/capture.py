@@ -51,22 +51,30 @@ class Frame(NamedTuple):
     raw: bytes
 
 
+def create(path: Path) -> int:
+    """The descriptor of an empty file, readable by its owner only: it will hold what clients sent.
+
+    Raises:
+        UserError: The file cannot be created.
+    """
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(f"cannot write the capture file {path}: {error.strerror}") from error
+
+
 class CaptureWriter:
-    """Writes a capture file, readable by its owner only: it holds what clients sent.
+    """Writes a capture file.
 
     Raises:
         UserError: The file cannot be created.
         OSError: A write failed.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, str]) -> None:
-        """Replaces the file. `about` says where the records come from, for whoever reads the header."""
-        try:
-            self._file: BinaryIO = open(  # noqa: SIM115
-                path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)
-            )
-        except OSError as error:
-            raise UserError(f"cannot write the capture file {path}: {error.strerror}") from error
+    def __init__(self, file: Path | int, about: Mapping[str, str]) -> None:
+        """Replaces the file, or writes to a descriptor, which it owns. `about` says where the records come from, for
+        whoever reads the header."""
+        self._file: BinaryIO = open(create(file) if isinstance(file, Path) else file, "wb")  # noqa: SIM115
         self.records = 0
         self.bytes = 0
         header = {

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from otel_nginx_ebpf import __version__, config, service
+from otel_nginx_ebpf import __version__, config, entry, service
 from otel_nginx_ebpf.messages import PROGRAM, complain
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.settings import Settings, Sort, Top
@@ -94,6 +94,7 @@ BatchDelay = Annotated[str | None, _option("batch_delay_ms", "MS")]
 OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
 Metrics = Annotated[bool | None, _option("metrics", None, "--metrics")]
 MetricsListen = Annotated[str | None, _option("metrics_listen", "ADDRESS")]
+User = Annotated[str | None, _option("user", "USER")]
 GraceSeconds = Annotated[str | None, _option("grace_seconds", "S")]
 
 
@@ -148,6 +149,7 @@ def run(
     batch_delay_ms: BatchDelay = None,
     otlp_protocol: OtlpProtocol = None,
     grace_seconds: GraceSeconds = None,
+    user: User = None,
     metrics: Metrics = None,
     metrics_listen: MetricsListen = None,
     config_file: ConfigFile = None,
@@ -171,10 +173,10 @@ def run(
     """
     settings = _settings(context)
     if not dry_run:
-        service.become(service.run, settings)
-    from otel_nginx_ebpf import agent
+        entry.become(service.run, settings)
+    from otel_nginx_ebpf import supervisor
 
-    agent.dry_run(settings)
+    supervisor.dry_run(settings)
 
 
 @app.command()
@@ -198,6 +200,7 @@ def top(
     detail: Detail = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
+    user: User = None,
     config_file: ConfigFile = None,
 ) -> int:
     """Show where requests' time goes, by location and by upstream, as it happens. Needs root; no collector.
@@ -239,7 +242,7 @@ def top(
         metrics_listen=None,
     )
     if file is None:
-        service.become(service.top, settings)
+        entry.become(service.top, settings)
     return service.replay(settings, file)
 
 
@@ -259,6 +262,7 @@ def record(
     detail: Detail = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
+    user: User = None,
     config_file: ConfigFile = None,
 ) -> None:
     """Write the kernel's records to a capture file until SIGINT or SIGTERM. Needs root.
@@ -267,7 +271,7 @@ def record(
 
         otel-nginx-ebpf record --pid $(cat /run/nginx.pid) -o day.capture
     """
-    service.become(service.record, _settings(context), file)
+    entry.become(service.record, _settings(context), file)
 
 
 @app.command()
@@ -347,7 +351,7 @@ def doctor(
     from otel_nginx_ebpf.export.text import open_output
 
     report = doctor.examine(settings)
-    stdout = open_output(None)
+    stdout = open_output()
     try:
         if json_:
             print(json.dumps(report.to_dict(), indent=2), file=stdout, flush=True)
@@ -416,9 +420,9 @@ def _command() -> int:
             complain(message)
         return 2
     except typer.Abort:
-        return service.INTERRUPTED
+        return entry.INTERRUPTED
 
 
 def main() -> None:
     """The program: exits with 0, with 1 for damaged input or what `doctor` finds, with 2 for what the user can mend."""
-    sys.exit(service.exit_code(_command))
+    sys.exit(entry.exit_code(_command))

@@ -228,6 +228,11 @@ class Source(BaseSettings):
         description="Offer metrics about this program itself to Prometheus at this address.",
         examples=["an address and a port, as in 127.0.0.1:9464 or [::1]:9464"],
     )
+    user: Annotated[str | None, Field(pattern=r"^\w[\w.-]*\$?$")] = Field(
+        None,
+        description="The user that reads requests and sends traces, without any privilege; without root who runs this.",
+        examples=["a user's name or number"],
+    )
     sdk_disabled: bool = Field(
         False,
         validation_alias="OTEL_SDK_DISABLED",

@@ -1,42 +1,32 @@
-"""What the commands do once their settings are known, and how a process that stays gets rid of all that it took.
-
-Options and settings are read by typer, rich and pydantic: megabytes that are of no use later. So the command line of
-`run` and `record` becomes (`become`) a new program with the same pid, descriptors and environment, which gets plain
-values. What follows imports no more than it needs.
-"""
+"""What the commands do once their settings are known."""
 
 import os
-import pickle
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from otel_nginx_ebpf.capture import CaptureError, read_capture, read_header
+from otel_nginx_ebpf import handover
+from otel_nginx_ebpf.entry import INTERRUPTED
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.messages import PROGRAM, complain, log_to_stderr, stderr_kept
+from otel_nginx_ebpf.handover import Handover
+from otel_nginx_ebpf.messages import complain, stderr_kept
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 
 if TYPE_CHECKING:
     from otel_nginx_ebpf.export import Exporter
 
-INTERRUPTED = 128 + signal.SIGINT
-
-_ENDING = (signal.SIGTERM, signal.SIGINT)
-
-
-# The agent and the SDK are slow to import, which --help need not wait for.
+# The supervisor and the emitter are two processes: neither imports what is the other's.
 
 
 def run(settings: Settings) -> int:
     """Traces and exports until a signal comes; the exit code. Raises `UserError`."""
-    from otel_nginx_ebpf import agent
+    from otel_nginx_ebpf import supervisor
 
-    return _deliver(settings, lambda exporter, stats: agent.run(settings, exporter, stats))
+    output = handover.open_output(settings)
+    return supervisor.supervise(settings, emit, handover.make_handover(settings, output))
 
 
 def top(settings: Settings) -> int:
@@ -47,29 +37,72 @@ def top(settings: Settings) -> int:
 
 def record(settings: Settings, path: Path) -> int:
     """Writes the kernel's records to a file until a signal comes; the exit code. Raises `UserError`."""
-    from otel_nginx_ebpf import agent
+    from otel_nginx_ebpf import capture, supervisor
+
+    output = capture.create(path)
+    # Another emitter could not go on where in the file one was killed.
+    return supervisor.supervise(settings, emit_records, handover.make_handover(settings, output), again=False)
+
+
+def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
+    """The emitter's process: exports what the supervisor's probes hand over; the exit code. Raises `UserError`."""
+    handover.take_over(handed)
+    from otel_nginx_ebpf import emitter
+    from otel_nginx_ebpf.channel import EmitterEnd
+    from otel_nginx_ebpf.counts import Counts
 
     stats = Stats()
-    agent.record(settings, path, stats)
-    complain(stats.summary())
+    kept = Counts(counts, stats)
+
+    def work(exporter: "Exporter") -> None:
+        kept.settle()
+        ring_buffer_bytes = settings.ring_buffer_mib << 20
+        reader = emitter.Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes)
+        reader.run(emitter.exporting(exporter, stats), exporter.at_once)
+
+    with suppress(emitter.NothingTracedError):
+        return _deliver(settings, stats, work, handed.output)
+    return 0
+
+
+def emit_records(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
+    """The emitter's process of `record`: writes what the supervisor's probes hand over; the exit code."""
+    handover.take_over(handed)
+    from otel_nginx_ebpf import emitter
+    from otel_nginx_ebpf.channel import EmitterEnd
+    from otel_nginx_ebpf.counts import Counts
+
+    stats = Stats()
+    assert handed.output is not None
+    reader = emitter.Emitter(EmitterEnd(channel), stats, Counts(counts, stats), settings.ring_buffer_mib << 20)
+    with suppress(emitter.NothingTracedError):
+        emitter.record(handed.output, reader, stats)
+        complain(stats.summary())
     return 0
 
 
 def replay(settings: Settings, path: Path) -> int:
     """Exports what a capture file holds; the exit code. Raises `UserError`."""
-    from otel_nginx_ebpf import agent
+    from otel_nginx_ebpf import emitter
+    from otel_nginx_ebpf.capture import read_capture
     from otel_nginx_ebpf.progress import with_progress
+
+    stats = Stats()
 
     frames = read_capture(path)
     if settings.top or not (set(settings.exporter) - {"otlp"} and settings.output is None and sys.stdout.isatty()):
         frames = with_progress(frames, path)
     # A file can wait until the collector has taken what is queued; a running nginx cannot.
-    return _deliver(settings, lambda exporter, stats: agent.replay(frames, exporter, stats), wait_for_room=True)
+    output = handover.open_output(settings)
+    return _deliver(
+        settings, stats, lambda exporter: emitter.replay(frames, exporter, stats), output, wait_for_room=True
+    )
 
 
 def report(settings: Settings, capture: Path, output: Path) -> int:
     """Writes what a capture file holds as a page; the exit code. Raises `UserError`."""
-    from otel_nginx_ebpf import agent
+    from otel_nginx_ebpf import emitter
+    from otel_nginx_ebpf.capture import CaptureError, read_capture, read_header
     from otel_nginx_ebpf.export.report import Report, open_page
     from otel_nginx_ebpf.progress import with_progress
 
@@ -80,7 +113,7 @@ def report(settings: Settings, capture: Path, output: Path) -> int:
         with open_page(output, capture) as page:
             contents = Report(stats, query=settings.query)
             try:
-                agent.replay(with_progress(read_capture(capture), capture), contents, stats)
+                emitter.replay(with_progress(read_capture(capture), capture), contents, stats)
             except CaptureError as error:
                 notes.append(str(error))
             if stats.lost:
@@ -95,20 +128,27 @@ def report(settings: Settings, capture: Path, output: Path) -> int:
     return 1 if notes else 0
 
 
-def _deliver(settings: Settings, work: Callable[["Exporter", Stats], None], *, wait_for_room: bool = False) -> int:
+def _deliver(
+    settings: Settings,
+    stats: Stats,
+    work: Callable[["Exporter"], None],
+    output: int | None,
+    *,
+    wait_for_room: bool = False,
+) -> int:
     """Runs `work` with an exporter, then delivers what the exporter still holds and prints the counts.
 
     Returns:
         1 where the input was damaged, 130 where `work` was interrupted, else 0.
     """
+    from otel_nginx_ebpf.capture import CaptureError
     from otel_nginx_ebpf.export import make_exporter
     from otel_nginx_ebpf.export.resource import make_resource
 
-    stats = Stats()
-    exporter = make_exporter(settings, stats, make_resource(), wait_for_room=wait_for_room)
+    exporter = make_exporter(settings, stats, make_resource(), output, wait_for_room=wait_for_room)
     code = 0
     try:
-        work(exporter, stats)
+        work(exporter)
     except BrokenPipeError:
         forget_stdout()
     except CaptureError as error:
@@ -126,48 +166,3 @@ def _deliver(settings: Settings, work: Callable[["Exporter", Stats], None], *, w
 def forget_stdout() -> None:
     """Whoever read it has seen enough (`| head`). Python's own flush at exit must not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _interrupt(signal_number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def exit_code(work: Callable[[], int]) -> int:
-    """What the program exits with after `work`: its result, 2 after what the user can mend, 130 after Ctrl-C."""
-    log_to_stderr()
-    # Until the agent handles it, and again after that, SIGTERM ends the program as Ctrl-C does; so does SIGINT, also
-    # where a shell that runs the program in its background has told it to ignore that.
-    for number in _ENDING:
-        signal.signal(number, _interrupt)
-    try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
-        return work()
-    except UserError as error:
-        complain(str(error))
-        return 2
-    except KeyboardInterrupt:
-        return INTERRUPTED
-
-
-def become(work: Callable[..., int], *arguments: object) -> NoReturn:
-    """Ends this program; the process goes on with `work`, a function of a module, and exits with its result."""
-    file = os.memfd_create("work", 0)
-    os.write(file, pickle.dumps((work, arguments)))
-    os.lseek(file, 0, os.SEEK_SET)
-    # Signals that come before the new program can handle them wait.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
-    # The arguments are for those who look at the list of processes.
-    os.execv(sys.executable, [sys.executable, "-P", "-m", __name__, str(file), *sys.argv[1:]])
-
-
-def main() -> None:
-    """The program that `become` starts."""
-    with suppress(OSError):  # the name that `ps` and `top` show; where /proc may not be written it is Python's
-        Path("/proc/self/comm").write_text(PROGRAM, encoding="ascii")
-    with open(int(sys.argv[1]), "rb") as file:
-        work, arguments = pickle.load(file)
-    sys.exit(exit_code(lambda: work(*arguments)))
-
-
-if __name__ == "__main__":
-    main()

@@ -66,6 +66,7 @@ class Settings:
     grace_seconds: float
     metrics: bool
     metrics_listen: str | None
+    user: str | None
     sdk_disabled: bool
     top: Top | None = None
     """Requests are shown, and go to no exporter."""

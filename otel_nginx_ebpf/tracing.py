@@ -1,30 +1,29 @@
 """The nginx binaries being traced: attached when found, refused when they contradict themselves, let go when gone."""
 
+import itertools
 import logging
 import sys
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from otel_nginx_ebpf import silence
-from otel_nginx_ebpf.clock import Clock
+from otel_nginx_ebpf.channel import Kind, SupervisorEnd
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.attachment import Attachment
 from otel_nginx_ebpf.nginx.processes import FileIdentity, Instance, Watch, instance_of
 from otel_nginx_ebpf.nginx.resource import instance_attributes
 from otel_nginx_ebpf.planning import Target, make_target
-from otel_nginx_ebpf.record import RecordError, decode, worker_pid
 from otel_nginx_ebpf.settings import Settings
-from otel_nginx_ebpf.stats import Stats
-from otel_nginx_ebpf.trace import AttributeValue
-from otel_nginx_ebpf.verify import contradictions
 
 _log = logging.getLogger(__name__)
 
-# So many requests of a binary are checked for contradictions, each before it becomes a trace.
-_VERIFIED_REQUESTS = 100
+Attributes = Mapping[str, str | int]
+"""Of the resource that an instance is."""
+
+# How soon a signal is noticed.
+TICK_S = 0.1
 
 
 def find_instances(settings: Settings, watch: Watch) -> tuple[Instance, ...]:
@@ -57,66 +56,77 @@ def by_binary(instances: tuple[Instance, ...]) -> tuple[tuple[Instance, ...], ..
 class _TracedBinary:
     """One binary's live probes, and the instances whose requests they see."""
 
-    def __init__(self, target: Target, instances: tuple[Instance, ...], attachment: Attachment) -> None:
+    def __init__(self, number: int, target: Target, instances: tuple[Instance, ...], attachment: Attachment) -> None:
+        self.number = number
+        """What the emitter knows it by."""
         self.target = target
         self.instances = instances
         """Those it was attached for."""
         self.attachment = attachment
-        self.unverified = _VERIFIED_REQUESTS
-        self.silence = silence.SilenceWatch()
-        self._resource_of: dict[int, Mapping[str, AttributeValue]] = {}
+        self._resource_of: dict[int, Attributes] = {}
         for instance in instances:
             self.add(instance)
+
+    @property
+    def identity(self) -> FileIdentity:
+        return self.instances[0].file_identity
 
     def add(self, instance: Instance) -> None:
         attributes = instance_attributes(instance, self.target.version)
         self._resource_of |= dict.fromkeys(instance.pids, attributes)
 
-    def resource(self, pid: int) -> Mapping[str, AttributeValue]:
-        """The resource attributes of the instance that a worker belongs to."""
+    def resource(self, pid: int) -> Attributes:
+        """The resource attributes of the instance that a worker belongs to; none where that is no such."""
         found = self._resource_of.get(pid)
         if found is None:
             found = self._resource_of[pid] = self._find_resource(pid)
         return found
 
-    def _find_resource(self, pid: int) -> Mapping[str, AttributeValue]:
+    def _find_resource(self, pid: int) -> Attributes:
         try:
             instance = instance_of(pid)
         except UserError:  # it has ended since; where there is but one instance, it was that one's
             known = {id(attributes): attributes for attributes in self._resource_of.values()}
             return next(iter(known.values())) if len(known) == 1 else {}
+        if instance.file_identity != self.identity:
+            return {}
         known_master = self._resource_of.get(instance.master_pid)
         return known_master or instance_attributes(instance, self.target.version)
 
 
 class Tracing:
-    """All live probes of this process. Call `begin`, then `sweep` and `records` again and again, then `end`."""
+    """All live probes. Call `begin`, then `sweep` and `serve` again and again, then `detach`, `serve` and `end`."""
 
-    def __init__(self, settings: Settings, stats: Stats) -> None:
+    def __init__(self, settings: Settings, emitter: SupervisorEnd) -> None:
         self._settings = settings
-        self._stats = stats
-        self._clock = Clock()
+        self._emitter = emitter
         self._watch = Watch(settings.binary)
+        self._numbers = itertools.count(1)
         self._traced: dict[FileIdentity, _TracedBinary] = {}
         self._retired: list[_TracedBinary] = []
-        """Detached since the last sweep; what they had in their ring buffers is still read."""
+        """Detached since the last sweep; the emitter may still ask of their processes."""
         self._refused: dict[FileIdentity, str] = {}
         self._silent: dict[FileIdentity, frozenset[str]] = {}
         self._attaching: dict[FileIdentity, Future[_TracedBinary]] = {}
-        self._reattach: set[FileIdentity] = set()
-        self._fullest = 0.0
-        """Ring buffer since the last sweep, 0 to 1."""
         self._attacher = ThreadPoolExecutor(1, thread_name_prefix="attach")
 
     def begin(self) -> None:
-        """Attaches to what runs now. Raises `UserError` when nothing can be traced."""
+        """Attaches to what runs now.
+
+        Raises:
+            UserError: Nothing can be traced.
+            EmitterGoneError: As `serve`.
+        """
         preflight.check()
         instances = find_instances(self._settings, self._watch)
         named = bool(self._settings.pid or self._settings.binary)
         groups = by_binary(instances)
         for group in groups:
+            future = self._attacher.submit(self._attach, group)
+            while not future.done():
+                self.serve(TICK_S)
             try:
-                self._went_live(self._attach(group))
+                self._went_live(future.result())
             except UserError as error:
                 # Of several that were found, one that cannot be traced does not keep the others from it.
                 if named or len(groups) == 1:
@@ -127,18 +137,26 @@ class Tracing:
     def _attach(self, instances: tuple[Instance, ...]) -> _TracedBinary:
         silent = self._silent.get(instances[0].file_identity, frozenset())
         target, load_request = make_target(instances, self._settings, silent)
-        attachment = Attachment(load_request, self._settings.ring_buffer_mib << 20)
+        attachment = Attachment(load_request)
         if attachment.refused:
             _log.warning(
                 "--propagate does nothing: the kernel does not take the program that writes to nginx's memory (%s; the "
                 "usual reasons are lockdown and no CAP_SYS_ADMIN); requests are traced, and applications are not told",
                 attachment.refused[0],
             )
-        return _TracedBinary(target, instances, attachment)
+        return _TracedBinary(next(self._numbers), target, instances, attachment)
 
     def _went_live(self, traced: _TracedBinary) -> None:
-        self._traced[traced.instances[0].file_identity] = traced
-        print(traced.target.ready_line(traced.instances), file=sys.stderr, flush=True)
+        self._traced[traced.identity] = traced
+        target = traced.target
+        self._emitter.tell(
+            "attached",
+            traced.attachment.readable,
+            number=traced.number,
+            target=str(target),
+            layout_source=target.layout_source,
+        )
+        print(target.ready_line(traced.instances), file=sys.stderr, flush=True)
 
     def _refuse(self, identity: FileIdentity, reason: str) -> None:
         self._refused[identity] = reason
@@ -149,21 +167,15 @@ class Tracing:
             raise UserError("nothing is left to trace: " + "; ".join(self._refused.values()))
 
     def sweep(self) -> None:
-        """Looks for nginx that has come, and forgets what has gone."""
+        """Looks for nginx that has come, and forgets what has gone. Raises `UserError` and `EmitterGoneError`."""
         for traced in self._retired:
-            self._give_back(traced)
+            traced.attachment.close()
         self._retired.clear()
         if self._settings.pid:
             self._find_new_workers()
         else:
             for instance in self._watch.new_instances():
                 self._found(instance)
-        for identity in self._reattach & self._traced.keys():
-            instances = tuple(instance for instance in self._traced[identity].instances if instance.is_running)
-            self._retire(identity)
-            if instances:
-                self._attaching[identity] = self._attacher.submit(self._attach, instances)
-        self._reattach.clear()
         for identity, future in list(self._attaching.items()):
             if future.done():
                 del self._attaching[identity]
@@ -171,20 +183,12 @@ class Tracing:
                     self._went_live(future.result())
                 except UserError as error:
                     self._refuse(identity, str(error))
-        for identity, traced in list(self._traced.items()):
-            self._stats.lose("lost_worker_gone", traced.attachment.forget_dead_processes())
+        for traced in list(self._traced.values()):
+            if lost := traced.attachment.forget_dead_processes():
+                self._emitter.tell("lost", cause="lost_worker_gone", count=lost)
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("%s has ended", traced.target)
-                self._retire(identity)
-        self._note_counters()
-
-    def _note_counters(self) -> None:
-        """For whoever asks while probes are live."""
-        lost: Counter[str] = Counter()
-        for traced in [*self._traced.values(), *self._retired]:
-            lost.update(traced.attachment.losses())
-        self._stats.lost_in_kernel = lost
-        self._stats.ring_buffer_fill, self._fullest = self._fullest, 0.0
+                self._retire(traced)
 
     def _find_new_workers(self) -> None:
         """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
@@ -202,42 +206,35 @@ class Tracing:
         elif identity not in self._refused and identity not in self._attaching:
             self._attaching[identity] = self._attacher.submit(self._attach, (instance,))
 
-    def records(self) -> Iterator[tuple[bytes, int, Mapping[str, AttributeValue]]]:
-        """Each new record, Unix time minus monotonic time for it, and the resource attributes of its nginx.
+    def serve(self, timeout_s: float) -> None:
+        """Does what the emitter asks for; waits for that, for so long.
 
         Raises:
             UserError: nginx's memory contradicts its layout, and nothing else is left to trace.
+            EmitterGoneError: As `SupervisorEnd.reports`.
         """
-        for traced in [*self._traced.values(), *self._retired]:
-            unix_offset_ns = self._clock.unix_offset_ns()
-            self._fullest = max(self._fullest, traced.attachment.ring_buffer_fill())
-            wrong = self._layout_mismatch(traced)
-            if not wrong:
-                for raw in traced.attachment.records():
-                    self._stats.received += 1
-                    wrong = self._verify(traced, raw, unix_offset_ns) if traced.unverified else ""
-                    if wrong:
-                        self._stats.lose("lost_layout_mismatch")
-                        break
-                    if traced.silence.fell_silent(raw):
-                        self._avoid_silent(traced)
-                    yield raw, unix_offset_ns, traced.resource(worker_pid(raw))
-            if wrong:
-                self._contradicted(traced, wrong)
+        for report in self._emitter.reports(timeout_s):
+            known = [*self._traced.values(), *self._retired]
+            traced = next((each for each in known if each.number == report.number), None)
+            if traced is None:  # it crossed the news that this one is gone
+                continue
+            if report.kind is Kind.WHOSE:
+                self._emitter.tell(
+                    "whose", number=traced.number, pid=report.pid, attributes=traced.resource(report.pid)
+                )
+            elif traced not in self._retired:
+                if report.kind is Kind.CONTRADICTED:
+                    self._contradicted(traced)
+                elif report.kind is Kind.SILENT:
+                    self._avoid_silent(traced)
 
-    def _contradicted(self, traced: _TracedBinary, wrong: str) -> None:
+    def _contradicted(self, traced: _TracedBinary) -> None:
         """Lets a binary go whose memory is not as its layout says. Raises `UserError` when nothing is left to trace."""
-        identity = traced.instances[0].file_identity
-        if traced in self._retired:
-            self._retired.remove(traced)
-        else:
-            del self._traced[identity]
-        self._give_back(traced)
-        self._note_counters()
+        self._retire(traced)
         self._refuse(
-            identity,
-            f"{traced.target} does not look in memory as its layout ({traced.target.layout_source}) says: {wrong}; "
-            "detached. Is it a patched build?",
+            traced.identity,
+            f"{traced.target} does not look in memory as its layout ({traced.target.layout_source}) says; detached. "
+            "Is it a patched build?",
         )
         self._require_something()
 
@@ -246,52 +243,42 @@ class Tracing:
         function = traced.target.functions.get(silence.BOUNDARY)
         if function is None:  # known, and said, since it was attached
             return
-        identity = traced.instances[0].file_identity
-        self._silent[identity] = self._silent.get(identity, frozenset()) | {function}
+        self._silent[traced.identity] = self._silent.get(traced.identity, frozenset()) | {function}
         _log.warning("%s is never called in %s", function, traced.target)
-        self._reattach.add(identity)
+        self._retire(traced)
+        if instances := tuple(instance for instance in traced.instances if instance.is_running):
+            self._attaching[traced.identity] = self._attacher.submit(self._attach, instances)
 
-    def _layout_mismatch(self, traced: _TracedBinary) -> str:
-        losses = traced.attachment.losses()
-        if losses["lost_layout_mismatch"]:
-            return "an invariant of its requests did not hold"
-        # What the layout calls pointers are none. Once it is trusted, a page that is not there is the likelier reason.
-        if traced.unverified and losses["lost_read_failed"]:
-            return "its memory cannot be read where they should be"
-        return ""
-
-    def _verify(self, traced: _TracedBinary, raw: bytes, unix_offset_ns: int) -> str:
-        """What contradicts the layout, in words. Only the first requests of a binary are looked at."""
-        traced.unverified -= 1
-        try:
-            return ", ".join(contradictions(decode(raw), unix_offset_ns))
-        except RecordError:
-            return ""
-
-    def detach(self) -> None:
-        """Removes all probes; what has come stays readable by `records`."""
-        for traced in self._traced.values():
-            traced.attachment.detach()
-
-    def end(self) -> None:
-        """Detaches and gives everything back, losses counted."""
-        self._attacher.shutdown(cancel_futures=True)
-        for future in self._attaching.values():
-            if future.done() and not future.cancelled() and future.exception() is None:
-                future.result().attachment.close()
-        for traced in [*self._traced.values(), *self._retired]:
-            self._give_back(traced)
-        self._traced.clear()
-        self._retired.clear()
-        self._note_counters()
-
-    def _retire(self, identity: FileIdentity) -> None:
-        """Detaches from a binary; its ring buffer is read until the next sweep."""
-        traced = self._traced.pop(identity)
+    def _retire(self, traced: _TracedBinary) -> None:
+        """Detaches from a binary; its ring buffer is read once more."""
+        del self._traced[traced.identity]
         traced.attachment.detach()
         self._retired.append(traced)
+        self._emitter.tell("retired", number=traced.number)
 
-    def _give_back(self, traced: _TracedBinary) -> None:
-        for cause, count in traced.attachment.losses().items():
-            self._stats.lose(cause, count)
-        traced.attachment.close()
+    def detach(self) -> None:
+        """Removes all probes. What has come can still be read, and asked about."""
+        for traced in self._traced.values():
+            traced.attachment.detach()
+            self._retired.append(traced)
+        self._traced.clear()
+
+    def end(self) -> None:
+        """Detaches and gives everything back."""
+        for attachment in self._attachments():
+            attachment.close()
+
+    def abandon(self) -> list[tuple[int, int]]:
+        """Detaches and gives everything back but the emitter's descriptors, of which nobody knows how much was read."""
+        return [attachment.abandon() for attachment in self._attachments()]
+
+    def _attachments(self) -> list[Attachment]:
+        """All of them, with no more to come."""
+        self._attacher.shutdown(cancel_futures=True)
+        ended = [future for future in self._attaching.values() if future.done() and not future.cancelled()]
+        late = [future.result() for future in ended if future.exception() is None]
+        found = [traced.attachment for traced in (*self._traced.values(), *self._retired, *late)]
+        self._attaching.clear()
+        self._traced.clear()
+        self._retired.clear()
+        return found

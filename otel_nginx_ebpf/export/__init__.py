@@ -87,26 +87,24 @@ class _Measured:
         self._metrics.shutdown()
 
 
-def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_for_room: bool = False) -> Exporter:
+def make_exporter(
+    settings: Settings, stats: Stats, resource: Resource, output: int | None = None, *, wait_for_room: bool = False
+) -> Exporter:
     """The exporter, or exporters, that `settings` ask for; with `wait_for_room` they rather block than drop.
+
+    `output` is the descriptor of the file that they name for text.
 
     A trace counts as exported once: when the collector has it or, without a collector, when the first of
     the other exporters has written it.
 
     Raises:
-        UserError: A value that an exporter refuses, or an output file that cannot be opened.
+        UserError: A value that an exporter refuses.
     """
     if settings.top is not None:
         from otel_nginx_ebpf.export.top import Top, Totals
 
         return Totals(settings, stats) if settings.top.of_file else Top(settings, stats)
     names = list(dict.fromkeys(settings.exporter))
-    texts = [name for name in names if name != "otlp"]
-    if settings.output is not None and len(texts) != 1:
-        raise UserError(
-            "--output (OTEL_NGINX_EBPF_OUTPUT) needs exactly one of the exporters console, line and json; "
-            f"--exporter has {', '.join(texts) or 'none of them'}"
-        )
     if settings.sdk_disabled and "otlp" in names:
         names.remove("otlp")
         if not names:
@@ -119,7 +117,8 @@ def make_exporter(settings: Settings, stats: Stats, resource: Resource, *, wait_
         exporter = _make_otlp(settings, stats, resource, wait_for_room)
     else:
         each = [
-            _make(name, settings, stats if name == counting else uncounted, resource, wait_for_room) for name in names
+            _make(name, settings, stats if name == counting else uncounted, resource, output, wait_for_room)
+            for name in names
         ]
         exporter = _Readable(each, query=settings.query)
     if settings.metrics or settings.metrics_listen:
@@ -152,11 +151,11 @@ def _make_otlp(settings: Settings, stats: Stats, resource: Resource, wait_for_ro
 
 
 def _make(
-    name: ExporterName, settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool
+    name: ExporterName, settings: Settings, stats: Stats, resource: Resource, output: int | None, wait_for_room: bool
 ) -> TraceExporter:
     if name == "otlp":
         return _make_otlp(settings, stats, resource, wait_for_room)
-    stream = open_output(settings.output)
+    stream = open_output(output, settings.output)
     if name == "console":
         from otel_nginx_ebpf.export.console import make_renderer
 

@@ -39,18 +39,13 @@ class TextExporter:
                 self._stream.close()
 
 
-def open_output(path: Path | None) -> TextIO:
-    """stdout without a path, else the file, to whose end is written.
-
-    Raises:
-        UserError: The file cannot be opened for writing.
-    """
-    if path is None:
+def open_output(descriptor: int | None = None, path: Path | None = None) -> TextIO:
+    """stdout, or the file that is open as `descriptor`, and called `path` in messages."""
+    if descriptor is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             # A terminal that is not UTF-8 gets escapes rather than a traceback.
             sys.stdout.reconfigure(errors="backslashreplace")
         return sys.stdout
-    try:
-        return path.open("a", encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"--output (OTEL_NGINX_EBPF_OUTPUT): {path}: {error.strerror}") from error
+    return open(
+        path or descriptor, "a", encoding="utf-8", errors="backslashreplace", opener=lambda name, flags: descriptor
+    )

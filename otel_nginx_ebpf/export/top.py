@@ -221,7 +221,7 @@ class Top:
         self._stats = stats
         self._interval_s = settings.top.interval_s
         self._once = settings.top.once
-        stream = open_output(None)
+        stream = open_output()
         self._console = make_console(stream, settings.color)
         self._live = stream.isatty() and not self._once
         if self._live and not self._console.is_terminal:

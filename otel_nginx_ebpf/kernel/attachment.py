@@ -1,18 +1,18 @@
-"""Probes that are live on one nginx binary, seen from the long-lived process: descriptors, and nothing of BCC."""
+"""Probes that are live on one nginx binary, seen from the supervisor: descriptors, nothing of BCC, and no record."""
 
 import json
 import os
 import socket
 import struct
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
-from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
+from otel_nginx_ebpf.kernel.ring_buffer import CounterArray
 from otel_nginx_ebpf.kernel.runs import Runs, runs_of
 from otel_nginx_ebpf.stats import LOSS_CAUSES
 
@@ -59,7 +59,7 @@ class Attachment:
         UserError: BCC is missing, or the kernel refused the program or a probe.
     """
 
-    def __init__(self, request: bytes, ring_buffer_bytes: int) -> None:
+    def __init__(self, request: bytes) -> None:
         """`request` is a `loader.LoadRequest` as JSON."""
         descriptors, answer = _load(request)
         self._process_bytes: int = answer["process_bytes"]
@@ -69,8 +69,9 @@ class Attachment:
         self._probes = descriptors[len(HANDED_OVER_MAPS) : handlers_at]
         self._handlers = dict(zip(answer["handlers"], descriptors[handlers_at:], strict=True))
         maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
-        self._records = RingBuffer(maps["records"], ring_buffer_bytes)
-        self._loss_counts = CounterArray(maps["loss_counts"], len(LOSS_CAUSES))
+        self.readable = maps["records"], maps["loss_counts"]
+        """Descriptors of what the emitter reads."""
+        self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(LOSS_CAUSES))
         self._processes = HashMap(maps["processes"], key_bytes=4)
         self._sockets = HashMap(maps["sockets"], key_bytes=8)
         self._active_requests = HashMap(maps["active_requests"], key_bytes=16)
@@ -84,14 +85,6 @@ class Attachment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def records(self) -> Iterator[bytes]:
-        """The records that have come since the last call."""
-        return self._records.read()
-
-    def ring_buffer_fill(self) -> float:
-        """How much of the ring buffer waits to be read: 0 to 1."""
-        return self._records.fill()
 
     def losses(self) -> dict[str, int]:
         """The kernel's loss counters since the probes went live, by cause."""
@@ -127,12 +120,18 @@ class Attachment:
             os.close(descriptor)
         self._probes = []
 
-    def close(self) -> None:
-        """Detaches, and gives back all that the kernel holds for this attachment."""
+    def abandon(self) -> tuple[int, int]:
+        """Detaches, and gives back what the kernel holds for this attachment but `readable`, which is returned."""
         self.detach()
         for descriptor in self._handlers.values():
             os.close(descriptor)
-        self._records.close()
+        self._handlers = {}
         self._loss_counts.close()
         for state in (self._processes, self._sockets, self._active_requests, self._attempts):
             state.close()
+        return self.readable
+
+    def close(self) -> None:
+        """Detaches, and gives back all that this process holds."""
+        for descriptor in self.abandon():
+            os.close(descriptor)

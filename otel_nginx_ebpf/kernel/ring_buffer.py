@@ -7,7 +7,7 @@ read-only, a page with the producer's position and the data, there twice in a ro
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _HEADER = struct.Struct("<II")
 _BUSY = 1 << 31
@@ -35,10 +35,10 @@ class RingBuffer:
         """How much of it waits to be read: 0 to 1."""
         return (self._produced[0] - self._consumed[0]) / (self._mask + 1)
 
-    def read(self) -> Iterator[bytes]:
+    def read(self, given_back: Callable[[], None] = lambda: None) -> Iterator[bytes]:
         """The records that are complete now, oldest first.
 
-        Space is given back after each window, and when the iterator ends or is closed.
+        Space is given back after each window, and when the iterator ends or is closed; then `given_back` is called.
         """
         position = self._consumed[0]
         end = self._produced[0]
@@ -61,6 +61,7 @@ class RingBuffer:
                 finally:
                     position += at - in_page
                     self._give_back_to(position)
+                    given_back()
 
     def _give_back_to(self, position: int) -> None:
         self._consumed[0] = position

@@ -113,6 +113,12 @@ class AgentProcess:
         """Its own and its children's."""
         return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
 
+    @property
+    def emitter_pid(self) -> int:
+        """Of the process that reads requests and sends traces, which `pid` has started."""
+        (emitter,) = (child for child in psutil.Process(self.pid).children() if child.cmdline()[-1].startswith("emit"))
+        return emitter.pid
+
     def signal_all(self, number: signal.Signals) -> None:
         """To all its processes."""
         for pid in self.pids:

@@ -79,10 +79,12 @@ def test_killed_agent(stage: Stage, tmp_path: Path) -> None:
     assert stage.get("/").status == 200
     agent.kill()
     assert stage.get("/").status == 200
-    successor = AgentProcess(stage.site.nginx.pid, tmp_path)
+    (tmp_path / "successor").mkdir()
+    successor = AgentProcess(stage.site.nginx.pid, tmp_path / "successor")
     assert stage.get("/?last").status == 200
-    stage.match(stage.lines(3)[2:], lambda: successor.poll()[-1:])
+    stage.match(stage.lines(3)[2:], successor.poll)
     successor.stop()
+    assert len(successor.traces) == 1
     stage.exchanges(3)
 
 

@@ -25,7 +25,7 @@ from unit.context_library import Context, read
 from unit.sample_traces import CLIENT, CLIENT_V6, MONO_NS, RETRIED, STATIC, UNIX_OFFSET_NS, record
 
 from fuzz.nginx_files import WANTED, damaged, damages, small_executables
-from otel_nginx_ebpf import agent, capture, config
+from otel_nginx_ebpf import capture, config, emitter
 from otel_nginx_ebpf.capture import CaptureError
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export import TraceExporter, _Readable
@@ -135,7 +135,7 @@ def check_capture(data: bytes) -> None:
         with suppress(UserError, CaptureError):
             capture.read_header(SCRATCH)
         with suppress(UserError, CaptureError):
-            agent.replay(SCRATCH, _Readable(exporters, query=False), stats)
+            emitter.replay(capture.read_capture(SCRATCH), _Readable(exporters, query=False), stats)
     assert stats.exported + len(renders) * sum(stats.lost.values()) == len(renders) * stats.received
     assert output.getvalue().replace("\n", "").isprintable()
 

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,9 @@ def test_a_trace_is_one_ascii_line_whatever_it_holds() -> None:
 
 def test_an_output_that_fails_is_the_users_to_put_right_and_its_trace_counted_as_lost() -> None:
     stats = Stats()
-    exporter = TextExporter(open_output(Path("/dev/full")), stats, lambda trace: "text\n")
+    exporter = TextExporter(
+        open_output(os.open("/dev/full", os.O_WRONLY), Path("/dev/full")), stats, lambda trace: "text\n"
+    )
     with pytest.raises(UserError, match="cannot write to /dev/full: No space left"):
         exporter.export(static_trace())
     exporter.shutdown(0)

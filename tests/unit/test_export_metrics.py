@@ -17,8 +17,8 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
     add_MetricsServiceServicer_to_server,
 )
 
-from otel_nginx_ebpf.agent import _tell_losses
 from otel_nginx_ebpf.config import load
+from otel_nginx_ebpf.emitter import tell_losses
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.metrics import Metrics
 from otel_nginx_ebpf.settings import Settings
@@ -121,11 +121,11 @@ def test_a_prometheus_server_fetches_them(stats: Stats) -> None:
 
 
 def test_losses_are_told_once(stats: Stats, caplog: pytest.LogCaptureFixture) -> None:
-    told = _tell_losses(stats, {})
+    told = tell_losses(stats, {})
     stats.lose("partial_string_cut", 5)
-    told = _tell_losses(stats, told)
+    told = tell_losses(stats, told)
     stats.lose("lost_queue_full", 3)
-    _tell_losses(stats, told)
+    tell_losses(stats, told)
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "traces lost in the last minute: lost_queue_full 2, lost_ring_buffer_full 1",
         "traces lost in the last minute: lost_queue_full 3",

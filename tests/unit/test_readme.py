@@ -27,7 +27,7 @@ def test_attributes(name: str) -> None:
 
 def test_losses() -> None:
     kernel = {name.lower() for name in c_enum("loss")} - {"loss_causes"}
-    causes = kernel | set(re.findall(r'\.lose\("(\w+)"', SOURCES))
+    causes = kernel | set(re.findall(r'(?:\.lose\w*\(|cause=)"(\w+)"', SOURCES))
     assert causes == set(re.findall(r"`((?:lost|partial|began|not)_\w+)`", README)) - {"partial_"}
 
 

@@ -1,0 +1,290 @@
+"""The way of a record: ring buffer → `Request` → exporter, in a process without privileges.
+
+What it needs of the rest of the machine its supervisor tells it (`channel`).
+"""
+
+import logging
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from otel_nginx_ebpf.capture import CaptureWriter, Frame
+from otel_nginx_ebpf.channel import EmitterEnd, Kind, Message
+from otel_nginx_ebpf.clock import Clock
+from otel_nginx_ebpf.counts import Counts
+from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
+from otel_nginx_ebpf.record import RecordError, decode, worker_pid
+from otel_nginx_ebpf.silence import SilenceWatch
+from otel_nginx_ebpf.stats import LOSS_CAUSES, Stats
+from otel_nginx_ebpf.trace import AttributeValue
+from otel_nginx_ebpf.verify import contradictions
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.export import Exporter
+
+_log = logging.getLogger(__name__)
+
+# Records wait in the ring buffer for so long at most; the kernel wakes nobody, which keeps the cost out of nginx.
+_POLL_S = 0.02
+
+# How often what the metrics tell of is looked at.
+_NOTE_S = 1.0
+
+# How often to say what was lost.
+_REPORT_S = 60.0
+
+# How many records go to a capture file before it is flushed, at most.
+_WRITTEN_AT_ONCE = 1024
+
+# So many requests of a binary are checked for contradictions, each before it becomes a trace.
+_VERIFIED_REQUESTS = 100
+
+Record = tuple[bytes, int, Mapping[str, AttributeValue]]
+"""A record, Unix time minus monotonic time, and the resource attributes of the nginx it is from."""
+
+Take = Callable[[list[Record]], None]
+
+
+class NothingTracedError(Exception):
+    """The supervisor found nothing to trace."""
+
+
+def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
+    """Gives all records to `take`, also those before an error of the source."""
+    batch: list[Record] = []
+    try:
+        for record in records:
+            batch.append(record)
+            if len(batch) == size:
+                full, batch = batch, []
+                take(full)
+    finally:
+        if batch:
+            take(batch)
+
+
+def tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
+    """Logs what was lost since `told`, by cause. Returns what is told of now."""
+    lost = stats.losses()
+    new = {cause: count - told.get(cause, 0) for cause, count in sorted(lost.items()) if cause.startswith("lost_")}
+    if any(new.values()):
+        causes = ", ".join(f"{cause} {count}" for cause, count in new.items() if count)
+        _log.warning("traces lost in the last minute: %s", causes)
+    return lost
+
+
+class _Source:
+    """What the kernel hands over of one binary."""
+
+    def __init__(self, message: Message, ring_buffer_bytes: int) -> None:
+        records, loss_counts = message.descriptors
+        self.number: int = message.values.get("number", 0)
+        self.target: str = message.values.get("target", "")
+        self.layout_source: str = message.values.get("layout_source", "")
+        self.records = RingBuffer(records, ring_buffer_bytes)
+        self._loss_counts = CounterArray(loss_counts, len(LOSS_CAUSES))
+        self.unverified = _VERIFIED_REQUESTS
+        self.silence = SilenceWatch()
+        self.resource_of: dict[int, Mapping[str, AttributeValue]] = {}
+
+    def losses(self) -> dict[str, int]:
+        """The kernel's loss counters since the probes went live, by cause."""
+        return dict(zip(LOSS_CAUSES, self._loss_counts.read(), strict=True))
+
+    def mismatch(self) -> str:
+        """What the kernel program found that contradicts the layout, in words."""
+        losses = self.losses()
+        if losses["lost_layout_mismatch"]:
+            return "an invariant of its requests did not hold"
+        # What the layout calls pointers are none. Once it is trusted, a page that is not there is the likelier reason.
+        if self.unverified and losses["lost_read_failed"]:
+            return "its memory cannot be read where they should be"
+        return ""
+
+    def verify(self, raw: bytes, unix_offset_ns: int) -> str:
+        """What contradicts the layout, in words. Only the first requests of a binary are looked at."""
+        self.unverified -= 1
+        try:
+            return ", ".join(contradictions(decode(raw), unix_offset_ns))
+        except RecordError:
+            return ""
+
+    def close(self) -> None:
+        self.records.close()
+        self._loss_counts.close()
+
+
+class Emitter:
+    """Reads what the supervisor's probes hand over, until that says so or is gone."""
+
+    def __init__(self, channel: EmitterEnd, stats: Stats, counts: Counts, ring_buffer_bytes: int) -> None:
+        self._channel = channel
+        self._stats = stats
+        self._counts = counts
+        self._ring_buffer_bytes = ring_buffer_bytes
+        self._clock = Clock()
+        self._sources: dict[int, _Source] = {}
+        self._retired: list[_Source] = []
+        """Detached; what they had in their ring buffers is still read."""
+        self._resources: dict[frozenset[tuple[str, AttributeValue]], Mapping[str, AttributeValue]] = {}
+        self._fullest = 0.0
+        """Ring buffer since it was last noted, 0 to 1."""
+        self._attached = self._ending = False
+
+    def run(self, take: Take, at_once: int) -> None:
+        """Gives every record to `take`, so many at once, until the supervisor ends it; then drains.
+
+        Raises:
+            NothingTracedError: There was nothing to read at any time.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service's end is told to all its processes
+        self._channel.report(Kind.BEGUN)
+        next_note_s = time.monotonic() + _NOTE_S
+        next_report_s, told = time.monotonic() + _REPORT_S, self._stats.losses()
+        try:
+            while not self._ending:
+                for message in self._channel.messages(_POLL_S):
+                    self._heed(message)
+                self._ending |= self._channel.ended
+                in_batches(self._records(), at_once, take)
+                if self._attached:
+                    take([])
+                self._counts.write()
+                now_s = time.monotonic()
+                if now_s >= next_note_s:
+                    self._close_retired()
+                    self._note_counters()
+                    next_note_s = now_s + _NOTE_S
+                if now_s >= next_report_s:
+                    told = tell_losses(self._stats, told)
+                    next_report_s = now_s + _REPORT_S
+        finally:
+            self._retired += self._sources.values()
+            self._sources.clear()
+            self._close_retired()
+            self._note_counters()
+        if not self._attached:
+            raise NothingTracedError
+
+    def _heed(self, message: Message) -> None:
+        values = message.values
+        if message.what == "attached":
+            self._attached = True
+            source = _Source(message, self._ring_buffer_bytes)
+            self._sources[source.number] = source
+        elif message.what == "retired":
+            if values["number"] in self._sources:  # else its records contradicted its layout
+                self._retired.append(self._sources.pop(values["number"]))
+        elif message.what == "abandoned":
+            source = _Source(message, self._ring_buffer_bytes)
+            # Whether the last emitter has read, and sent, some of them is not known: a trace must not come twice.
+            self._counts.lose_unread("lost_emitter_killed", sum(1 for _ in source.records.read()))
+            self._give_back(source)
+        elif message.what == "lost":
+            self._counts.lose_unread(values["cause"], values["count"])
+        elif message.what == "end":
+            self._ending = True
+
+    def _records(self) -> Iterator[Record]:
+        """Each new record, Unix time minus monotonic time for it, and the resource attributes of its nginx."""
+        for source in [*self._sources.values(), *self._retired]:
+            unix_offset_ns = self._clock.unix_offset_ns()
+            self._fullest = max(self._fullest, source.records.fill())
+            wrong = source.mismatch()
+            if not wrong:
+                for raw in source.records.read(self._counts.write):
+                    self._stats.received += 1
+                    wrong = source.verify(raw, unix_offset_ns) if source.unverified else ""
+                    if wrong:
+                        self._stats.lose("lost_layout_mismatch")
+                        break
+                    if source.silence.fell_silent(raw):
+                        self._channel.report(Kind.SILENT, source.number)
+                    yield raw, unix_offset_ns, self._resource(source, worker_pid(raw))
+            if wrong:
+                self._contradicted(source, wrong)
+
+    def _contradicted(self, source: _Source, wrong: str) -> None:
+        _log.error("%s does not look in memory as its layout (%s) says: %s", source.target, source.layout_source, wrong)
+        self._channel.report(Kind.CONTRADICTED, source.number)
+        if source in self._retired:
+            self._retired.remove(source)
+        else:
+            del self._sources[source.number]
+        self._give_back(source)
+
+    def _resource(self, source: _Source, pid: int) -> Mapping[str, AttributeValue]:
+        found = source.resource_of.get(pid)
+        if found is None:
+            answer = self._channel.ask(Kind.WHOSE, source.number, pid)
+            attributes: Mapping[str, AttributeValue] = answer.values["attributes"] if answer else {}
+            # One object for all of an instance: exporters tell them apart by identity.
+            found = self._resources.setdefault(frozenset(attributes.items()), attributes)
+            source.resource_of[pid] = found
+        return found
+
+    def _close_retired(self) -> None:
+        for source in self._retired:
+            self._give_back(source)
+        self._retired.clear()
+
+    def _give_back(self, source: _Source) -> None:
+        for cause, count in source.losses().items():
+            self._counts.lose_unread(cause, count)
+        source.close()
+
+    def _note_counters(self) -> None:
+        """For whoever asks while probes are live."""
+        lost: Counter[str] = Counter()
+        for source in [*self._sources.values(), *self._retired]:
+            lost.update(source.losses())
+        self._stats.lost_in_kernel = lost
+        self._stats.ring_buffer_fill, self._fullest = self._fullest, 0.0
+
+
+def exporting(exporter: "Exporter", stats: Stats) -> Take:
+    """Decodes records for an exporter."""
+
+    def take(records: list[Record]) -> None:
+        completed = []
+        for raw, unix_offset_ns, resource in records:
+            try:
+                completed.append((decode(raw), unix_offset_ns, resource))
+            except RecordError as error:
+                stats.lose("lost_damaged_record")
+                _log.warning("a damaged record was left out: %s", error)
+        exporter.take(completed)
+
+    return take
+
+
+def record(descriptor: int, emitter: Emitter, stats: Stats) -> None:
+    """Writes the kernel's records to a capture file. Raises `NothingTracedError`."""
+    with CaptureWriter(descriptor, {}) as writer:
+
+        def take(records: list[Record]) -> None:
+            for raw, unix_offset_ns, _ in records:
+                writer.append(unix_offset_ns, raw)
+            writer.flush()
+            stats.exported += len(records)
+
+        emitter.run(take, _WRITTEN_AT_ONCE)
+
+
+def replay(frames: Iterable[Frame], exporter: "Exporter", stats: Stats) -> None:
+    """Exports what a capture file holds.
+
+    Raises:
+        UserError: Not a capture file of this version.
+        CaptureError: Damaged; all before the damage was exported.
+    """
+    resource: Mapping[str, AttributeValue] = {}
+
+    def records() -> Iterator[Record]:
+        for frame in frames:
+            stats.received += 1
+            yield frame.raw, frame.unix_offset_ns, resource
+
+    in_batches(records(), exporter.at_once, exporting(exporter, stats))

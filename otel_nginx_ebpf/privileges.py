@@ -1,0 +1,152 @@
+"""What a process may do (capabilities(7), prctl(2)), given up for good."""
+
+import ctypes
+import os
+import pwd
+from collections.abc import Collection
+from enum import IntEnum
+from typing import NamedTuple
+
+from otel_nginx_ebpf.errors import UserError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# linux/prctl.h
+_PR_SET_DUMPABLE = 4
+_PR_CAPBSET_READ = 23
+_PR_CAPBSET_DROP = 24
+_PR_SET_NO_NEW_PRIVS = 38
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+_DEFAULT_USER = "nobody"
+
+
+class Capability(IntEnum):
+    """Some of linux/capability.h."""
+
+    DAC_READ_SEARCH = 2
+    KILL = 5
+    SETGID = 6
+    SETUID = 7
+    SETPCAP = 8
+    SYS_PTRACE = 19
+    SYS_ADMIN = 21
+    SYS_RESOURCE = 24
+    PERFMON = 38
+    BPF = 39
+
+
+class Account(NamedTuple):
+    """A user to become."""
+
+    name: str
+    uid: int
+    gid: int
+
+
+class _Header(ctypes.Structure):
+    """__user_cap_header_struct."""
+
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+_VERSION_3 = 0x20080522
+
+# Two __user_cap_data_struct, each of 32 capabilities: effective, permitted, inheritable.
+_Sets = ctypes.c_uint32 * 6
+
+
+def _checked(result: int) -> int:
+    if result < 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))
+    return result
+
+
+def _prctl(option: int, *arguments: int) -> int:
+    return _checked(_libc.prctl(option, *map(ctypes.c_ulong, (*arguments, 0, 0, 0, 0)[:4])))
+
+
+def _permitted() -> int:
+    sets = _Sets()
+    _checked(_libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), sets))
+    return sets[1] | sets[4] << 32
+
+
+def _bound(wanted: int) -> None:
+    """Takes all but `wanted` out of what an executed program could gain, where that is allowed."""
+    if _permitted() >> Capability.SETPCAP & 1:
+        for number in range(64):
+            if not wanted >> number & 1 and _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
+                _prctl(_PR_CAPBSET_DROP, number)
+
+
+def _limit(wanted: int) -> None:
+    """Gives up what is held and not `wanted`."""
+    header, sets = _Header(_VERSION_3, 0), _Sets()
+    _checked(_libc.capget(ctypes.byref(header), sets))
+    for index in range(6):
+        sets[index] &= (wanted >> 32 if index > 2 else wanted) & 0xFFFFFFFF
+    _checked(_libc.capset(ctypes.byref(header), sets))
+
+
+def keep(capabilities: Collection[Capability]) -> None:
+    """Gives up all other capabilities, for the calling thread and what it executes."""
+    wanted = sum(1 << capability for capability in capabilities)
+    _bound(wanted)
+    _limit(wanted)
+
+
+def account(user: str | None) -> Account | None:
+    """The user that `give_up` is to become, None for who this process is.
+
+    Args:
+        user: A name or a number; by default nobody, where this process is root and may become another user.
+
+    Raises:
+        UserError: There is no such user, or this process may not become it.
+    """
+    may_change = os.geteuid() == 0 and _permitted() >> Capability.SETUID & _permitted() >> Capability.SETGID & 1
+    if user is None and not may_change:
+        return None
+    name = user or _DEFAULT_USER
+    try:
+        found = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except KeyError:
+        raise UserError(f"--user {name}: there is no such user") from None
+    if found.pw_uid == os.geteuid():
+        return None
+    if not may_change:
+        raise UserError(f"--user {name}: only root, with CAP_SETUID and CAP_SETGID, can become another user")
+    return Account(found.pw_name, found.pw_uid, found.pw_gid)
+
+
+def can_read(who: Account, path: str) -> bool:
+    """Whether a user could open a file. Asked by root, with one thread."""
+    groups, gid, uid = os.getgroups(), os.getegid(), os.geteuid()
+    os.setgroups([])
+    os.setegid(who.gid)
+    os.seteuid(who.uid)
+    try:
+        return os.access(path, os.R_OK, effective_ids=True)
+    finally:
+        os.seteuid(uid)
+        os.setegid(gid)
+        os.setgroups(groups)
+
+
+def give_up(who: Account | None) -> None:
+    """Becomes `who`, without any capability nor a way to gain one, and closed to other processes of that user.
+
+    For a process with one thread: capabilities are a thread's.
+    """
+    _bound(0)
+    if who is not None:
+        os.setgroups([])
+        os.setresgid(who.gid, who.gid, who.gid)
+        os.setresuid(who.uid, who.uid, who.uid)
+    _prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    _limit(0)
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    _prctl(_PR_SET_DUMPABLE, 0)
