@@ -34,6 +34,7 @@ LABEL org.opencontainers.image.title="otel-nginx-ebpf" \
     org.opencontainers.image.description="OpenTelemetry traces of an unmodified, running nginx, by eBPF" \
     org.opencontainers.image.licenses="Apache-2.0"
 ENTRYPOINT ["/opt/otel-nginx-ebpf/bin/otel-nginx-ebpf"]
-CMD ["run"]
-# Whether probes are live.
+# A sidecar may be there before its nginx.
+CMD ["run", "--wait"]
+# Whether probes are live, or waited with.
 HEALTHCHECK --interval=10s --start-period=15s CMD ["/opt/otel-nginx-ebpf/bin/python", "-P", "-m", "otel_nginx_ebpf.health"]

@@ -71,6 +71,7 @@ ConfigFile = Annotated[
 ]
 Pid = Annotated[list[str] | None, _option("pid", "PID")]
 Binary = Annotated[list[str] | None, _option("binary", "PATH")]
+Wait = Annotated[bool | None, _option("wait", None, "--wait")]
 ExporterNames = Annotated[list[str] | None, _option("exporter", "NAME")]
 Output = Annotated[str | None, _option("output", "FILE")]
 Query = Annotated[bool | None, _option("query", None, "--query/--no-query")]
@@ -127,6 +128,7 @@ def run(
     context: typer.Context,
     pid: Pid = None,
     binary: Binary = None,
+    wait: Wait = None,
     exporter: ExporterNames = None,
     output: Output = None,
     query: Query = None,
@@ -252,6 +254,7 @@ def record(
     file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The capture file to write.")],
     pid: Pid = None,
     binary: Binary = None,
+    wait: Wait = None,
     sampler: Sampler = None,
     sampler_arg: SamplerArg = None,
     keep_errors: KeepErrors = None,

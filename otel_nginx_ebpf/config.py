@@ -90,6 +90,11 @@ class Source(BaseSettings):
     binary: Annotated[tuple[_Path, ...], *_Listed] = Field(
         (), description="Trace every process that runs this nginx binary.", examples=["paths"]
     )
+    wait: bool = Field(
+        False,
+        description="Where no nginx runs yet, wait for one instead of ending.",
+        examples=["true or false"],
+    )
     exporter: Annotated[tuple[ExporterName, ...], Field(min_length=1), *_Listed] = Field(
         ("otlp",),
         description="Where traces go: otlp (to a collector), console (waterfalls), "

@@ -1,14 +1,17 @@
-"""Whether probes are live: for a container's health check, which starts this every few seconds and so imports little.
+"""Whether all is well: for a container's health check, which starts this every few seconds and so imports little.
 
-Exits with 0 where a process of this container holds live probes, else with 1.
+Exits with 0 where a process of this container holds live probes or, with `--wait`, may be without; else with 1.
 """
 
 import os
 import sys
 from collections.abc import Iterator
 
-# What a descriptor of a uprobe or a tracepoint is called in /proc: a BPF link, or a perf event on older kernels.
-_PROBES = ("anon_inode:bpf_link", "anon_inode:bpf-link", "anon_inode:[perf_event]")
+WAITS = "otel-nginx-ebpf-waits"
+"""The name of a file in memory that a process holds which may be without probes."""
+
+# What its descriptor is called in /proc, and those of probes: BPF links, or perf events on older kernels.
+_SIGNS = (f"/memfd:{WAITS} (deleted)", "anon_inode:bpf_link", "anon_inode:bpf-link", "anon_inode:[perf_event]")
 
 
 def _descriptors(pid: str) -> Iterator[str]:
@@ -28,11 +31,11 @@ def _shares_our_mounts(pid: str) -> bool:
         return False
 
 
-def probes_are_live() -> bool:
-    """Whether a process of this container holds a probe's descriptor."""
+def is_well() -> bool:
+    """Whether a process of this container holds such a descriptor."""
     pids = (name for name in os.listdir("/proc") if name.isdigit())
-    return any(_shares_our_mounts(pid) and any(each in _PROBES for each in _descriptors(pid)) for pid in pids)
+    return any(_shares_our_mounts(pid) and any(each in _SIGNS for each in _descriptors(pid)) for pid in pids)
 
 
 if __name__ == "__main__":
-    sys.exit(0 if probes_are_live() else "otel-nginx-ebpf: no live probes in this container")
+    sys.exit(0 if is_well() else "otel-nginx-ebpf: no live probes in this container, and nobody who waits for an nginx")

@@ -41,6 +41,7 @@ class Settings:
 
     pid: tuple[int, ...]
     binary: tuple[Path, ...]
+    wait: bool
     exporter: tuple[ExporterName, ...]
     output: Path | None
     query: bool

@@ -2,12 +2,13 @@
 
 import itertools
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
-from otel_nginx_ebpf import silence
+from otel_nginx_ebpf import health, silence
 from otel_nginx_ebpf.channel import Kind, SupervisorEnd
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel import preflight
@@ -30,18 +31,20 @@ def find_instances(settings: Settings, watch: Watch) -> tuple[Instance, ...]:
     """The nginx instances that are wanted and run now.
 
     Raises:
-        UserError: There is none, or a process that was named is none.
+        UserError: There is none, and none is to be waited for; or a process that was named is none.
     """
     if settings.pid:
         return tuple({instance.master_pid: instance for instance in map(instance_of, settings.pid)}.values())
+    found = watch.new_instances()
+    if not found and settings.wait:
+        return ()
     for path in settings.binary:
         if not path.exists():
             raise UserError(f"--binary {path}: no such file")
-    found = watch.new_instances()
     if not found and settings.binary:
         raise UserError(f"--binary {', '.join(map(str, settings.binary))}: no process runs it; start nginx first")
     if not found:
-        raise UserError("no nginx found: start it, or name it with --pid or --binary")
+        raise UserError("no nginx found: start it, name it with --pid or --binary, or wait for it with --wait")
     return found
 
 
@@ -109,6 +112,8 @@ class Tracing:
         self._silent: dict[FileIdentity, frozenset[str]] = {}
         self._attaching: dict[FileIdentity, Future[_TracedBinary]] = {}
         self._attacher = ThreadPoolExecutor(1, thread_name_prefix="attach")
+        self._marker: int | None = None
+        """Tells the health check that there need be no probes."""
 
     def begin(self) -> None:
         """Attaches to what runs now.
@@ -118,7 +123,11 @@ class Tracing:
             EmitterGoneError: As `serve`.
         """
         preflight.check()
+        if self._settings.wait:
+            self._marker = os.memfd_create(health.WAITS)
         instances = find_instances(self._settings, self._watch)
+        if not instances:
+            _log.warning("no nginx runs yet; waiting for one")
         named = bool(self._settings.pid or self._settings.binary)
         groups = by_binary(instances)
         for group in groups:
@@ -267,6 +276,9 @@ class Tracing:
         """Detaches and gives everything back."""
         for attachment in self._attachments():
             attachment.close()
+        if self._marker is not None:
+            os.close(self._marker)
+            self._marker = None
 
     def abandon(self) -> list[tuple[int, int]]:
         """Detaches and gives everything back but the emitter's descriptors, of which nobody knows how much was read."""

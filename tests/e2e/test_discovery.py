@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -187,6 +188,23 @@ def test_started_later_replaced_under_its_path_and_gone(
     wait_until(lambda: agent.stderr().count("has ended") == 2, "the agent to notice the crash")
     agent.stop()
     assert "lost 0" in agent.stderr()
+
+
+def test_waits_for_the_first_nginx(directory: Path, make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
+    nginx = make_nginx("awaited")
+    log = directory / "agent" / "agent.log"
+
+    def start_when_it_waits() -> None:
+        wait_until(lambda: log.exists() and "no nginx runs yet; waiting for one" in log.read_text(), "it to wait", 20)
+        nginx.start()
+
+    with ThreadPoolExecutor(1) as starter:
+        started = starter.submit(start_when_it_waits)
+        agent = start_agent("--wait", "--binary", nginx.binary)
+        started.result()
+    nginx.get("/awaited")
+    wait_for_paths(agent, "/awaited")
+    agent.stop()
 
 
 def test_upgraded_on_the_fly(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:

@@ -188,7 +188,9 @@ def test_no_nginx() -> None:
     code, report = examined(prefix=("unshare", "--pid", "--fork", "--mount-proc"))
     assert code == 1
     assert report["nginx"] == []
-    assert report["problems"] == ["no nginx found: start it, or name it with --pid or --binary"]
+    assert report["problems"] == [
+        "no nginx found: start it, name it with --pid or --binary, or wait for it with --wait"
+    ]
     assert report["system"]["pid_namespace"]["state"] == "note"
 
 

@@ -136,6 +136,13 @@ def test_without_rights_it_says_which(podman: Podman, nginx: Container) -> None:
         assert "CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE missing" in sidecar.output()
 
 
+def test_waits_for_nginx_and_is_healthy(podman: Podman, tmp_path: Path) -> None:
+    with Container(podman, "otel-nginx-ebpf", options=_least(tmp_path)) as sidecar:
+        sidecar.wait_until_it_says("no nginx runs yet; waiting for one")
+        assert sidecar.is_healthy()
+        assert sidecar.stop() == 0
+
+
 def test_not_healthy_without_probes(podman: Podman) -> None:
     with Container(podman, "otel-nginx-ebpf", "600", options=["--entrypoint=sleep"]) as container:
         assert not container.is_healthy()
