@@ -10,8 +10,8 @@ PACKAGES += ca-certificates libpython3.11
 # For measurements only.
 PACKAGES += bpftool nghttp2-client valgrind
 PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
-# A terminal and a browser whose screens tests can read.
-PACKAGES += chromium fonts-dejavu-core tmux
+# A terminal, its shells, and a browser whose screens tests can read.
+PACKAGES += chromium fonts-dejavu-core tmux zsh
 # And those that build and run the image.
 PACKAGES += buildah debootstrap netavark podman runc
 

@@ -4,7 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -48,6 +48,14 @@ app = typer.Typer(
 )
 
 
+def _choices(annotation: Any) -> list[str]:
+    """The words of a type's Literals."""
+    found = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return [str(word) for word in found]
+    return [word for inner in found for word in _choices(inner)]
+
+
 def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
     """The option of a setting. It takes text: all sources of a setting are checked by the same code."""
     field = config.Source.model_fields[name]
@@ -57,8 +65,10 @@ def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
         notes.append(f"default: {default}")
     if metavar is not None and name in ("pid", "binary", "exporter", "propagators"):
         notes.append("may be repeated")
+    words = _choices(field.annotation)
     return typer.Option(
         *(declarations or (config.flag(name),)),
+        autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None,
         metavar=metavar,
         help=f"{field.description} \\[{'; '.join(notes)}]",
         show_default=False,

@@ -13,6 +13,7 @@ from e2e.agent_process import EMPTY, PROGRAM
 from e2e.nginx_server import NGINX
 from e2e.scenario import Scenario, peers_that_fail
 from e2e.stage import Site, Stage
+from e2e.terminal import Terminal
 from e2e.upstreams import UpstreamProcess, make_certificate
 
 FORCE = "run them with `sudo make test` (Debian 12; sets everything up)"
@@ -93,3 +94,11 @@ def stage(request: pytest.FixtureRequest, site: Site) -> Iterator[Stage]:
     stage = site.stage(request.node.name)
     yield stage
     stage.close()
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Iterator[Terminal]:
+    """A shell in a terminal of its own."""
+    found = Terminal(tmp_path)
+    yield found
+    found.close()

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from e2e.agent_process import PROGRAM, AgentProcess
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import AccessLog, NginxServer, free_ports, wait_until
+from e2e.terminal import SIZE, Terminal
 
 NGINX_HTTP = """
 upstream application { server @UP@; server @OTHER@; keepalive 4; }
@@ -31,7 +31,6 @@ server {
 COUNTS = {"/": 60, "/api/": 30, "/slow/": 10, "/broken/": 5}
 TARGETS = {"/": "/x", "/api/": "/api/?delay_ms=2", "/slow/": "/slow/?delay_ms=60", "/broken/": "/broken/"}
 ALL = sum(COUNTS.values())
-WIDTH = 200
 
 
 @pytest.fixture
@@ -70,43 +69,6 @@ def logged(nginx: NginxServer) -> list[dict[str, str]]:
 
 def location_of(line: dict[str, str]) -> str:
     return max((name for name in COUNTS if line["request_uri"].startswith(name)), key=len)
-
-
-class Terminal:
-    """A shell in a terminal of its own."""
-
-    def __init__(self, directory: Path) -> None:
-        self._tmux = ["tmux", "-S", str(directory / "tmux"), "-f", "/dev/null"]
-        size = ("-x", str(WIDTH), "-y", "40")
-        subprocess.run([*self._tmux, "new-session", "-d", *size, "bash --norc --noprofile"], check=True)
-
-    def _do(self, *arguments: str) -> str:
-        return subprocess.run([*self._tmux, *arguments], check=True, capture_output=True, text=True).stdout
-
-    def type(self, *keys: str) -> None:
-        self._do("send-keys", *keys)
-
-    def resize(self, columns: int, lines: int) -> None:
-        self._do("resize-window", "-x", str(columns), "-y", str(lines))
-
-    @property
-    def lines(self) -> list[str]:
-        return self._do("capture-pane", "-p").splitlines()
-
-    def wait_for(self, text: str, seconds: float = 15) -> list[str]:
-        """The screen, as soon as it has `text`, a regular expression."""
-        wait_until(lambda: re.search(text, "\n".join(self.lines)) is not None, f"{text!r} on the screen", seconds)
-        return self.lines
-
-    def close(self) -> None:
-        self._do("kill-server")
-
-
-@pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    found = Terminal(tmp_path)
-    yield found
-    found.close()
 
 
 def table(lines: list[str], title: str) -> dict[str, list[str]]:
@@ -179,7 +141,7 @@ def test_in_a_terminal(terminal: Terminal, nginx: NginxServer, port: int, tmp_pa
     assert lines[-1].startswith(" q quit  ←→ sort")
     assert len(lines) == 24
     assert next(iter(table(lines, "LOCATION"))) == "(all)"
-    terminal.resize(WIDTH, 40)
+    terminal.resize(*SIZE)
     terminal.wait_for("REQS")
     terminal.type("q")
     check_ended(terminal, tmp_path)
