@@ -1,5 +1,6 @@
 """Requests made to harm whoever reads their traces, and secrets in requests: one capture of them, by every exporter."""
 
+import html
 import json
 import re
 import subprocess
@@ -36,6 +37,7 @@ TERMINAL = b"\x1b[2J\x1b]0;owned\x07\x1b[31mred \x9b31m\x08\x7f"
 INVISIBLE = "\u202egnp.exe\u2066 \u200b\ufeff\u2028\u0085".encode()
 NOT_UTF8 = b"\xff\xfe\xc0\xaf\xed\xa0\x80\xf4\x90\x80\x80"
 PROTOBUF = bytes(byte for byte in range(0x21, 0x100) if byte not in b"\x7f?#%")
+SCRIPT = b"<script>hostile()</script>"
 FORGED_LINE = b'/a,127.0.0.1:1=>-,%20/b,%20200%0a1,"x":{"y":1}'
 
 # Request targets and User-Agent headers. nginx itself refuses control characters in targets, with 400.
@@ -47,6 +49,7 @@ REQUESTS: list[tuple[bytes, bytes]] = [
     (b"/bytes/" + PROTOBUF, b"\x0b\xff\xff\xff\xff\x0f" + PROTOBUF + bytes(range(1, 9))),
     (FORGED_LINE, b'", "forged": true}'),
     (b"/%0a%0d%1b[31m/a..%2f?%00=%1b", b"%s%n%x{0.__class__}${jndi:ldap://x}[link](x)[red]"),
+    (b"/'\"><!--" + SCRIPT, b"</script>'\"><img/src=x/onerror=hostile()>" + SCRIPT),
     (b"/long/" + b"\xe2\x82\xac" * 20_000, b"\x1b" * 60_000),
     (b"/long?" + b"q" * 60_000, b"\xf0\x9f\x92\xa9" * 15_000),
     (b"/app?" + b"&".join(name + b"=" + KEY for name in SENSITIVE) + b"&kept=1", b"a client with secrets"),
@@ -97,6 +100,10 @@ class Recorded:
         assert done.stderr.decode().replace("\n", "").isprintable()
         return done.stdout
 
+    def report(self, page: Path) -> bytes:
+        subprocess.run([PROGRAM, "report", self.capture, "-o", page], capture_output=True, check=True)
+        return page.read_bytes()
+
 
 def raw_request(target: bytes, user_agent: bytes) -> bytes:
     headers = [b"Host: localhost", b"Connection: close", b"User-Agent: " + user_agent]
@@ -143,9 +150,9 @@ def facts(trace: Trace) -> tuple[Any, ...]:
 
 def test_the_requests_came_as_they_were_sent(recorded: Recorded) -> None:
     """Their harm reached nginx, and all were recorded."""
-    assert [line["status"] for line in recorded.lines] == ["400", *["404"] * 8, "200"]
+    assert [line["status"] for line in recorded.lines] == ["400", *["404"] * 9, "200"]
     assert recorded.lines[1]["http_user_agent"] == TERMINAL.decode("utf-8", "backslashreplace")
-    assert len(recorded.lines[7]["http_user_agent"]) == 60_000
+    assert len(recorded.lines[8]["http_user_agent"]) == 60_000
     assert f"received {len(REQUESTS)}, exported {len(REQUESTS)}, lost 0" in recorded.stderr
     assert recorded.stderr.replace("\n", "").isprintable()
 
@@ -192,6 +199,15 @@ def test_a_request_is_one_line(recorded: Recorded) -> None:
         assert fields[4] == f"request_size={logged['request_length']}"
 
 
+def test_a_page_of_it_has_one_script(recorded: Recorded, tmp_path: Path) -> None:
+    """The page's own; tests/unit/test_report.py says more."""
+    page = recorded.report(tmp_path / "report.html").decode()
+    assert SCRIPT.decode() not in page
+    assert html.escape(SCRIPT.decode()) in page
+    assert page.lower().count("<script") == 1
+    assert page.replace("\n", "").isprintable()
+
+
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
 def test_the_official_collector_understands_it(recorded: Recorded, protocol: str, tmp_path: Path) -> None:
     ports = dict(zip(("GRPC", "HTTP"), free_ports(2), strict=True))
@@ -219,6 +235,10 @@ def test_secrets_are_in_nothing(recorded: Recorded, tmp_path: Path) -> None:
         assert b"REDACTED" in output or exporter == "console"
         assert SECRET not in output
         assert KEY not in output
+    report = recorded.report(tmp_path / "report.html")
+    assert b"REDACTED" in report
+    assert SECRET not in report
+    assert KEY not in report
     (server,) = [
         span["attributes"]
         for line in recorded.replayed("json").splitlines()

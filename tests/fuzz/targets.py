@@ -33,6 +33,7 @@ from otel_nginx_ebpf.export.console import make_renderer
 from otel_nginx_ebpf.export.json_lines import to_json
 from otel_nginx_ebpf.export.line import to_line
 from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.report import Report
 from otel_nginx_ebpf.export.resource import make_resource
 from otel_nginx_ebpf.export.text import TextExporter
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
@@ -125,7 +126,8 @@ def record_seeds() -> Iterator[bytes]:
 
 
 def check_capture(data: bytes) -> None:
-    """Replayed as far as it is whole. An odd first byte makes all its checksums right."""
+    """Replayed as far as it is whole. A first byte over 0x80 makes its checksums right; from 0xf0 on a page is made,
+    too, which takes its time."""
     SCRATCH.write_bytes(data[1:])
     stats, output = Stats(), StringIO()
     resource = make_resource()
@@ -136,8 +138,16 @@ def check_capture(data: bytes) -> None:
             capture.read_header(SCRATCH)
         with suppress(UserError, CaptureError):
             emitter.replay(capture.read_capture(SCRATCH), _Readable(exporters, query=False), stats)
+        report = Report(Stats(), query=True)
+        if data[:1] >= b"\xf0":
+            with suppress(UserError, CaptureError):
+                emitter.replay(capture.read_capture(SCRATCH), report, Stats())
     assert stats.exported + len(renders) * sum(stats.lost.values()) == len(renders) * stats.received
     assert output.getvalue().replace("\n", "").isprintable()
+    if data[:1] >= b"\xf0":
+        page = report.page("a capture", [])
+        assert page.replace("\n", "").isprintable()
+        assert page.count("<script") == 1
 
 
 def _no_checksum(data: bytes, start: int = 0) -> int:
@@ -151,10 +161,11 @@ def capture_seeds() -> Iterator[bytes]:
             writer.append(-UNIX_OFFSET_NS, RETRIED)
             writer.append(0, b"")
         yield b"\xff" + SCRATCH.read_bytes()
+        yield b"\x81" + SCRATCH.read_bytes()
     with capture.CaptureWriter(SCRATCH, {}) as writer:
         writer.append(UNIX_OFFSET_NS, STATIC)
     yield b"\0" + SCRATCH.read_bytes()
-    yield b"\xff" + capture.MAGIC + capture._HEADER_PREFIX.pack(2, 0) + b"[]"
+    yield b"\x81" + capture.MAGIC + capture._HEADER_PREFIX.pack(2, 0) + b"[]"
 
 
 # Trace context: the kernel program's text against the specifications' words.
