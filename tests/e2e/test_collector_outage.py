@@ -18,7 +18,7 @@ RATE, SECONDS = 1000, 8
 @pytest.mark.nginx(server="keepalive_requests 1000000; location / { return 200 ok; }")
 def test_outage_under_load(stage: Stage, where: str, tmp_path: Path) -> None:
     """On disk with less memory than the outage's traces take. `make soak` has longer ones."""
-    queue = tmp_path / "queue"
+    queue = stage.site.prefix / "queue"  # where another user may go
     options = ["--queue-dir", queue, "--queue-mib", "1"] if where == "disk" else []
     with GrpcReceiver() as first:
         command = ["run", "--pid", str(stage.site.nginx.pid), "--batch-delay-ms", "200", *options]
