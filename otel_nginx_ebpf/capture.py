@@ -12,6 +12,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -63,12 +64,19 @@ def create(path: Path) -> int:
         raise UserError(f"cannot write the capture file {path}: {error.strerror}") from error
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to the capture file: {error.strerror}; it ends here") from error
+
+
 class CaptureWriter:
     """Writes a capture file.
 
     Raises:
-        UserError: The file cannot be created.
-        OSError: A write failed.
+        UserError: The file cannot be created, or written: no space is left.
     """
 
     def __init__(self, file: Path | int, about: Mapping[str, str]) -> None:
@@ -92,14 +100,17 @@ class CaptureWriter:
         self.records += 1
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        with _told():
+            self._file.write(data)
         self.bytes += len(data)
 
     def flush(self) -> None:
-        self._file.flush()
+        with _told():
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with _told():
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self

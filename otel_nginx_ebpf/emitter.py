@@ -14,6 +14,7 @@ from otel_nginx_ebpf.capture import CaptureWriter, Frame
 from otel_nginx_ebpf.channel import EmitterEnd, Kind, Message
 from otel_nginx_ebpf.clock import Clock
 from otel_nginx_ebpf.counts import Counts
+from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
 from otel_nginx_ebpf.record import RecordError, decode, worker_pid
 from otel_nginx_ebpf.silence import SilenceWatch
@@ -261,13 +262,22 @@ def exporting(exporter: "Exporter", stats: Stats) -> Take:
 
 
 def record(descriptor: int, emitter: Emitter, stats: Stats) -> None:
-    """Writes the kernel's records to a capture file. Raises `NothingTracedError`."""
+    """Writes the kernel's records to a capture file.
+
+    Raises:
+        NothingTracedError: There was nothing to read.
+        UserError: The file cannot be written.
+    """
     with CaptureWriter(descriptor, {}) as writer:
 
         def take(records: list[Record]) -> None:
-            for raw, unix_offset_ns, _ in records:
-                writer.append(unix_offset_ns, raw)
-            writer.flush()
+            try:
+                for raw, unix_offset_ns, _ in records:
+                    writer.append(unix_offset_ns, raw)
+                writer.flush()
+            except UserError:
+                stats.lose("lost_output_failed", len(records))
+                raise
             stats.exported += len(records)
 
         emitter.run(take, _WRITTEN_AT_ONCE)

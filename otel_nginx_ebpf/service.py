@@ -11,9 +11,10 @@ from otel_nginx_ebpf import handover
 from otel_nginx_ebpf.entry import INTERRUPTED
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.handover import Handover
-from otel_nginx_ebpf.messages import complain, stderr_kept
+from otel_nginx_ebpf.messages import complain
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.terminal import mode_kept, stderr_kept
 
 if TYPE_CHECKING:
     from otel_nginx_ebpf.export import Exporter
@@ -31,7 +32,7 @@ def run(settings: Settings) -> int:
 
 def top(settings: Settings) -> int:
     """Traces, and shows what comes until the user has seen enough; the exit code. Raises `UserError`."""
-    with stderr_kept():
+    with stderr_kept(), mode_kept():
         return run(settings)
 
 
@@ -76,7 +77,11 @@ def emit_records(settings: Settings, handed: Handover, channel: int, counts: int
     assert handed.output is not None
     reader = emitter.Emitter(EmitterEnd(channel), stats, Counts(counts, stats), settings.ring_buffer_mib << 20)
     with suppress(emitter.NothingTracedError):
-        emitter.record(handed.output, reader, stats)
+        try:
+            emitter.record(handed.output, reader, stats)
+        except UserError:
+            complain(stats.summary())
+            raise
         complain(stats.summary())
     return 0
 

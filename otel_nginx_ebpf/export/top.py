@@ -20,11 +20,11 @@ from otel_nginx_ebpf.export import Completed
 from otel_nginx_ebpf.export.console import make_console
 from otel_nginx_ebpf.export.tables import PERCENTILES, SORTS, View, screen
 from otel_nginx_ebpf.export.text import open_output
-from otel_nginx_ebpf.messages import last_kept_line
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.tally import Tally
+from otel_nginx_ebpf.terminal import last_kept_line
 
 PLAIN_WIDTH = 200
 """Columns of a table that goes to a file or a pipe, unless $COLUMNS says otherwise."""

@@ -27,6 +27,10 @@ class Terminal:
         self._do("resize-window", "-x", str(columns), "-y", str(lines))
 
     @property
+    def shell_pid(self) -> int:
+        return int(self._do("display-message", "-p", "#{pane_pid}"))
+
+    @property
     def lines(self) -> list[str]:
         return self._do("capture-pane", "-p").splitlines()
 

@@ -121,3 +121,14 @@ def test_a_missing_capability_is_named(missing: str) -> None:
     without = f"-sys_admin,-{missing}"
     message = refusal(prefix=("setpriv", "--bounding-set", without, "--inh-caps", without))
     assert f"not permitted to trace: CAP_{missing.upper()} missing" in message
+
+
+def test_a_capture_file_without_space(
+    changed: Callable[[bytes, bytes], Path], start: Callable[[Path], NginxServer]
+) -> None:
+    nginx = start(changed(b"nginx", b"nginx"))
+    command = [PROGRAM, "record", "--pid", str(nginx.pid), "-o", "/dev/full"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "cannot write to the capture file: No space left on device; it ends here" in ended.stderr

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from e2e.agent_process import PROGRAM, AgentProcess
@@ -156,6 +157,24 @@ def test_ctrl_c_and_no_colours(terminal: Terminal, nginx: NginxServer, port: int
     terminal.wait_for("paused")
     terminal.type("C-c")
     check_ended(terminal, tmp_path)
+
+
+def test_the_terminal_comes_back_although_the_process_that_had_it_was_killed(
+    terminal: Terminal, nginx: NginxServer, tmp_path: Path
+) -> None:
+    start(terminal, nginx, tmp_path)
+    (supervisor,) = psutil.Process(terminal.shell_pid).children()
+    (killed,) = supervisor.children()
+    killed.kill()
+    wait_until(lambda: [each.pid for each in supervisor.children()] not in ([], [killed.pid]), "another emitter")
+
+    def ended() -> bool:
+        terminal.type("q")
+        return (tmp_path / "after").exists() and (tmp_path / "after").read_text() != ""
+
+    wait_until(ended, "the shell")
+    assert (tmp_path / "after").read_text() == (tmp_path / "before").read_text()
+    assert (tmp_path / "code").read_text() == "0\n"
 
 
 def milliseconds(text: str) -> float:
