@@ -96,6 +96,9 @@ Propagate = Annotated[bool | None, _option("propagate", None, "--propagate")]
 Detail = Annotated[str | None, _option("detail", "LEVEL")]
 RingBuffer = Annotated[str | None, _option("ring_buffer_mib", "MIB")]
 MaxActiveRequests = Annotated[str | None, _option("max_active_requests", "N")]
+MaxCostPerRequest = Annotated[str | None, _option("max_cost_per_request", "TIME")]
+MaxLoss = Annotated[str | None, _option("max_loss", "PART")]
+ReattachSeconds = Annotated[str | None, _option("reattach_seconds", "S")]
 QueueSize = Annotated[str | None, _option("queue_size", "SPANS")]
 QueueMib = Annotated[str | None, _option("queue_mib", "MIB")]
 QueueDirectory = Annotated[str | None, _option("queue_dir", "DIR")]
@@ -153,6 +156,9 @@ def run(
     detail: Detail = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
+    max_cost_per_request: MaxCostPerRequest = None,
+    max_loss: MaxLoss = None,
+    reattach_seconds: ReattachSeconds = None,
     queue_size: QueueSize = None,
     queue_mib: QueueMib = None,
     queue_dir: QueueDirectory = None,
@@ -275,6 +281,9 @@ def record(
     detail: Detail = None,
     ring_buffer_mib: RingBuffer = None,
     max_active_requests: MaxActiveRequests = None,
+    max_cost_per_request: MaxCostPerRequest = None,
+    max_loss: MaxLoss = None,
+    reattach_seconds: ReattachSeconds = None,
     user: User = None,
     config_file: ConfigFile = None,
 ) -> None:

@@ -177,6 +177,21 @@ class Source(BaseSettings):
         description="How many requests can be in flight in nginx at once and be traced.",
         examples=["64 to 1048576"],
     )
+    max_cost_per_request: Annotated[int, Field(gt=0), BeforeValidator(_nanoseconds)] | None = Field(
+        None,
+        description="Detach where tracing takes more processor time a request than this (20us).",
+        examples=["a number and its unit, us, ms or s, such as 20us"],
+    )
+    max_loss: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="Detach where more than this part of the traces is lost in the kernel (0.05).",
+        examples=["a number from 0 to 1"],
+    )
+    reattach_seconds: Annotated[float, Field(ge=1, le=3600)] = Field(
+        60.0,
+        description="How long in seconds to stay detached after that; twice as long each time, up to an hour.",
+        examples=["seconds, 1 to 3600"],
+    )
     queue_size: Annotated[int, Field(ge=1)] = Field(
         262_144,
         validation_alias=_standard("queue_size", "OTEL_BSP_MAX_QUEUE_SIZE"),

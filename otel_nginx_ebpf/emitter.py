@@ -88,6 +88,8 @@ class _Source:
         self._loss_counts = CounterArray(loss_counts, len(LOSS_CAUSES))
         self.unverified = _VERIFIED_REQUESTS
         self.silence = SilenceWatch()
+        self.hits: dict[str, float] = {}
+        """Of each probe, a second, when they were last counted."""
         self.resource_of: dict[int, Mapping[str, AttributeValue]] = {}
 
     def losses(self) -> dict[str, int]:
@@ -183,6 +185,12 @@ class Emitter:
             # Whether the last emitter has read, and sent, some of them is not known: a trace must not come twice.
             self._counts.lose_unread("lost_emitter_killed", sum(1 for _ in source.records.read()))
             self._give_back(source)
+        elif message.what == "measured":
+            if values["number"] in self._sources:
+                self._sources[values["number"]].hits = values["hits"]
+            if values["cost_ns"] is not None:
+                self._stats.cost_s = values["cost_ns"] / 1e9
+            self._stats.detachments += values["passed"]
         elif message.what == "lost":
             self._counts.lose_unread(values["cause"], values["count"])
         elif message.what == "end":
@@ -242,6 +250,9 @@ class Emitter:
         for source in [*self._sources.values(), *self._retired]:
             lost.update(source.losses())
         self._stats.lost_in_kernel = lost
+        counted = [source.hits for source in self._sources.values()]
+        probes = {probe for hits in counted for probe in hits}
+        self._stats.probe_hits = {probe: sum(hits.get(probe, 0) for hits in counted) for probe in probes}
         self._stats.ring_buffer_fill, self._fullest = self._fullest, 0.0
 
 

@@ -57,6 +57,10 @@ class Settings:
     detail: Detail
     ring_buffer_mib: int
     max_active_requests: int
+    max_cost_per_request: int | None
+    """Nanoseconds."""
+    max_loss: float | None
+    reattach_seconds: float
     queue_size: int
     queue_mib: int
     queue_dir: Path | None

@@ -40,6 +40,12 @@ class Stats:
         """The kernel's counters of what is attached, as they were at the last sweep."""
         self.ring_buffer_fill = 0.0
         """The fullest ring buffer before it was last read, 0 to 1."""
+        self.probe_hits: dict[str, float] = {}
+        """Of each probe, a second, when the kernel last counted them."""
+        self.cost_s: float | None = None
+        """Processor time that tracing took a request, when it was last measured."""
+        self.detachments = 0
+        """Because a limit was passed."""
         self.queued = Size()
         """What waits for the collector in memory."""
         self.stored_bytes = 0

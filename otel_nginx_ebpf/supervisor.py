@@ -124,7 +124,8 @@ def supervise(settings: Settings, emit: Emit, handover: Handover, *, again: bool
 def _drop_privileges(settings: Settings) -> None:
     kept = set(_KEPT)
     with contextlib.suppress(OSError):  # where no program may be loaded, which preflight explains
-        if settings.propagate or not links_work():
+        watched = settings.max_cost_per_request is not None or settings.max_loss is not None
+        if watched or settings.propagate or not links_work():
             kept.add(Capability.SYS_ADMIN)
     privileges.keep(kept)
 

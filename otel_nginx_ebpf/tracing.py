@@ -15,6 +15,7 @@ from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.attachment import Attachment
 from otel_nginx_ebpf.nginx.processes import FileIdentity, Instance, Watch, instance_of
 from otel_nginx_ebpf.nginx.resource import instance_attributes
+from otel_nginx_ebpf.overhead import Guard
 from otel_nginx_ebpf.planning import Target, make_target
 from otel_nginx_ebpf.settings import Settings
 
@@ -64,7 +65,7 @@ class _TracedBinary:
         """What the emitter knows it by."""
         self.target = target
         self.instances = instances
-        """Those it was attached for."""
+        """The latest of each master's."""
         self.attachment = attachment
         self._resource_of: dict[int, Attributes] = {}
         for instance in instances:
@@ -76,6 +77,7 @@ class _TracedBinary:
 
     def add(self, instance: Instance) -> None:
         attributes = instance_attributes(instance, self.target.version)
+        self.instances = tuple({each.master_pid: each for each in (*self.instances, instance)}.values())
         self._resource_of |= dict.fromkeys(instance.pids, attributes)
 
     def resource(self, pid: int) -> Attributes:
@@ -111,6 +113,9 @@ class Tracing:
         self._refused: dict[FileIdentity, str] = {}
         self._silent: dict[FileIdentity, frozenset[str]] = {}
         self._attaching: dict[FileIdentity, Future[_TracedBinary]] = {}
+        self._guard = Guard(settings)
+        self._paused: dict[FileIdentity, list[Instance]] = {}
+        """Detached from for a while, as a limit was passed."""
         self._attacher = ThreadPoolExecutor(1, thread_name_prefix="attach")
         self._marker: int | None = None
         """Tells the health check that there need be no probes."""
@@ -157,6 +162,7 @@ class Tracing:
 
     def _went_live(self, traced: _TracedBinary) -> None:
         self._traced[traced.identity] = traced
+        self._guard.attached(traced.identity)
         target = traced.target
         self._emitter.tell(
             "attached",
@@ -198,6 +204,31 @@ class Tracing:
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("%s has ended", traced.target)
                 self._retire(traced)
+            else:
+                self._look_after(traced)
+        self._resume()
+
+    def _look_after(self, traced: _TracedBinary) -> None:
+        """Detaches where tracing takes or loses more than is allowed."""
+        reading = self._guard.look(traced.identity, traced.attachment)
+        if reading:
+            passed = bool(reading.because)
+            self._emitter.tell(
+                "measured", number=traced.number, cost_ns=reading.cost_ns, hits=reading.hits, passed=passed
+            )
+            if passed:
+                _log.warning("%s: %s", traced.target, reading.because)
+                self._retire(traced)
+                self._paused[traced.identity] = list(traced.instances)
+
+    def _resume(self) -> None:
+        """Attaches to what has been let alone for long enough, and still runs."""
+        for identity in [identity for identity in self._paused if self._guard.may_attach(identity)]:
+            masters = {instance.master_pid for instance in self._paused.pop(identity) if instance.is_running}
+            with suppress(UserError):  # it has ended since
+                if masters:
+                    instances = tuple(map(instance_of, sorted(masters)))
+                    self._attaching[identity] = self._attacher.submit(self._attach, instances)
 
     def _find_new_workers(self) -> None:
         """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
@@ -212,6 +243,8 @@ class Tracing:
         if identity in self._traced:
             self._traced[identity].attachment.add_processes(instance.pids)
             self._traced[identity].add(instance)
+        elif identity in self._paused:
+            self._paused[identity].append(instance)
         elif identity not in self._refused and identity not in self._attaching:
             self._attaching[identity] = self._attacher.submit(self._attach, (instance,))
 
@@ -261,6 +294,7 @@ class Tracing:
     def _retire(self, traced: _TracedBinary) -> None:
         """Detaches from a binary; its ring buffer is read once more."""
         del self._traced[traced.identity]
+        self._guard.detached(traced.identity)
         traced.attachment.detach()
         self._retired.append(traced)
         self._emitter.tell("retired", number=traced.number)

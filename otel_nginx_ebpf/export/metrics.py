@@ -91,6 +91,12 @@ def _measure(provider: MeterProvider, stats: Stats) -> None:
         times = os.times()
         return [Observation(times.user, {"cpu.mode": "user"}), Observation(times.system, {"cpu.mode": "system"})]
 
+    def probe_hits(options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(hits, {"probe": probe}) for probe, hits in stats.probe_hits.items()]
+
+    def cost(options: CallbackOptions) -> Iterable[Observation]:
+        return [] if stats.cost_s is None else [Observation(stats.cost_s)]
+
     def observed(value: Callable[[], float]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
         return [lambda options: [Observation(value())]]
 
@@ -104,6 +110,9 @@ def _measure(provider: MeterProvider, stats: Stats) -> None:
     meter.create_observable_gauge(f"{prefix}.queue.memory", observed(lambda: stats.queued.bytes), "By")
     meter.create_observable_gauge(f"{prefix}.queue.disk", observed(lambda: stats.stored_bytes), "By")
     meter.create_observable_gauge(f"{prefix}.ring_buffer.fill", observed(lambda: stats.ring_buffer_fill), "1")
+    meter.create_observable_gauge(f"{prefix}.probe.hits", [probe_hits], "{hit}/s")
+    meter.create_observable_gauge(f"{prefix}.request.cost", [cost], "s")
+    meter.create_observable_counter(f"{prefix}.detachments", observed(lambda: stats.detachments), "{detachment}")
     duration = meter.create_histogram(f"{prefix}.export.duration", "s", explicit_bucket_boundaries_advisory=_SECONDS)
     stats.sent = duration.record
     meter.create_observable_counter("process.cpu.time", [processor_time], "s")

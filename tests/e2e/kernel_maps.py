@@ -3,6 +3,7 @@
 import json
 import struct
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ def _bpftool(*arguments: object) -> Any:
 
 def _numbers(agent: AgentProcess, field: str) -> set[int]:
     """The values of a field, such as `map_id:`, over the descriptors of all the agent's processes."""
-    texts = [path.read_text() for pid in agent.pids for path in Path(f"/proc/{pid}/fdinfo").iterdir()]
+    texts = []
+    for pid in agent.pids:
+        for path in Path(f"/proc/{pid}/fdinfo").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                texts.append(path.read_text())
     return {int(line.split()[1]) for text in texts for line in text.splitlines() if line.startswith(field)}
 
 
@@ -48,10 +53,10 @@ class KernelMaps:
         return {struct.unpack("=I", key)[0] for key in self._keys("processes")}
 
 
-def program_ids(agent: AgentProcess) -> set[int]:
-    """The programs that are attached."""
-    return _numbers(agent, "prog_id:")
+def links(agent: AgentProcess) -> set[int]:
+    """What holds each of its probes, and tracepoints, in place."""
+    return _numbers(agent, "link_id:")
 
 
-def is_loaded(program: int) -> bool:
-    return subprocess.run(["bpftool", "prog", "show", "id", str(program)], capture_output=True).returncode == 0
+def is_there(link: int) -> bool:
+    return subprocess.run(["bpftool", "link", "show", "id", str(link)], capture_output=True).returncode == 0

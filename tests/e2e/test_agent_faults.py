@@ -10,7 +10,7 @@ from unit.otlp_receiver import GrpcReceiver
 
 from e2e.agent_process import AgentProcess
 from e2e.http1_client import Http1Connection
-from e2e.kernel_maps import is_loaded, program_ids
+from e2e.kernel_maps import is_there, links
 from e2e.nginx_server import PATIENCE, wait_until
 from e2e.stage import Stage, key_of_log, key_of_trace
 from e2e.steady_load import SteadyLoad
@@ -68,14 +68,14 @@ def test_sigkill_under_load(stage: Stage, tmp_path: Path) -> None:
     agent = AgentProcess(
         nginx.pid, tmp_path, ["run", "--pid", str(nginx.pid), "--exporter", "json", "--output", "/dev/null"]
     )
-    programs = program_ids(agent)
-    assert all(map(is_loaded, programs))
+    probes = links(agent)
+    assert all(map(is_there, probes))
     with SteadyLoad([url(stage)], 6 * RATE, RATE) as load:
         wait_for_lines(stage, RATE)
         agent.signal_all(signal.SIGKILL)
         agent.kill()
         killed = len(stage.log.poll())
-        wait_until(lambda: not any(map(is_loaded, programs)), "the kernel to forget the probes")
+        wait_until(lambda: not any(map(is_there, probes)), "the kernel to forget the probes")
         wait_for_lines(stage, killed + RATE)
         successor = AgentProcess(nginx.pid, tmp_path)
         ready = len(stage.log.poll())

@@ -35,6 +35,8 @@ def stats() -> Stats:
     made.received, made.exported = 10, 7
     made.lose("lost_queue_full", 2)
     made.lose("not_sampled", 4)
+    made.probe_hits = {"sys_exit": 1234.5, "ngx_http_free_request": 100.0}
+    made.cost_s, made.detachments = 5e-6, 2
     made.lost_in_kernel = {"lost_queue_full": 0, "lost_ring_buffer_full": 1}
     made.queued.spans, made.queued.bytes, made.stored_bytes, made.ring_buffer_fill = 12, 3456, 789, 0.25
     return made
@@ -88,6 +90,10 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
     for name, value in gauges.items():
         assert metrics[f"otel_nginx_ebpf.{name}"].gauge.data_points[0].as_int == value
     assert metrics["otel_nginx_ebpf.ring_buffer.fill"].gauge.data_points[0].as_double == 0.25
+    hits = metrics["otel_nginx_ebpf.probe.hits"].gauge.data_points
+    assert {point.attributes[0].value.string_value: point.as_double for point in hits} == stats.probe_hits
+    assert metrics["otel_nginx_ebpf.request.cost"].gauge.data_points[0].as_double == 5e-6
+    assert metrics["otel_nginx_ebpf.detachments"].sum.data_points[0].as_int == 2
     assert metrics["otel_nginx_ebpf.export.duration"].histogram.data_points[0].sum == 0.5
     assert metrics["process.cpu.time"].sum.data_points[0].as_double > 0
     assert metrics["process.memory.usage"].sum.data_points[0].as_int > 10**6
