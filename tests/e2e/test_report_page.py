@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, record
 
 from e2e.agent_process import PROGRAM
+from e2e.terminal import Terminal
 from otel_nginx_ebpf.capture import CaptureWriter
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -175,3 +176,15 @@ def test_the_slowest_requests(opened: Opened) -> None:
     first.locator(".span summary").last.click()
     page.locator("#slowest > details").nth(1).locator("summary").first.click()
     assert page.locator("#slowest > details").nth(1).locator(".span").first.is_visible()
+
+
+def test_progress_on_a_terminal(terminal: Terminal, tmp_path: Path) -> None:
+    raw = next(requests())
+    with CaptureWriter(tmp_path / "long.capture", {}) as writer:
+        for _ in range(60_000):
+            writer.append(UNIX_OFFSET_NS, raw)
+    terminal.type(f"cd {tmp_path}; {PROGRAM} report long.capture -o page.html; echo it ended with $?", "Enter")
+    terminal.wait_for(r"^reading .* \d+%")
+    lines = terminal.wait_for("^it ended with 0", 60)
+    assert not any(line.startswith("reading") for line in lines)
+    assert '<dd id="requests">60000</dd>' in (tmp_path / "page.html").read_text()
