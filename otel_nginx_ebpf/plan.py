@@ -83,7 +83,14 @@ class Plan:
             ring_buffer_bytes=settings.ring_buffer_mib << 20,
         )
         probes = tuple(
-            ProbeRequest(f"enter_{site.function}", site.file_offset, boundary.writes) for boundary, site in self.chosen
+            # What --propagate decides at a request's head is kept with its beginning.
+            ProbeRequest(
+                f"enter_{site.function}",
+                site.file_offset,
+                writes=boundary.writes,
+                spared=boundary.spared and not settings.propagate,
+            )
+            for boundary, site in self.chosen
         )
         tracepoints = sites.TRACEPOINTS if settings.detail == "phases" else sites.REQUEST_DETAIL_TRACEPOINTS
         return LoadRequest(text, str(self.binary.path), probes, tracepoints, self.pids)

@@ -322,7 +322,7 @@ def decode(raw: bytes) -> Request:
             requests_seen,
             trace_flags,
             kept,
-            _reserved,
+            _coarse_start,
             trace_id_high,
             trace_id_low,
             parent_span_id,

@@ -16,6 +16,7 @@ _ENOUGH = 20
 _U64 = struct.Struct("<Q")
 _FIRST_WRITE_NS = REQUEST_RECORD.offset("first_write_ns")
 _BYTES_SENT = REQUEST_RECORD.offset("bytes_sent")
+_COARSE_START = REQUEST_RECORD.offset("coarse_start")
 _HTTP_VERSION = REQUEST_RECORD.offset("http_version")
 _HTTP_2 = 2000
 
@@ -33,6 +34,7 @@ class SilenceWatch:
             self._decided
             or _U64.unpack_from(raw, _HTTP_VERSION)[0] != _HTTP_2
             or not _U64.unpack_from(raw, _BYTES_SENT)[0]
+            or raw[_COARSE_START]  # nothing was marked of it
         ):
             return False
         self._unmarked += 1

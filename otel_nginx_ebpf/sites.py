@@ -21,6 +21,8 @@ class Boundary:
     """Whether it is probed at `--detail request` as well."""
     setting: str | None = None
     """The setting that must be on for it to be probed."""
+    spared: bool = False
+    """Whether it can be let go while no request needs it (`kernel.beginnings`)."""
     writes: bool = False
     """Whether its handler writes to nginx's memory."""
 
@@ -39,6 +41,7 @@ BOUNDARIES: tuple[Boundary, ...] = (
         arguments=1,
         required=True,
         without="everything",
+        spared=True,
     ),
     Boundary(
         name="request ends",

@@ -255,6 +255,8 @@ class Tracing:
             UserError: nginx's memory contradicts its layout, and nothing else is left to trace.
             EmitterGoneError: As `SupervisorEnd.reports`.
         """
+        for each in self._traced.values():
+            each.attachment.adapt()
         for report in self._emitter.reports(timeout_s):
             known = [*self._traced.values(), *self._retired]
             traced = next((each for each in known if each.number == report.number), None)

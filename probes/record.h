@@ -37,7 +37,7 @@ enum kept {
 /* Index into the `loss_counts` map. "lost" causes lose a whole trace, the others a part of one. */
 enum loss {
     LOST_RING_BUFFER_FULL = 0,
-    LOST_ACTIVE_REQUESTS_FULL = 1,
+    PARTIAL_BEGINNING = 1,    /* neither a probe nor its socket told when it began: nginx's clock did */
     LOST_READ_FAILED = 2,     /* nginx's memory could not be read */
     LOST_LAYOUT_MISMATCH = 3, /* an invariant of ngx_http_request_t did not hold */
     LOST_PROCESSES_FULL = 4,
@@ -55,6 +55,13 @@ enum loss {
     LOSS_CAUSES = 16,
 };
 
+/* Index into the `beginnings` map: whether requests need the probe that marks their beginning. */
+enum beginnings {
+    BEGINNINGS_NEEDED_NS = 0, /* when one last did: over TLS, HTTP/2, HTTP/3, behind the PROXY protocol. CLOCK_MONOTONIC */
+    BEGINNINGS_SPARED = 1,    /* how many did not, in steps */
+    BEGINNINGS = 2,
+};
+
 enum limit {
     ATTEMPTS_MAX = 32,
     STRING_BYTES_MAX = 4096,
@@ -63,8 +70,8 @@ enum limit {
 
 struct request_record {
     __u64 accepted_ns;        /* accept() of the client connection returned */
-    __u64 first_read_ns;      /* the read that brought the first request byte returned; 0: it had come with an earlier request's bytes */
-    __u64 created_ns;         /* ngx_http_create_request entered */
+    __u64 first_read_ns;      /* the first request byte was read; 0: it had come with an earlier request's bytes */
+    __u64 created_ns;         /* nginx had a part of the request to work on */
     __u64 last_read_ns;       /* the last read of request bytes after created_ns returned */
     __u64 first_write_ns;     /* the write of the first response byte began, at the earliest */
     __u64 last_write_ns;      /* the last write of response bytes returned */
@@ -89,7 +96,7 @@ struct request_record {
     __u32 requests_seen;      /* of this connection, since it was accepted: must agree with connection_requests; 0: unknown */
     __u8 trace_flags;         /* W3C trace-flags of the spans: bit 0, sampled, is what was decided here */
     __u8 kept;
-    __u16 reserved;
+    __u16 coarse_start;       /* 1: created_ns is r->start_sec and r->start_msec, whole milliseconds; first_read_ns is 0 */
     __u64 trace_id_high;      /* the incoming context's, what nginx told its upstream, or random; never all 0 */
     __u64 trace_id_low;
     __u64 parent_span_id;     /* the incoming context's; 0: the trace begins here */

@@ -12,25 +12,27 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
     struct request_key key = {.connection = PT_REGS_PARM1(ctx), .tgid = tgid};
     struct active_request active = {.created_ns = now};
     struct socket_key socket_key = {.tgid = tgid};
+    u64 ssl = 0;
 
     if (bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(key.connection + OFFSET_ngx_connection_s__fd)) != 0) {
         count_loss(LOST_READ_FAILED);
         return 0;
     }
+#ifdef OFFSET_ngx_connection_s__ssl
+    bpf_probe_read_user(&ssl, sizeof(ssl), (void *)(key.connection + OFFSET_ngx_connection_s__ssl));
+#endif
     /* A stream of HTTP/3 has the listening socket's descriptor (ngx_quic_create_stream). */
     struct socket *socket = find_or_add_socket(&socket_key);
     if (socket) {
-        active.read_ns = socket->last_read_ns;
-        active.unclaimed_read = socket->unclaimed_read;
-        active.requests_seen = socket->opened_ns ? ++socket->requests : 0;
+        active.read_ns = socket->first_read_ns ? socket->last_read_ns : 0;
         socket->client = 1;
-        socket->unclaimed_read = 0;
         socket->request_read_ns = 0;
         socket->first_write_ns = 0;
-        socket->connection = key.connection;
+        socket->tls_connection = ssl ? key.connection : 0;
     }
-    if (active_requests.update(&key, &active) != 0)
-        count_loss(LOST_ACTIVE_REQUESTS_FULL);
+    /* If it is full, the request's end is as that of one whose beginning nothing marked. */
+    if (active_requests.update(&key, &active) == 0 && socket)
+        socket->running = 0;
     return 0;
 }
 
@@ -45,16 +47,18 @@ int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
 
     struct request_key key = {.tgid = tgid};
     struct socket_key socket_key = {.tgid = tgid};
-    if (!read_pointer(&key.connection, PT_REGS_PARM1(ctx) + OFFSET_ngx_http_request_s__connection))
+    u64 main_request;
+    if (!read_pointer(&key.connection, PT_REGS_PARM1(ctx) + OFFSET_ngx_http_request_s__connection)
+        || !read_pointer(&main_request, PT_REGS_PARM1(ctx) + OFFSET_ngx_http_request_s__main))
         return 0;
-    struct active_request *active = active_requests.lookup(&key);
-    if (!active)
+    struct request_progress *progress = find_progress(&key, main_request);
+    if (!progress)
         return 0;
     bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(key.connection + OFFSET_ngx_connection_s__fd));
     struct socket *socket = sockets.lookup(&socket_key);
     if (!socket)
         return 0;
-    active->body_read_ns = socket->last_read_ns;
+    progress->body_read_ns = socket->last_read_ns;
     return 0;
 }
 
@@ -231,8 +235,6 @@ static __always_inline u32 count_upstream_states(u64 states)
     return named;
 }
 
-#define MILLISECOND_NS 1000000
-
 #if DETAIL_REQUEST
 #define ATTEMPTS_TAKEN_MAX 1
 #else
@@ -249,32 +251,6 @@ static __always_inline struct attempt_state *find_attempt(struct process *proces
 }
 
 #if DETAIL_REQUEST
-/* When the request began; 0: not known, and counted. nginx notes it by its cached clock, in Unix milliseconds. That clock and
- * ngx_current_msec are taken at one moment (ngx_time_update), so that their difference leads from the one to the other. */
-static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 load_address, u64 now)
-{
-    struct {
-        u64 sec;
-        u64 msec;
-    } cached = {};
-    u64 address = 0, current_msec = 0;
-    if (bpf_probe_read_user(&address, sizeof(address), (void *)(load_address + ADDRESS_ngx_cached_time)) != 0
-        || bpf_probe_read_user(&cached, sizeof(cached), (void *)address) != 0
-        || bpf_probe_read_user(&current_msec, sizeof(current_msec), (void *)(load_address + ADDRESS_ngx_current_msec)) != 0) {
-        count_loss(LOST_READ_FAILED);
-        return 0;
-    }
-    cached.msec &= 0xffffffff; /* the other half is the time zone */
-    u64 start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_sec) * 1000
-        + MEMBER(process->request, u64, ngx_http_request_s, start_msec);
-    s64 ago_msec = cached.sec * 1000 + cached.msec - start_msec;
-    u64 start_ns = (current_msec - ago_msec) * MILLISECOND_NS;
-    if (ago_msec >= 0 && start_ns < now)
-        return start_ns;
-    count_loss(LOST_CLOCK_SET_BACK);
-    return 0;
-}
-
 /* The last attempt of the request itself, by nginx's own clock: u->start_time and its state's times, each rounded outward
  * to a whole millisecond. False: there is none, or what should be times does not lie within the request. */
 static __always_inline bool recall_last_attempt(struct process *process, u64 *began_ns, u64 now)
@@ -413,8 +389,6 @@ static __always_inline void leave_out(struct attempt_key *attempt_key, u32 count
     count_loss(NOT_SAMPLED);
 }
 
-#define HTTP_VERSION_3 3000
-
 /* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
 int enter_ngx_http_free_request(struct pt_regs *ctx)
 {
@@ -431,18 +405,6 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         return 0;
     }
     key.connection = MEMBER(process->request, u64, ngx_http_request_s, connection);
-#if DETAIL_REQUEST
-    struct active_request active = {};
-#else
-    struct active_request *found = active_requests.lookup(&key);
-    if (!found) {
-        count_loss(BEGAN_BEFORE_ATTACH);
-        return 0;
-    }
-    struct active_request active = *found;
-    active_requests.delete(&key);
-#endif
-
     if (MEMBER(process->request, u32, ngx_http_request_s, signature) != HTTP_MODULE
         || MEMBER(process->request, u64, ngx_http_request_s, main) != r) {
         count_loss(LOST_LAYOUT_MISMATCH);
@@ -456,8 +418,31 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     if (!process->core_module_index_known)
         learn_core_module_index(process, load_address);
 
-    struct socket_key socket_key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
-    struct socket *socket = sockets.lookup(&socket_key);
+    struct request_record *record = (struct request_record *)process->record;
+    struct active_request active = {};
+    record->http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
+    record->multiplexed =
+        MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || record->http_version == HTTP_VERSION_3;
+#ifdef OFFSET_ngx_connection_s__ssl
+    record->tls = MEMBER(process->connection, u64, ngx_connection_s, ssl) != 0;
+#else
+    record->tls = 0; /* a build without TLS */
+#endif
+    record->accepted_ns = 0;
+    record->first_read_ns = 0;
+    record->last_read_ns = 0;
+    record->first_write_ns = 0;
+    record->last_write_ns = 0;
+    record->requests_seen = 0;
+    record->coarse_start = 0;
+#if DETAIL_REQUEST
+    active.created_ns = monotonic_ns_of_start(process, load_address, now);
+    if (!active.created_ns)
+        return 0;
+#else
+    if (!take_times(process, &key, &active, load_address, now))
+        return 0;
+#endif
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     struct request_trace *trace = &process->trace;
     u64 told_span_id = 0;
@@ -473,40 +458,13 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     }
 #if !ADOPT_UPSTREAM_CONTEXT && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS
     if (!trace->sampled) {
-        if (socket && !MEMBER(process->request, u64, ngx_http_request_s, stream))
-            socket->unclaimed_read = 0;
-        leave_out(&attempt_key, active.attempts);
+        leave_out(&attempt_key, active.progress.attempts);
         return 0;
     }
 #endif
 #if DETAIL_REQUEST
-    active.created_ns = monotonic_ns_of_start(process, load_address, now);
-    if (!active.created_ns)
-        return 0;
-    active.attempts = recall_last_attempt(process, &active.created_ns, now);
+    active.progress.attempts = recall_last_attempt(process, &active.created_ns, now);
 #endif
-    u64 http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
-    u64 multiplexed = MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || http_version == HTTP_VERSION_3;
-    struct request_record *record = (struct request_record *)process->record;
-
-    record->accepted_ns = 0;
-    record->first_read_ns = 0;
-    record->last_read_ns = active.body_read_ns > active.created_ns ? active.body_read_ns : 0;
-    record->first_write_ns = 0;
-    record->last_write_ns = 0;
-    if (socket) {
-        record->accepted_ns = socket->opened_ns;
-        record->first_read_ns = multiplexed || active.unclaimed_read ? active.read_ns : 0;
-        record->first_write_ns = multiplexed ? active.first_write_ns : socket->first_write_ns;
-        /* HTTP/3 packets carry many streams' frames, and leave after the request's end (ngx_quic_push_handler). */
-        if (socket->last_write_ns > active.created_ns && http_version != HTTP_VERSION_3)
-            record->last_write_ns = socket->last_write_ns;
-        if (!multiplexed) {
-            if (socket->request_read_ns > active.created_ns && socket->request_read_ns > record->last_read_ns)
-                record->last_read_ns = socket->request_read_ns;
-            socket->unclaimed_read = 0;
-        }
-    }
     record->created_ns = active.created_ns;
     record->ended_ns = now;
     record->rc = PT_REGS_PARM2(ctx);
@@ -516,32 +474,26 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->bytes_sent = MEMBER(process->connection, u64, ngx_connection_s, sent);
     record->nginx_start_sec = MEMBER(process->request, u64, ngx_http_request_s, start_sec);
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
-    record->http_version = http_version;
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
     record->worker_pid = tgid;
     record->upstream_states = count_upstream_states(MEMBER(process->request, u64, ngx_http_request_s, upstream_states));
-#ifdef OFFSET_ngx_connection_s__ssl
-    record->tls = MEMBER(process->connection, u64, ngx_connection_s, ssl) != 0;
-#else
-    record->tls = 0; /* a build without TLS */
-#endif
-    record->multiplexed = multiplexed;
-#if DETAIL_REQUEST
     asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
-    active.attempts_lost = record->upstream_states - (active.attempts && record->upstream_states);
+#if DETAIL_REQUEST
+    active.progress.attempts_lost = record->upstream_states - (active.progress.attempts && record->upstream_states);
+#else
+    if (active.progress.attempts_lost == ATTEMPTS_UNSEEN)
+        active.progress.attempts_lost = record->upstream_states;
 #endif
-    record->attempts_lost = active.attempts_lost > 255 ? 255 : active.attempts_lost;
+    record->attempts_lost = active.progress.attempts_lost > 255 ? 255 : active.progress.attempts_lost;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
-    record->requests_seen = active.requests_seen;
-    record->reserved = 0;
 
 #if ADOPT_UPSTREAM_CONTEXT
     __builtin_memset(&process->told, 0, sizeof(process->told));
     process->client_span_id = read_client_span_id(process);
 #endif
     record->attempts = 0;
-    u32 attempts_count = active.attempts;
+    u32 attempts_count = active.progress.attempts;
     EACH(i, attempts_count, ATTEMPTS_TAKEN_MAX) {
         attempt_key.index = i;
         if (!take_attempt(process, &attempt_key, told_span_id)) {

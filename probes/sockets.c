@@ -94,23 +94,30 @@ static __always_inline bool are_connection_frames(u64 data, s64 bytes)
 /* The interim answer "HTTP/1.1 100 Continue"; a response's own header is always longer. */
 #define INTERIM_RESPONSE_BYTES_MAX 64
 
-/* Whether something was written, and on a client connection something of a response: ngx_connection_s.sent counts an
- * interim answer's few bytes, and nothing of a TLS handshake that ends only now, since its request came as early data. */
+/* Whether something was written, and on a client connection something of a response, not just an interim answer's few
+ * bytes. Over TLS ngx_connection_s.sent counts them, and nothing of a handshake that ends only now, since its request came
+ * as early data. */
 static __always_inline bool has_begun_to_write(struct socket *socket)
 {
-    u64 sent = 0;
-    if (!socket->first_write_ns || !socket->connection)
+    u64 sent = socket->written_bytes;
+    if (!socket->first_write_ns || is_upstream(socket))
         return socket->first_write_ns != 0;
-    return bpf_probe_read_user(&sent, sizeof(sent), (void *)(socket->connection + OFFSET_ngx_connection_s__sent)) != 0
-        || sent > INTERIM_RESPONSE_BYTES_MAX;
+    if (socket->tls_connection
+        && bpf_probe_read_user(&sent, sizeof(sent), (void *)(socket->tls_connection + OFFSET_ngx_connection_s__sent)) != 0)
+        return true;
+    return sent > INTERIM_RESPONSE_BYTES_MAX;
 }
 
+/* What a read of a few KiB takes at most while nothing interrupts it: all else since the worker was last seen is no reading. */
+#define READ_NS_MAX 10000
+
 /* `data`: where the bytes are, or 0. */
-static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes, u64 now)
+static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes, u64 began_ns, u64 now, bool datagrams)
 {
     struct socket *socket = find_or_add_socket(key);
     if (!socket)
         return;
+    socket->datagrams |= datagrams;
     if (data && bytes > 0 && !socket->client && !socket->first_read_ns && are_connection_frames(data, bytes))
         return;
     if (bytes == 0) { /* end of file: of an upstream's answer, its end */
@@ -118,12 +125,14 @@ static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes
             socket->last_read_ns = now;
         return;
     }
-    if (!socket->first_read_ns)
+    if (!socket->first_read_ns) {
         socket->first_read_ns = now;
+        socket->first_read_began_ns = began_ns + READ_NS_MAX > now ? began_ns : now - READ_NS_MAX;
+        socket->running = socket->client && !socket->tls;
+    }
     socket->last_read_ns = now;
     if (!has_begun_to_write(socket))
         socket->request_read_ns = now;
-    socket->unclaimed_read = 1;
 }
 
 static __always_inline void was_written(struct socket_key *key, s64 bytes, u64 began_ns, u64 now)
@@ -134,6 +143,17 @@ static __always_inline void was_written(struct socket_key *key, s64 bytes, u64 b
     if (!has_begun_to_write(socket))
         socket->first_write_ns = began_ns;
     socket->last_write_ns = now;
+    socket->written_bytes += bytes;
+}
+
+/* nginx looks ahead into what a client sends only where TLS is spoken: its requests' beginnings are to be marked. */
+static __always_inline void was_peeked_at(struct socket_key *key, u64 now)
+{
+    struct socket *socket = sockets.lookup(key);
+    if (!socket || !socket->client || socket->first_read_ns)
+        return;
+    socket->tls = 1;
+    beginnings_needed(now);
 }
 
 RAW_TRACEPOINT_PROBE(sys_exit)
@@ -147,7 +167,7 @@ RAW_TRACEPOINT_PROBE(sys_exit)
     struct pt_regs *regs = (struct pt_regs *)ctx->args[0];
     s64 result = ctx->args[1];
     u64 now = bpf_ktime_get_ns();
-    u64 began_ns = process->last_event_ns;
+    u64 began_ns = process->last_event_ns ? process->last_event_ns : now;
     struct syscall_entry entry = {};
 
     if ((u32)pid_tgid == tgid) /* a thread pool's threads interleave with the worker */
@@ -159,15 +179,18 @@ RAW_TRACEPOINT_PROBE(sys_exit)
 
     switch (entry.number) {
     case SYS_recvfrom:
-        if (entry.argument4 & MSG_PEEK)
+        if (entry.argument4 & MSG_PEEK) {
+            if (result > 0)
+                was_peeked_at(&key, now);
             return 0;
+        }
         data = entry.argument2;
     /* fall through */
     case SYS_read:
     case SYS_readv:
     case SYS_recvmsg:
         if (result >= 0)
-            was_read(&key, data, result, now);
+            was_read(&key, data, result, began_ns, now, entry.number == SYS_recvmsg);
         break;
     case SYS_write:
     case SYS_writev:
@@ -175,7 +198,7 @@ RAW_TRACEPOINT_PROBE(sys_exit)
     case SYS_sendmsg:
     case SYS_sendfile:
         if (result > 0)
-            was_written(&key, result, began_ns ? began_ns : now, now);
+            was_written(&key, result, began_ns, now);
         break;
     case SYS_accept:
     case SYS_accept4:

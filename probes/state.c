@@ -63,12 +63,14 @@ struct attempt_state {
 };
 
 struct process {
+    u64 known_since_ns;       /* its system calls are seen since then. The first member: the agent writes it (kernel/attachment.py) */
     u64 last_event_ns;        /* the worker's latest system call exit or probe hit: what comes next began no earlier */
     u64 failed_connect_start_ns; /* a connect() that failed at once; nginx closes that socket before the attempt ends */
     u64 failed_connect_ns;
     u32 failed_connect_errno;
     u32 core_module_index_known;
     u64 core_module_index;
+    u64 plain_requests;
     u8 request[REQUEST_BYTES_MAX]; /* scratch: a worker runs one probe at a time, while a CPU may be shared by many */
     u8 connection[512];
     u8 upstream_state[256];
@@ -91,21 +93,33 @@ struct process {
     u8 record[RECORD_BYTES_MAX];
 };
 
+/* What comes to a running request. */
+struct request_progress {
+    u64 body_read_ns;
+    u32 attempts;
+    u32 attempts_lost;
+};
+
 struct socket {
+    u64 running;              /* a client's request that no probe has marked. The first member: the agent reads it (kernel/attachment.py) */
     u64 opened_ns;            /* accept() or socket() returned; 0: before the agent came, or a kept-alive upstream connection */
     u64 ready_ns;             /* getsockopt(SO_ERROR) was 0: nginx asks when it is about to send an upstream request */
     u64 connect_failed_ns;
-    u64 first_read_ns;
+    u64 first_read_ns;        /* of a client connection, since its last request's end: the next request's first bytes */
+    u64 first_read_began_ns;  /* that read began, at the earliest */
     u64 last_read_ns;
     u64 request_read_ns;      /* the last read before the first write: of a client connection, the request's last bytes */
     u64 first_write_ns;
     u64 last_write_ns;
-    u64 connection;           /* of a client: the ngx_connection_t * of its last request; 0: had none */
+    u64 written_bytes;        /* of a client connection, since its last request's end */
+    u64 tls_connection;       /* of a client over TLS: the ngx_connection_t * of its last request; 0: had none */
     u32 connect_errno;
-    u8 client;
-    u8 unclaimed_read;        /* read since the last request began or ended: the next request's first bytes */
-    u16 reserved;
-    u64 requests;             /* that began on this client connection */
+    u16 client;               /* 0: an upstream's, or a client's that is older than the probes, until its first request has ended */
+    u8 tls;                   /* of a client connection */
+    u8 datagrams;             /* HTTP/3's listening socket: recvmsg() is for nothing else */
+    u64 requests;             /* that ended on this client connection */
+    u64 next_began_ns;        /* the next one, whose first bytes had come with the last one's; 0: it did not */
+    struct request_progress progress;
 };
 
 /* Every key begins with the process: the agent finds by it what a dead worker left behind. */
@@ -120,15 +134,13 @@ struct request_key {
     u64 connection;           /* the client's ngx_connection_t *; a stream of HTTP/2 has its own */
 };
 
+/* A request whose beginning a probe has marked. A plain HTTP/1 request has none while that probe is let go: its client's
+ * socket tells all of it. */
 struct active_request {
     u64 created_ns;
-    u64 read_ns;              /* the client socket's last read when the request was created */
-    u64 body_read_ns;
+    u64 read_ns;              /* the client socket's last read when the request was created; 0: none since an earlier one's end */
     u64 first_write_ns;       /* HTTP/2: its first frame was handed to the connection */
-    u32 attempts;
-    u32 attempts_lost;
-    u32 unclaimed_read;
-    u32 requests_seen;
+    struct request_progress progress;
 #if PROPAGATE
     struct request_trace trace;
     u64 told_span_id;         /* written into the request's headers; 0: not */
@@ -148,6 +160,7 @@ BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
 BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("hash", struct attempt_key, struct attempt_state, attempts, ACTIVE_REQUESTS_MAX);
 BPF_F_TABLE("array", u32, u64, loss_counts, LOSS_CAUSES, BPF_F_MMAPABLE);
+BPF_F_TABLE("array", u32, u64, beginnings, BEGINNINGS, BPF_F_MMAPABLE);
 BPF_RINGBUF_OUTPUT(records, RING_BUFFER_PAGES);
 
 static __always_inline void count_loss(u32 cause)
@@ -179,8 +192,15 @@ static __always_inline void add_process(u32 tgid)
 {
     u32 zero = 0;
     struct process *fresh = new_processes.lookup(&zero);
-    if (fresh && processes.update(&tgid, fresh) != 0)
+    if (!fresh)
+        return;
+    if (processes.update(&tgid, fresh) != 0) {
         count_loss(LOST_PROCESSES_FULL);
+        return;
+    }
+    struct process *process = processes.lookup(&tgid);
+    if (process)
+        process->known_since_ns = bpf_ktime_get_ns();
 }
 
 /* The process that hits a uprobe. NULL: it is not to be traced. */

@@ -11,15 +11,17 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
 
     u64 pc = PT_REGS_PARM1(ctx);
     u64 upstream = pc - OFFSET_ngx_http_upstream_s__peer;
-    u64 log, log_ctx, state, main_request;
+    u64 log, log_ctx, state, request, main_request;
     struct request_key key = {.tgid = tgid};
 
     if (!read_pointer(&log, pc + OFFSET_ngx_peer_connection_s__log)
         || !read_pointer(&log_ctx, log + OFFSET_ngx_log_s__data)
-        || !read_pointer(&key.connection, log_ctx + OFFSET_ngx_http_log_ctx_t__connection))
+        || !read_pointer(&key.connection, log_ctx + OFFSET_ngx_http_log_ctx_t__connection)
+        || !read_pointer(&request, log_ctx + OFFSET_ngx_http_log_ctx_t__current_request) || !request
+        || !read_pointer(&main_request, request + OFFSET_ngx_http_request_s__main))
         return 0;
-    struct active_request *active = active_requests.lookup(&key);
-    if (!active)
+    struct request_progress *progress = find_progress(&key, main_request);
+    if (!progress)
         return 0;
 #if ADOPT_UPSTREAM_CONTEXT
     read_told_context(process, upstream); /* before the ways part: the verifier goes through its loop once for each */
@@ -27,21 +29,19 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
 
     struct attempt_state ended = {};
     ended.attempt.ended_ns = now;
-    u64 peer_connection, request = 0, connect_msec;
+    u64 peer_connection, connect_msec;
     if (!read_pointer(&state, upstream + OFFSET_ngx_http_upstream_s__state)
         || !read_pointer(&ended.upstream, upstream + OFFSET_ngx_http_upstream_s__upstream)
         || !read_pointer(&peer_connection, pc + OFFSET_ngx_peer_connection_s__connection)
-        || !read_pointer(&request, log_ctx + OFFSET_ngx_http_log_ctx_t__current_request)
         || !read_pointer(&connect_msec, state + OFFSET_ngx_http_upstream_state_t__connect_time)) {
-        active->attempts_lost++;
+        progress->attempts_lost++;
         return 0;
     }
     ended.state = state;
 
     /* Whose attempt: the request nginx is at work for, or, when another's event ends it, the main one. */
     u64 owner_upstream = 0;
-    if (request && read_pointer(&owner_upstream, request + OFFSET_ngx_http_request_s__upstream)
-        && read_pointer(&main_request, request + OFFSET_ngx_http_request_s__main)) {
+    if (read_pointer(&owner_upstream, request + OFFSET_ngx_http_request_s__upstream)) {
         if (owner_upstream == upstream) {
             ended.attempt.subrequest = request != main_request;
             ended.request = request != main_request ? request : 0;
@@ -91,17 +91,17 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
     ended.told = process->told;
 #endif
 
-    if (active->attempts >= ATTEMPTS_MAX) {
-        active->attempts_lost++;
+    if (progress->attempts >= ATTEMPTS_MAX) {
+        progress->attempts_lost++;
         count_loss(PARTIAL_ATTEMPTS_LIMIT);
         return 0;
     }
-    struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid, .index = active->attempts};
+    struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid, .index = progress->attempts};
     if (attempts.update(&attempt_key, &ended) != 0) {
-        active->attempts_lost++;
+        progress->attempts_lost++;
         count_loss(PARTIAL_ATTEMPTS_FULL);
         return 0;
     }
-    active->attempts++;
+    progress->attempts++;
     return 0;
 }

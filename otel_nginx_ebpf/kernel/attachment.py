@@ -5,11 +5,13 @@ import os
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.kernel.beginnings import BeginningsProbe
 from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray
@@ -17,6 +19,7 @@ from otel_nginx_ebpf.kernel.runs import Runs, runs_of
 from otel_nginx_ebpf.stats import LOSS_CAUSES
 
 _PID = struct.Struct("=I")
+_U64 = struct.Struct("=Q")
 
 # The kernel hands over at most this many descriptors in one message (SCM_MAX_FD).
 _DESCRIPTORS_MAX = 253
@@ -43,7 +46,9 @@ def _load(request: bytes) -> tuple[list[int], dict[str, Any]]:
     answer = json.loads(message)
     if "error" in answer:
         raise UserError(f"{answer['error']}\n{_last_lines(messages)}".strip())
-    if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"] + len(answer["handlers"]):
+    if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"] + len(answer["handlers"]) + 2 * bool(
+        answer["spared"]
+    ):
         raise UserError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
     return descriptors, answer
 
@@ -63,11 +68,13 @@ class Attachment:
         """`request` is a `loader.LoadRequest` as JSON."""
         descriptors, answer = _load(request)
         self._process_bytes: int = answer["process_bytes"]
+        self._socket_bytes: int = answer["socket_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
         """Why the kernel did not take handlers that write to nginx's memory, such as `Invalid argument`."""
         handlers_at = len(HANDED_OVER_MAPS) + answer["probes"]
+        spared_at = handlers_at + len(answer["handlers"])
         self._probes = descriptors[len(HANDED_OVER_MAPS) : handlers_at]
-        self._handlers = dict(zip(answer["handlers"], descriptors[handlers_at:], strict=True))
+        self._handlers = dict(zip(answer["handlers"], descriptors[handlers_at:spared_at], strict=True))
         maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
         self.readable = maps["records"], maps["loss_counts"]
         """Descriptors of what the emitter reads."""
@@ -76,7 +83,15 @@ class Attachment:
         self._sockets = HashMap(maps["sockets"], key_bytes=8)
         self._active_requests = HashMap(maps["active_requests"], key_bytes=16)
         self._attempts = HashMap(maps["attempts"], key_bytes=16)
-        self._known_processes: set[bytes] = set()
+        self._beginnings: BeginningsProbe | None = None
+        if spared := answer["spared"]:
+            link, executable = descriptors[spared_at:]
+            self._beginnings = BeginningsProbe(
+                maps["beginnings"], link, self._handlers[spared["handler"]], executable, spared["file_offset"]
+            )
+        else:
+            os.close(maps["beginnings"])
+        self._known_processes = set(self._processes.all_keys())
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +100,11 @@ class Attachment:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def adapt(self) -> None:
+        """Lets the probe that not every request needs go, or attaches it again; to be called again and again."""
+        if self._beginnings is not None:
+            self._beginnings.adapt()
 
     def losses(self) -> dict[str, int]:
         """The kernel's loss counters since the probes went live, by cause."""
@@ -97,7 +117,8 @@ class Attachment:
     def add_processes(self, pids: Iterable[int]) -> None:
         """Traces these processes from now on, as the loader did with those it was given."""
         for pid in pids:
-            self._processes.add(_PID.pack(pid), self._process_bytes)
+            known_since_ns = _U64.pack(time.monotonic_ns())
+            self._processes.add(_PID.pack(pid), known_since_ns.ljust(self._process_bytes, b"\0"))
 
     def processes(self) -> frozenset[int]:
         """The processes that are being traced."""
@@ -110,15 +131,27 @@ class Attachment:
         gone, self._known_processes = self._known_processes - alive, alive
         if not gone:
             return 0
+
+        def is_dead(key: bytes) -> bool:
+            return key[: _PID.size] not in alive
+
+        unmarked = sum(self._runs_unmarked(key) for key in self._sockets.all_keys() if is_dead(key))
         for state in (self._sockets, self._attempts):
-            state.delete_where(lambda key: key[: _PID.size] not in alive)
-        return self._active_requests.delete_where(lambda key: key[: _PID.size] not in alive)
+            state.delete_where(is_dead)
+        return unmarked + self._active_requests.delete_where(is_dead)
+
+    def _runs_unmarked(self, socket: bytes) -> bool:
+        value = self._sockets.value(socket, self._socket_bytes)
+        return value is not None and _U64.unpack_from(value)[0] != 0
 
     def detach(self) -> None:
         """Removes the probes; records that are already in the ring buffer stay readable."""
         for descriptor in self._probes:
             os.close(descriptor)
         self._probes = []
+        if self._beginnings is not None:
+            self._beginnings.close()
+            self._beginnings = None
 
     def abandon(self) -> tuple[int, int]:
         """Detaches, and gives back what the kernel holds for this attachment but `readable`, which is returned."""

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import time
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from typing import Any
@@ -18,7 +19,7 @@ from otel_nginx_ebpf.kernel import uprobes
 
 _DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
 
-HANDED_OVER_MAPS = ("records", "loss_counts", "processes", "sockets", "active_requests", "attempts")
+HANDED_OVER_MAPS = ("records", "loss_counts", "processes", "sockets", "active_requests", "attempts", "beginnings")
 
 ANSWER_SOCKET = 3
 
@@ -31,6 +32,8 @@ class ProbeRequest:
     file_offset: int
     writes: bool = False
     """The handler writes to nginx's memory, which a kernel may refuse; the others go live all the same."""
+    spared: bool = False
+    """It may be let go, and attached again: by the parent, for which it takes more descriptors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +127,15 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
 
     processes = program["processes"]
     for pid in request["pids"]:
-        processes[ctypes.c_uint(pid)] = processes.Leaf()
+        processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())
 
     maps = [program[name.encode()].map_fd for name in HANDED_OVER_MAPS]
     # BCC has attached these, by their handlers' names. Before Linux 6.10 a second time would be refused (EEXIST).
     probes = [program.raw_tracepoint_fds[name.encode()] for name in request["tracepoints"]]
     handlers = {name: program.funcs[f"raw_tracepoint__{name}".encode()].fd for name in request["tracepoints"]}
     refused: list[str] = []
+    spared: dict[str, Any] | None = None
+    spared_descriptors: list[int] = []
     for probe in request["probes"]:
         try:
             handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
@@ -141,13 +146,17 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             continue
         probes.append(_attach_uprobe(lib, handler.fd, probe["handler"], request["executable"], probe["file_offset"]))
         handlers[probe["handler"]] = handler.fd
+        if probe["spared"] and uprobes.links_work():
+            spared, spared_descriptors = probe, [probes.pop(), os.open(request["executable"], os.O_PATH)]
     answer = {
         "probes": len(probes),
         "handlers": list(handlers),
+        "spared": spared,
         "refused": refused,
         "process_bytes": ctypes.sizeof(processes.Leaf),
+        "socket_bytes": ctypes.sizeof(program["sockets"].Leaf),
     }
-    return answer, [*maps, *probes, *handlers.values()]
+    return answer, [*maps, *probes, *handlers.values(), *spared_descriptors]
 
 
 def _tell_version() -> dict[str, str]:

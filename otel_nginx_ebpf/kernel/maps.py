@@ -9,6 +9,7 @@ from otel_nginx_ebpf.kernel.system_call import bpf
 
 # linux/bpf.h
 _BPF_MAP_CREATE = 0
+_BPF_MAP_LOOKUP_ELEM = 1
 _BPF_MAP_UPDATE_ELEM = 2
 _BPF_MAP_DELETE_ELEM = 3
 _BPF_MAP_GET_NEXT_KEY = 4
@@ -67,11 +68,17 @@ class HashMap:
             yield found.raw
             current = ctypes.create_string_buffer(found.raw, self._key_bytes)
 
-    def add(self, key: bytes, value_bytes: int) -> None:
-        """Adds a key with a value of zeros, unless it is there. Raises `OSError` when the map is full."""
+    def value(self, key: bytes, value_bytes: int) -> bytes | None:
+        """What is kept for a key. `value_bytes` is what the kernel copies: the size of the map's values."""
         value = ctypes.create_string_buffer(value_bytes)
         raw_key = ctypes.create_string_buffer(key, self._key_bytes)
-        self._call(_BPF_MAP_UPDATE_ELEM, raw_key, ctypes.addressof(value), _BPF_NOEXIST)
+        return value.raw if self._call(_BPF_MAP_LOOKUP_ELEM, raw_key, ctypes.addressof(value)) else None
+
+    def add(self, key: bytes, value: bytes) -> None:
+        """Adds a key with its value, unless it is there. Raises `OSError` when the map is full."""
+        raw_value = ctypes.create_string_buffer(value, len(value))
+        raw_key = ctypes.create_string_buffer(key, self._key_bytes)
+        self._call(_BPF_MAP_UPDATE_ELEM, raw_key, ctypes.addressof(raw_value), _BPF_NOEXIST)
 
     def delete_where(self, unwanted: Callable[[bytes], bool]) -> int:
         """Deletes the keys that `unwanted` is true for; how many."""

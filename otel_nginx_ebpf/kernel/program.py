@@ -5,7 +5,16 @@ from collections.abc import Mapping
 from importlib.resources import files
 
 _HEADERS = ("record.h", "x86_64.h", "context.h")
-_SOURCES = ("state.c", "processes.c", "sockets.c", "contexts.c", "propagation.c", "upstreams.c", "requests.c")
+_SOURCES = (
+    "state.c",
+    "processes.c",
+    "beginnings.c",
+    "sockets.c",
+    "contexts.c",
+    "propagation.c",
+    "upstreams.c",
+    "requests.c",
+)
 
 _CONTEXT_HEADERS = (
     "traceparent",

@@ -22,9 +22,10 @@ _DEBUG_SYMBOLS = (
 # nginx's largest has 1.5 KB. A container's debug information may say anything, and BPF maps get members of these sizes.
 _STRUCT_BYTES_MAX = 16 << 10
 
-# What not every build has: HTTP/2, TLS, and members that came with nginx 1.15.8 and 1.23.0.
+# What not every build has: HTTP/2, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0.
 _OPTIONAL_STRUCTS = ("ngx_http_v2_",)
 _OPTIONAL_MEMBERS = {
+    ("ngx_connection_s", "proxy_protocol"),
     ("ngx_connection_s", "ssl"),
     ("ngx_http_upstream_state_t", "bytes_sent"),
     ("ngx_table_elt_t", "next"),

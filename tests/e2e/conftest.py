@@ -11,7 +11,7 @@ import pytest
 
 from e2e.agent_process import EMPTY, PROGRAM
 from e2e.nginx_server import NGINX
-from e2e.scenario import Scenario, peers_that_fail
+from e2e.scenario import BEGINNINGS, Scenario, peers_that_fail
 from e2e.stage import Site, Stage
 from e2e.terminal import Terminal
 from e2e.upstreams import UpstreamProcess, make_certificate
@@ -26,6 +26,16 @@ def pytest_configure(config: pytest.Config) -> None:
         ", its `listen` directives if not the default one, and text at the top of nginx.conf"
         "; @NAME@ stands for what scenario.py lists",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "beginnings" in metafunc.fixturenames and getattr(metafunc.module, "BOTH_BEGINNINGS", False):
+        metafunc.parametrize("beginnings", BEGINNINGS, indirect=True, scope="module")
+
+
+def _beginnings_of(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("beginnings") if callspec else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -65,14 +75,22 @@ def upstream_addresses(public_directory: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def site(request: pytest.FixtureRequest, public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Site]:
+def beginnings(request: pytest.FixtureRequest) -> str:
+    return getattr(request, "param", "marked")
+
+
+@pytest.fixture(scope="module")
+def site(
+    request: pytest.FixtureRequest, public_directory: Path, upstream_addresses: dict[str, str], beginnings: str
+) -> Iterator[Site]:
     """One nginx with a server for each selected scenario of the module, and one agent attached to it.
 
     WORKERS, CONNECTIONS (a worker's), SITE_HTTP (text inside `http {}`) and AGENT_ENVIRONMENT are the module's, if it
     has them. At its end the agent's whole output is compared with all access logs.
     """
     module = request.node
-    scenarios = [Scenario.of(item) for item in request.session.items if item.getparent(pytest.Module) is module]
+    items = [item for item in request.session.items if item.getparent(pytest.Module) is module]
+    scenarios = [Scenario.of(item) for item in items if _beginnings_of(item) in (None, beginnings)]
     prefix = public_directory / module.path.stem
     site = Site(
         prefix,
@@ -80,7 +98,7 @@ def site(request: pytest.FixtureRequest, public_directory: Path, upstream_addres
         upstream_addresses,
         workers=getattr(module.obj, "WORKERS", 1),
         http=getattr(module.obj, "SITE_HTTP", ""),
-        environment=getattr(module.obj, "AGENT_ENVIRONMENT", EMPTY),
+        environment={**getattr(module.obj, "AGENT_ENVIRONMENT", EMPTY), **BEGINNINGS[beginnings]},
         connections=getattr(module.obj, "CONNECTIONS", 1024),
     )
     with site:

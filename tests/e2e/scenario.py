@@ -16,8 +16,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from e2e.agent_process import EMPTY
 from e2e.http1_client import Address
 from e2e.nginx_server import free_ports
+
+BEGINNINGS = {"marked": EMPTY, "told": {"OTEL_NGINX_EBPF_TEST_QUIET": "0 0"}}
+"""How the beginning of a plain HTTP/1 request is known, by a probe or its client's socket alone, and what makes it so.
+
+A module with `BOTH_BEGINNINGS = True` runs once with each."""
 
 
 def peers_that_fail(sockets: list[socket.socket]) -> dict[str, str]:
@@ -60,7 +66,7 @@ class Scenario:
 
     @property
     def identifier(self) -> str:
-        return re.sub(r"\W+", "_", self.name).strip("_")
+        return re.sub(r"\W+", "_", re.sub(rf"\b({'|'.join(BEGINNINGS)})\b", "", self.name)).strip("_")
 
     def http_text(self, words: dict[str, str]) -> str:
         config = f"""

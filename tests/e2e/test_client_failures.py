@@ -9,6 +9,7 @@ from e2e.nginx_server import wait_until
 from e2e.stage import Stage
 from e2e.timing import Slack
 
+BOTH_BEGINNINGS = True
 READ_WRITE = ["downstream read", "downstream write"]
 RETURN = "location / { return 200 ok; }"
 

@@ -8,6 +8,7 @@ from e2e.http1_client import request_bytes
 from e2e.stage import Stage
 from e2e.timing import Slack
 
+BOTH_BEGINNINGS = True
 READ_WRITE = ["downstream read", "downstream write"]
 PROXIED = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
 RETURN = "location / { return 200 'short text'; }"

@@ -8,6 +8,7 @@ from e2e.http1_client import request_bytes
 from e2e.stage import FILES, LARGE_BYTES, Stage
 from e2e.timing import LONG_TURN_MS, Slack
 
+BOTH_BEGINNINGS = True
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
 REUSED = ["downstream read", "upstream exchange", "downstream write"]
 READ_WRITE = ["downstream read", "downstream write"]

@@ -6,6 +6,7 @@ from e2e.nginx_server import nginx_version
 from e2e.stage import FILES, LARGE_BYTES, Stage
 from e2e.timing import LONG_TURN_MS, Slack
 
+BOTH_BEGINNINGS = True
 READ_WRITE = ["downstream read", "downstream write"]
 
 

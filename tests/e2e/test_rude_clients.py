@@ -14,6 +14,7 @@ from e2e.nginx_server import wait_until
 from e2e.stage import Stage
 from e2e.timing import Slack
 
+BOTH_BEGINNINGS = True
 WORKERS = 2
 CLIENTS = 12
 TURNS = 150

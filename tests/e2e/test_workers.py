@@ -1,17 +1,22 @@
 """Several workers at once, and workers that come and go."""
 
 import os
+import re
 import signal
 import threading
+import urllib.request
+from pathlib import Path
 
 import pytest
 
+from e2e.agent_process import AgentProcess
 from e2e.http1_client import Http1Connection, request_bytes
-from e2e.nginx_server import wait_until
+from e2e.nginx_server import free_ports, wait_until
+from e2e.scenario import BEGINNINGS
 from e2e.stage import Stage
 
 WORKERS = 4
-CONNECTIONS = 40
+CLIENTS = 40
 REQUESTS_EACH = 20
 RELOADS = 3
 
@@ -27,8 +32,8 @@ def test_four_workers(stage: Stage) -> None:
                 target = f"/app/{number}/{index}" if index % 2 else f"/{number}/{index}"
                 assert connection.request(target).status == 200
 
-    run_all([threading.Thread(target=client, args=(number,)) for number in range(CONNECTIONS)])
-    exchanges = stage.exchanges(CONNECTIONS * REQUESTS_EACH)
+    run_all([threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)])
+    exchanges = stage.exchanges(CLIENTS * REQUESTS_EACH)
     workers = {each.trace.server.attributes["nginx.worker.pid"] for each in exchanges}
     assert workers == set(stage.site.nginx.worker_pids())
 
@@ -77,20 +82,37 @@ def run_all(threads: list[threading.Thread]) -> None:
         each.join()
 
 
-@pytest.mark.nginx(server="location / { return 200 ok; } location /app { proxy_pass http://@UP@; }")
-def test_worker_that_dies(stage: Stage) -> None:
-    """Its requests are in no log and no trace; those of its successor are."""
+@pytest.mark.parametrize("beginnings_are", BEGINNINGS, ids=["by probe", "by socket"])
+@pytest.mark.nginx(
+    server="location / { return 200 ok; } location /app { proxy_pass http://@UP@; proxy_buffering off; }"
+)
+def test_worker_that_dies(stage: Stage, tmp_path: Path, beginnings_are: str) -> None:
+    """Its request is in no log and no trace, and is counted; those of its successor are traced."""
     nginx = stage.site.nginx
     before = nginx.worker_pids()
-    with stage.connect() as connection:
+    metrics = f"127.0.0.1:{free_ports(1)[0]}"
+    environment = {**BEGINNINGS[beginnings_are], "OTEL_NGINX_EBPF_METRICS_LISTEN": metrics}
+    agent = AgentProcess(nginx.pid, tmp_path, environment=environment)
+    with stage.connect() as idle, stage.connect() as connection:
+        assert idle.request("/").status == 200
         assert connection.request("/").status == 200
-        connection.send(request_bytes("GET", "/app?delay_ms=500"))
-        worker = int(stage.lines(1)[0]["pid"])
+        connection.send(request_bytes("GET", "/app?bytes=10&parts=2&part_ms=2000"))
+        assert connection.socket.recv(1) == b"H"
+        worker = int(stage.lines(2)[-1]["pid"])
         os.kill(worker, signal.SIGKILL)
-        assert connection.read_until_closed() == b""
+        connection.read_until_closed()
     wait_until(lambda: len(set(nginx.worker_pids()) - set(before)) == 1, "the worker's successor")
     for index in range(20):
         assert stage.get(f"/app/{index}").status == 200
-    assert len(stage.exchanges(21)) == 21
+    assert len(stage.match(stage.lines(22), agent.poll)) == 22
+
+    def is_counted() -> bool:
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=10) as answer:
+            return re.search(rb'cause="lost_worker_gone".*} 1', answer.read()) is not None
+
+    wait_until(is_counted, "the count")
+    agent.stop()
+    assert "lost 1 (lost_worker_gone 1)" in agent.stderr()
+    stage.exchanges(22)
     stage.site.expected_problems.append(f"worker process {worker} exited on signal 9")
-    stage.site.losses_max = 1  # the request that was in flight, once the agent has noticed
+    stage.site.losses_max += 1  # the request that was in flight, once the agent has noticed

@@ -43,6 +43,8 @@ class Slack:
     """nginx gives the upstream up later than its last byte came: a timeout, a gone client."""
     write_early: bool = False
     """The client got bytes before the upstream answered: 100 Continue, or a page put together of several."""
+    early_max_ms: float = EARLY_MAX_MS
+    """Of a start that is by nginx's own clocks."""
     late_max_ms: float = LAG_MAX_MS
     median_max_ms: float = MEDIAN_MAX_MS
 
@@ -145,7 +147,7 @@ def check_times(trace: Trace, log: LogLine, lags: Lags, slack: Slack) -> list[st
     end_lag_ms = (trace.server.end_unix_ns - end_ms * 1_000_000) / 1e6
     start_lag_ms = (trace.server.start_unix_ns - start_ms * 1_000_000) / 1e6
     violations += lags.add("end", end_lag_ms, -inf if slack.end_early else -EARLY_MAX_MS, slack.late_max_ms)
-    violations += lags.add("start", start_lag_ms, -EARLY_MAX_MS, slack.late_max_ms)
+    violations += lags.add("start", start_lag_ms, -slack.early_max_ms, slack.late_max_ms)
     for attempt, logged in pair_attempts(trace, log):
         violations += _check_attempt(attempt, logged, slack, lags)
     return violations
