@@ -109,6 +109,7 @@ OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
 Metrics = Annotated[bool | None, _option("metrics", None, "--metrics")]
 MetricsListen = Annotated[str | None, _option("metrics_listen", "ADDRESS")]
 User = Annotated[str | None, _option("user", "USER")]
+RequestMetrics = Annotated[str | None, _option("request_metrics", "ON|OFF")]
 GraceSeconds = Annotated[str | None, _option("grace_seconds", "S")]
 
 
@@ -170,6 +171,7 @@ def run(
     user: User = None,
     metrics: Metrics = None,
     metrics_listen: MetricsListen = None,
+    request_metrics: RequestMetrics = None,
     config_file: ConfigFile = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compile, load, attach, say ready, detach; send nothing.")

@@ -240,18 +240,23 @@ class Source(BaseSettings):
     )
     metrics: bool = Field(
         False,
-        description="Send the collector metrics about this program itself, too.",
+        description="Send the collector metrics of all requests and of this program itself, too.",
         examples=["true or false"],
     )
     metrics_listen: Annotated[str | None, Field(pattern=r"^[^:]+:[0-9]{1,5}$|^\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}$")] = Field(
         None,
-        description="Offer metrics about this program itself to Prometheus at this address.",
+        description="Offer metrics of all requests and of this program itself to Prometheus at this address.",
         examples=["an address and a port, as in 127.0.0.1:9464 or [::1]:9464"],
     )
     user: Annotated[str | None, Field(pattern=r"^\w[\w.-]*\$?$")] = Field(
         None,
         description="The user that reads requests and sends traces, without any privilege; without root who runs this.",
         examples=["a user's name or number"],
+    )
+    request_metrics: bool = Field(
+        True,
+        description="With --metrics or --metrics-listen: whether the durations of all requests are in them.",
+        examples=["on or off"],
     )
     sdk_disabled: bool = Field(
         False,

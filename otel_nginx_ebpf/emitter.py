@@ -8,6 +8,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 from otel_nginx_ebpf.capture import CaptureWriter, Frame
@@ -15,6 +16,7 @@ from otel_nginx_ebpf.channel import EmitterEnd, Kind, Message
 from otel_nginx_ebpf.clock import Clock
 from otel_nginx_ebpf.counts import Counts
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.kernel.duration_maps import DurationMaps
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
 from otel_nginx_ebpf.record import RecordError, decode, worker_pid
 from otel_nginx_ebpf.silence import SilenceWatch
@@ -80,12 +82,13 @@ class _Source:
     """What the kernel hands over of one binary."""
 
     def __init__(self, message: Message, ring_buffer_bytes: int) -> None:
-        records, loss_counts = message.descriptors
+        records, loss_counts, *durations = message.descriptors
         self.number: int = message.values.get("number", 0)
         self.target: str = message.values.get("target", "")
         self.layout_source: str = message.values.get("layout_source", "")
         self.records = RingBuffer(records, ring_buffer_bytes)
         self._loss_counts = CounterArray(loss_counts, len(LOSS_CAUSES))
+        self.durations = DurationMaps(*durations) if durations else None
         self.unverified = _VERIFIED_REQUESTS
         self.silence = SilenceWatch()
         self.hits: dict[str, float] = {}
@@ -117,6 +120,8 @@ class _Source:
     def close(self) -> None:
         self.records.close()
         self._loss_counts.close()
+        if self.durations:
+            self.durations.close()
 
 
 class Emitter:
@@ -177,6 +182,11 @@ class Emitter:
             self._attached = True
             source = _Source(message, self._ring_buffer_bytes)
             self._sources[source.number] = source
+            self._add_durations(source)
+        elif message.what == "alive":
+            known = self._sources.get(values["number"])
+            if known and known.durations:
+                self._stats.durations.sweep(known.durations, values["pids"])
         elif message.what == "retired":
             if values["number"] in self._sources:  # else its records contradicted its layout
                 self._retired.append(self._sources.pop(values["number"]))
@@ -195,6 +205,21 @@ class Emitter:
             self._counts.lose_unread(values["cause"], values["count"])
         elif message.what == "end":
             self._ending = True
+
+    def _add_durations(self, source: _Source) -> None:
+        if source.durations is None:
+            return
+        try:
+            next(source.durations.read(), None)
+        except PermissionError:
+            _log.warning(
+                "no metrics of requests: before Linux 5.19 a process without privileges may not read them, unless "
+                "sysctl kernel.unprivileged_bpf_disabled is 0"
+            )
+            source.durations.close()
+            source.durations = None
+        else:
+            self._stats.durations.add(source.durations, partial(self._resource, source))
 
     def _records(self) -> Iterator[Record]:
         """Each new record, Unix time minus monotonic time for it, and the resource attributes of its nginx."""
@@ -222,7 +247,7 @@ class Emitter:
             self._retired.remove(source)
         else:
             del self._sources[source.number]
-        self._give_back(source)
+        self._give_back(source, wrong=True)
 
     def _resource(self, source: _Source, pid: int) -> Mapping[str, AttributeValue]:
         found = source.resource_of.get(pid)
@@ -239,7 +264,10 @@ class Emitter:
             self._give_back(source)
         self._retired.clear()
 
-    def _give_back(self, source: _Source) -> None:
+    def _give_back(self, source: _Source, *, wrong: bool = False) -> None:
+        """`wrong`: it was read by a layout that is not its own."""
+        if source.durations:
+            self._stats.durations.remove(source.durations, wrong=wrong)
         for cause, count in source.losses().items():
             self._counts.lose_unread(cause, count)
         source.close()

@@ -74,6 +74,7 @@ class Plan:
                 f"SITE_{end.function}": end.address,
                 **{f"ADDRESS_{name}": self.binary.address(name) for name in sites.OBJECTS},
                 "DETAIL_REQUEST": int(settings.detail == "request"),
+                "REQUEST_METRICS": int(settings.measures_requests),
                 **sampling.constants(settings),
             },
             follow_all=not settings.pid,
@@ -93,7 +94,9 @@ class Plan:
             for boundary, site in self.chosen
         )
         tracepoints = sites.TRACEPOINTS if settings.detail == "phases" else sites.REQUEST_DETAIL_TRACEPOINTS
-        return LoadRequest(text, str(self.binary.path), probes, tracepoints, self.pids)
+        return LoadRequest(
+            text, str(self.binary.path), probes, tracepoints, self.pids, request_metrics=settings.measures_requests
+        )
 
 
 def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:

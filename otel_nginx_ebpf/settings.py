@@ -72,6 +72,12 @@ class Settings:
     metrics: bool
     metrics_listen: str | None
     user: str | None
+    request_metrics: bool
     sdk_disabled: bool
     top: Top | None = None
     """Requests are shown, and go to no exporter."""
+
+    @property
+    def measures_requests(self) -> bool:
+        """Whether anybody gets the durations of all requests."""
+        return self.request_metrics and (self.metrics or self.metrics_listen is not None)

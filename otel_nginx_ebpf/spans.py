@@ -70,7 +70,7 @@ _SENSITIVE = re.compile(
 
 _SWITCHING_PROTOCOLS = 101
 _GATEWAY_TIMEOUT = 504
-_HTTP_VERSIONS = {9: "0.9", 1000: "1.0", 1001: "1.1", 2000: "2", 3000: "3"}
+HTTP_VERSIONS = {9: "0.9", 1000: "1.0", 1001: "1.1", 2000: "2", 3000: "3"}
 _TERMINATIONS = {408: "timeout", 499: "client_closed_request"}
 
 # How far nginx's cached clock can lie behind when it notes that a response's header is complete.
@@ -230,13 +230,13 @@ class Sketcher(Generic[P]):
             start_mono_ns = attempt.connect_start_mono_ns
             if start_mono_ns is not None:
                 connected = attempt.connect_ms is not None and attempt.connected_mono_ns is not None
-                error = None if connected else _failure(attempt)
+                error = None if connected else failure(attempt.connect_errno, attempt.status)
                 end_mono_ns = (
                     attempt.connected_mono_ns if connected else attempt.connect_failed_mono_ns
                 ) or attempt.ended_mono_ns
                 part = self._connect_part(*_peer_facts(attempt, number), error)
                 yield start_mono_ns, end_mono_ns, new_id(), (part,)
-            if _has_exchange(attempt):
+            if has_exchange(attempt):
                 yield self._exchange(request, attempt, number, broken_off, new_id)
 
         if request.first_write_mono_ns is not None and request.last_write_mono_ns is not None:
@@ -247,18 +247,15 @@ class Sketcher(Generic[P]):
     ) -> Sketch[P]:
         start_mono_ns = attempt.first_write_mono_ns
         assert start_mono_ns is not None
-        answered = attempt.header_ms is not None and attempt.status is not None
-        end_mono_ns = attempt.last_read_mono_ns
-        last_and_broken_off = broken_off != 0 and number == len(request.attempts)
-        if end_mono_ns is None or not answered or last_and_broken_off or attempt.status == _SWITCHING_PROTOCOLS:
-            end_mono_ns = attempt.ended_mono_ns
+        answered = is_answered(attempt)
+        end_mono_ns = _exchange_end_mono_ns(attempt, broken_off != 0 and number == len(request.attempts))
         parts = [
             self._exchange_part(
                 *_peer_facts(attempt, number),
                 _is_reused(attempt),
                 None if attempt.subrequest else request.method,
                 answered,
-                None if answered else _failure(attempt),
+                None if answered else failure(attempt.connect_errno, attempt.status),
             ),
             self._response_size(attempt.received_bytes),
         ]
@@ -353,14 +350,36 @@ def _exchange_id(attempts: tuple[Attempt, ...], number: int) -> int | None:
     own = attempts[number - 1]
     if own.span_id is None or len(attempts) == 1:
         return own.span_id
-    told = [attempt for attempt in attempts if attempt.span_id == own.span_id and _has_exchange(attempt)]
+    told = [attempt for attempt in attempts if attempt.span_id == own.span_id and has_exchange(attempt)]
     last = ([attempt for attempt in told if not attempt.subrequest] or told)[-1]
     return own.span_id if last is own else None
 
 
-def _has_exchange(attempt: Attempt) -> bool:
+def has_exchange(attempt: Attempt) -> bool:
+    """Whether anything was sent to the peer."""
     # nginx notes a connect time when it is about to send: with TLS not before the handshake has succeeded.
     return attempt.connect_ms is not None and attempt.first_write_mono_ns is not None
+
+
+def is_answered(attempt: Attempt) -> bool:
+    """Whether the peer sent a response."""
+    return attempt.header_ms is not None and attempt.status is not None
+
+
+def exchange_times(request: Request) -> Iterator[tuple[Attempt, int, int]]:
+    """Of each attempt that has an exchange its start and end, CLOCK_MONOTONIC nanoseconds."""
+    broken_off = _termination(request) != 0
+    for attempt in request.attempts:
+        if attempt.first_write_mono_ns is not None and has_exchange(attempt):
+            last = attempt is request.attempts[-1]
+            yield attempt, attempt.first_write_mono_ns, _exchange_end_mono_ns(attempt, broken_off and last)
+
+
+def _exchange_end_mono_ns(attempt: Attempt, broken_off: bool) -> int:
+    end_mono_ns = attempt.last_read_mono_ns
+    if end_mono_ns is None or not is_answered(attempt) or broken_off or attempt.status == _SWITCHING_PROTOCOLS:
+        return attempt.ended_mono_ns
+    return end_mono_ns
 
 
 def _is_reused(attempt: Attempt) -> bool | None:
@@ -384,11 +403,11 @@ def _time_to_first_byte_ns(attempt: Attempt, start_mono_ns: int) -> int | None:
     return attempt.first_read_mono_ns - start_mono_ns
 
 
-def _failure(attempt: Attempt) -> str:
+def failure(connect_errno: int, status: int | None) -> str:
     """error.type of an attempt without a response."""
-    if attempt.connect_errno:
-        return errno.errorcode.get(attempt.connect_errno, "_OTHER")
-    return "timeout" if attempt.status == _GATEWAY_TIMEOUT else "_OTHER"
+    if connect_errno:
+        return errno.errorcode.get(connect_errno, "_OTHER")
+    return "timeout" if status == _GATEWAY_TIMEOUT else "_OTHER"
 
 
 PeerFacts = tuple[int, str | None, str | None, int | None, str | None]
@@ -443,7 +462,7 @@ def _exchange_part(
     if reused is not None:
         attributes[NGINX_UPSTREAM_REUSED] = reused
     if method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(method)
+        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
     if answered and status is not None:
         attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = status
         if status >= 400:
@@ -461,7 +480,8 @@ def _add_address(attributes: dict[str, AttributeValue], address: Address | None,
         attributes[port_key] = address.port
 
 
-def _method(method: str) -> str:
+def known_method(method: str) -> str:
+    """http.request.method."""
     return method if method in _KNOWN_METHODS else "_OTHER"
 
 
@@ -504,14 +524,14 @@ def _server_part(
     }
     name = "HTTP"
     if method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = _method(method)
+        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
         if method in _KNOWN_METHODS:
             name = method
         else:
             attributes[http_attributes.HTTP_REQUEST_METHOD_ORIGINAL] = method
         # Without a method nginx could not parse the request line, and the version is its default.
-        if http_version in _HTTP_VERSIONS:
-            attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = _HTTP_VERSIONS[http_version]
+        if http_version in HTTP_VERSIONS:
+            attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = HTTP_VERSIONS[http_version]
     if location:
         attributes[http_attributes.HTTP_ROUTE] = location
         name = f"{name} {location}"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from otel_nginx_ebpf.durations import RequestDurations
 from otel_nginx_ebpf.record import c_enum
 
 LOSS_CAUSES: tuple[str, ...] = tuple(
@@ -52,6 +53,9 @@ class Stats:
         """What waits on disk."""
         self.sent: Callable[[float], None] = lambda seconds: None
         """Called with the time that each message to the collector took."""
+
+        self.durations = RequestDurations()
+        """Of all requests, also of those that are not traced."""
 
     def lose(self, cause: str, count: int = 1) -> None:
         self.lost[cause] = self.lost.get(cause, 0) + count

@@ -139,7 +139,7 @@ class _Run:
         self._handover = handover
         self._counts = os.memfd_create("counts")
         """What emitters have counted, which the next one goes on with."""
-        self._abandoned: list[tuple[int, int]] = []
+        self._abandoned: list[tuple[int, ...]] = []
         """What a killed emitter has not read."""
 
     def once(self, stop: list[int]) -> int | None:

@@ -201,6 +201,8 @@ class Tracing:
         for traced in list(self._traced.values()):
             if lost := traced.attachment.forget_dead_processes():
                 self._emitter.tell("lost", cause="lost_worker_gone", count=lost)
+            if traced.attachment.measures:
+                self._emitter.tell("alive", number=traced.number, pids=sorted(traced.attachment.processes()))
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("%s has ended", traced.target)
                 self._retire(traced)
@@ -316,7 +318,7 @@ class Tracing:
             os.close(self._marker)
             self._marker = None
 
-    def abandon(self) -> list[tuple[int, int]]:
+    def abandon(self) -> list[tuple[int, ...]]:
         """Detaches and gives everything back but the emitter's descriptors, of which nobody knows how much was read."""
         return [attachment.abandon() for attachment in self._attachments()]
 

@@ -52,7 +52,8 @@ enum loss {
     PARTIAL_PROPAGATION_MALFORMED = 13, /* the client's own traceparent is malformed, or there are several */
     PARTIAL_PROPAGATION_UNSAFE = 14,    /* nginx's header list is not as expected, or could not be written */
     LOST_CLOCK_SET_BACK = 15, /* --detail request: nginx's clock went back during the request */
-    LOSS_CAUSES = 16,
+    NOT_MEASURED = 16,        /* not in the metrics: their maps are full */
+    LOSS_CAUSES = 17,
 };
 
 /* Index into the `beginnings` map: whether requests need the probe that marks their beginning. */

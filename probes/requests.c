@@ -304,6 +304,9 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
         (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
     *attempt = ended->attempt;
     attempt->span_id = told_span_id;
+#if REQUEST_METRICS
+    remember_attempt(process, index, ended);
+#endif
     u8 *state = process->upstream_state;
     if (bpf_probe_read_user(state, SIZEOF_ngx_http_upstream_state_t, (void *)ended->state) != 0)
         return false;
@@ -354,18 +357,6 @@ static __always_inline void learn_core_module_index(struct process *process, u64
                             (void *)(load_address + ADDRESS_ngx_http_core_module + OFFSET_ngx_module_s__ctx_index)) == 0)
         process->core_module_index_known = 1;
 }
-
-/* $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
-static __always_inline u64 final_status(const struct request_record *record)
-{
-    if (record->err_status)
-        return record->err_status;
-    if (record->rc > 0 && (!record->out_status || !record->bytes_sent))
-        return record->rc;
-    return record->out_status;
-}
-
-#define SWITCHING_PROTOCOLS 101
 
 /* Why a request that the sampler left out is sent all the same. KEPT_SAMPLED: it is not. */
 static __always_inline u8 keep(const struct request_record *record)
@@ -456,7 +447,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         read_incoming_context(process);
         decide_trace(process);
     }
-#if !ADOPT_UPSTREAM_CONTEXT && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS
+#if !ADOPT_UPSTREAM_CONTEXT && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS && !REQUEST_METRICS
     if (!trace->sampled) {
         leave_out(&attempt_key, active.progress.attempts);
         return 0;
@@ -517,6 +508,9 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(record);
         if (record->kept == KEPT_SAMPLED) {
             leave_out(&attempt_key, taken);
+#if REQUEST_METRICS
+            measure(ctx);
+#endif
             return 0;
         }
     }
@@ -533,5 +527,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         bytes = RECORD_BYTES_MAX;
     if (records.ringbuf_output(record, bytes, BPF_RB_NO_WAKEUP) != 0)
         count_loss(LOST_RING_BUFFER_FULL);
+#if REQUEST_METRICS
+    measure(ctx);
+#endif
     return 0;
 }

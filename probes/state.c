@@ -8,6 +8,7 @@
  *     FOLLOW_ALL    1: every process that hits a probe is traced; 0: only those the agent named, and their children
  *     FOLLOW_FORKS    1: a fork's result is the child's pid as the agent counts; 0: nginx has another pid namespace
  *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the agent's, unless that is the host's
+ *     REQUEST_METRICS    1: the durations of all requests are counted (metrics.c)
  *     DETAIL_REQUEST    1: there is one probe, at a request's end, and no tracepoint of system calls
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
  * BCC rewrites only the main text, so maps and handlers stand in .c files that are joined into one.
@@ -62,6 +63,18 @@ struct attempt_state {
 #endif
 };
 
+#if REQUEST_METRICS
+struct duration_name {
+    u64 bytes;
+    u8 text[NAME_BYTES_MAX];
+};
+
+struct client_key {
+    struct client_series series;
+    u8 peer[PEER_BYTES_MAX];
+};
+#endif
+
 struct process {
     u64 known_since_ns;       /* its system calls are seen since then. The first member: the agent writes it (kernel/attachment.py) */
     u64 last_event_ns;        /* the worker's latest system call exit or probe hit: what comes next began no earlier */
@@ -88,6 +101,15 @@ struct process {
     u64 found_at;
 #if DETAIL_REQUEST
     struct attempt_state attempt;
+#endif
+#if REQUEST_METRICS
+    u64 attempt_states[ATTEMPTS_MAX];
+    u64 attempt_upstreams[ATTEMPTS_MAX];
+    u64 exchange_end_ns[ATTEMPTS_MAX];
+    u64 last_end_ns;
+    u64 method;
+    struct duration_name name;
+    struct client_key client_key;
 #endif
     u64 record_bytes;
     u8 record[RECORD_BYTES_MAX];

@@ -17,6 +17,7 @@ from otel_nginx_ebpf.trace import AttributeValue, Trace
 if TYPE_CHECKING:
     from otel_nginx_ebpf.export.metrics import Metrics
     from otel_nginx_ebpf.export.otlp import OtlpExporter
+    from otel_nginx_ebpf.export.request_metrics import Exemplars
 
 
 Completed = tuple[Request, int, Mapping[str, AttributeValue]]
@@ -57,8 +58,11 @@ class _Readable:
     at_once = 1
     """So that nothing is under way when the reader of stdout goes."""
 
-    def __init__(self, exporters: Sequence[TraceExporter], *, query: bool) -> None:
+    def __init__(
+        self, exporters: Sequence[TraceExporter], *, query: bool, exemplars: "Exemplars | None" = None
+    ) -> None:
         self._exporters = exporters
+        self._exemplars = exemplars
         self._ids = RandomIds()
         self._query = query
 
@@ -67,6 +71,16 @@ class _Readable:
             trace = build_trace(request, unix_offset_ns, self._ids, query=self._query, resource=resource)
             for exporter in self._exporters:
                 exporter.export(trace)
+            if self._exemplars:
+                self._exemplars.offer(
+                    request,
+                    unix_offset_ns,
+                    resource,
+                    [
+                        (span.start_unix_ns - unix_offset_ns, span.end_unix_ns - unix_offset_ns, span.span_id, ())
+                        for span in trace.spans
+                    ],
+                )
 
     def shutdown(self, timeout_s: float) -> None:
         for exporter in self._exporters:
@@ -113,25 +127,33 @@ def make_exporter(
     uncounted = Stats()
     uncounted.lost = stats.lost
     exporter: Exporter
+    metrics = exemplars = None
+    if settings.metrics or settings.metrics_listen:
+        from otel_nginx_ebpf.export.metrics import Metrics
+
+        metrics = Metrics(settings, stats, resource)
+        exemplars = metrics.exemplars if settings.measures_requests else None
     if names == ["otlp"]:  # No trace need be built that nobody reads.
-        exporter = _make_otlp(settings, stats, resource, wait_for_room)
+        exporter = _make_otlp(settings, stats, resource, wait_for_room, exemplars)
     else:
         each = [
             _make(name, settings, stats if name == counting else uncounted, resource, output, wait_for_room)
             for name in names
         ]
-        exporter = _Readable(each, query=settings.query)
-    if settings.metrics or settings.metrics_listen:
-        from otel_nginx_ebpf.export.metrics import Metrics
-
-        return _Measured(exporter, Metrics(settings, stats))
-    return exporter
+        exporter = _Readable(each, query=settings.query, exemplars=exemplars)
+    return _Measured(exporter, metrics) if metrics else exporter
 
 
 # Imported where chosen, which spares the others their time and memory.
 
 
-def _make_otlp(settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool) -> "OtlpExporter":
+def _make_otlp(
+    settings: Settings,
+    stats: Stats,
+    resource: Resource,
+    wait_for_room: bool,
+    exemplars: "Exemplars | None" = None,
+) -> "OtlpExporter":
     from otel_nginx_ebpf.export.otlp import OtlpExporter
     from otel_nginx_ebpf.export.otlp_sender import make_sender
     from otel_nginx_ebpf.export.queue_dir import QueueDir
@@ -147,6 +169,7 @@ def _make_otlp(settings: Settings, stats: Stats, resource: Resource, wait_for_ro
         query=settings.query,
         wait_for_room=wait_for_room,
         queue_dir=QueueDir(settings.queue_dir, settings.queue_dir_mib << 20) if settings.queue_dir else None,
+        exemplars=exemplars,
     )
 
 

@@ -1,16 +1,25 @@
-"""What the program tells of itself: OpenTelemetry metrics, to the collector or to a Prometheus server."""
+"""OpenTelemetry metrics of all requests and of the program itself, to the collector or to a Prometheus server."""
 
 import os
 import threading
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricReader, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.export import (
+    MetricExportResult,
+    MetricReader,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 
 from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.durations import RequestDurations
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.request_metrics import Exemplars, OtlpRequestMetrics
+from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 
@@ -25,12 +34,15 @@ class Metrics:
         UserError: The address to listen at cannot be used, or an $OTEL_* variable has a value that the SDK refuses.
     """
 
-    def __init__(self, settings: Settings, stats: Stats) -> None:
+    def __init__(self, settings: Settings, stats: Stats, resource: Resource) -> None:
+        """`resource` is that of requests whose nginx is not known."""
         readers: list[MetricReader] = []
+        self.exemplars = Exemplars()
+        requests = stats.durations, self.exemplars, Resources(resource)
         if settings.metrics:
-            readers.append(_to_collector(settings.otlp_protocol))
+            readers.append(_to_collector(settings.otlp_protocol, OtlpRequestMetrics(*requests)))
         if settings.metrics_listen:
-            readers.append(_to_prometheus(settings.metrics_listen))
+            readers.append(_to_prometheus(settings.metrics_listen, *requests))
         own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__})
         attributes = OTELResourceDetector().detect().attributes
         said = Resource({name: value for name, value in attributes.items() if name != SERVICE_NAME})
@@ -45,29 +57,59 @@ class Metrics:
         last.join(_END_S)
 
 
-def _to_collector(protocol: str) -> MetricReader:
-    try:
-        if protocol == "grpc":
-            from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+# A message of so many points has some 2 MiB at most; a collector's gRPC server takes 4 by default.
+_POINTS_MAX = 2000
 
-            return PeriodicExportingMetricReader(GrpcExporter())
+
+def _to_collector(protocol: str, requests: OtlpRequestMetrics) -> MetricReader:
+    kind: Any
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+
+        kind = GrpcExporter
+    else:
         from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
 
-        return PeriodicExportingMetricReader(HttpExporter())
+        kind = HttpExporter
+
+    class WithRequests(kind):  # type: ignore[misc]
+        """Sends the requests' metrics, which no instrument of the SDK's has made, behind its own."""
+
+        def export(
+            self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any
+        ) -> MetricExportResult:
+            both = MetricsData([*metrics_data.resource_metrics, *requests.collect()])
+            result: MetricExportResult = super().export(both, timeout_millis, **options)
+            return result
+
+    try:
+        return PeriodicExportingMetricReader(WithRequests(max_export_batch_size=_POINTS_MAX))
     except Exception as error:  # Whatever the SDK raises here, a variable of the user's is the cause.
         raise UserError(f"OTEL_EXPORTER_OTLP_* for metrics over {protocol}: {error}") from error
 
 
-def _to_prometheus(address: str) -> MetricReader:
+def _to_prometheus(
+    address: str, durations: RequestDurations, exemplars: Exemplars, resources: Resources
+) -> MetricReader:
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
-    from prometheus_client import start_http_server
+    from prometheus_client import REGISTRY, start_http_server
+
+    from otel_nginx_ebpf.export.prometheus_requests import PrometheusRequestMetrics
+
+    requests = PrometheusRequestMetrics(durations, exemplars, resources)
+
+    class WithRequests(PrometheusMetricReader):
+        def shutdown(self, timeout_millis: float = 30_000, **options: Any) -> None:
+            REGISTRY.unregister(requests)
+            super().shutdown(timeout_millis, **options)
 
     host, _, port = address.rpartition(":")
     try:
         start_http_server(int(port), host.removeprefix("[").removesuffix("]"))
     except (OSError, OverflowError, UnicodeError) as error:  # a port over 65535, a host name that is none
         raise UserError(f"--metrics-listen {address}: {getattr(error, 'strerror', error)}") from error
-    return PrometheusMetricReader()
+    REGISTRY.register(requests)
+    return WithRequests()
 
 
 def _resident_bytes() -> int:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from opentelemetry.sdk.resources import Resource
 
@@ -23,6 +24,9 @@ from otel_nginx_ebpf.record import RecordError, Request
 from otel_nginx_ebpf.spans import RandomIds
 from otel_nginx_ebpf.stats import Size, Stats
 from otel_nginx_ebpf.trace import AttributeValue, Trace
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.export.request_metrics import Exemplars
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,7 @@ class OtlpExporter:
         query: bool = True,
         wait_for_room: bool = False,
         queue_dir: QueueDir | None = None,
+        exemplars: "Exemplars | None" = None,
     ) -> None:
         """`queue_spans` and `queue_bytes` bound what waits in memory. With `wait_for_room` a full queue makes `take`
         wait, else it drops the trace."""
@@ -100,6 +105,7 @@ class OtlpExporter:
         self._abandoned = False
         self._failing = False
         self._queue_dir = queue_dir
+        self._exemplars = exemplars
         for stored in queue_dir.left_behind() if queue_dir else ():
             stats.received += stored.traces
             self._queue.append(_Message(Size(stored.traces, stored.spans), stored=stored))
@@ -112,11 +118,12 @@ class OtlpExporter:
     def take(self, completed: Sequence[tuple[Request, int, Mapping[str, AttributeValue]]]) -> None:
         for request, unix_offset_ns, resource in completed:
             try:
-                encoded, spans = self._encoder.encode(request, unix_offset_ns)
+                encoded, sketches = self._encoder.encode(request, unix_offset_ns)
             except RecordError as error:
                 self._lose_damaged(error)
             else:
-                self._add(resource, encoded, spans)
+                if self._add(resource, encoded, len(sketches)) and self._exemplars:
+                    self._exemplars.offer(request, unix_offset_ns, resource, sketches)
 
     def export(self, trace: Trace) -> None:
         """Takes a trace that was built to be read."""
@@ -131,7 +138,8 @@ class OtlpExporter:
         self._stats.lose("lost_damaged_record")
         logger.warning("a damaged record was left out: %s", error)
 
-    def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> None:
+    def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> bool:
+        """False: there was no room."""
         size = len(encoded)
         with self._lock:
             held = self._held
@@ -139,7 +147,7 @@ class OtlpExporter:
                 spans, size
             ):
                 self._stats.lose("lost_queue_full")
-                return
+                return False
             filling = self._open_size
             if filling.traces and (
                 filling.spans + spans > self._batch_spans or filling.bytes + size > self._batch_bytes
@@ -161,6 +169,7 @@ class OtlpExporter:
                 self._close_message()
             elif held.traces == 1:
                 self._changed.notify_all()
+            return True
 
     def _has_room(self, spans: int, size: int) -> bool:
         return self._held.spans + spans <= self._queue_spans and self._held.bytes + size <= self._queue_bytes

@@ -14,7 +14,7 @@ from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.record import RecordError, Request
-from otel_nginx_ebpf.spans import Part, Sketcher
+from otel_nginx_ebpf.spans import Part, Sketch, Sketcher
 from otel_nginx_ebpf.trace import Trace
 from otel_nginx_ebpf.trace_state import canonical
 
@@ -164,8 +164,8 @@ class Encoder:
         sketcher = Sketcher(encode_part, lambda name: _NumberAttribute(name).__getitem__, query=query)
         self._sketch = sketcher.sketch
 
-    def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, int]:
-        """The spans of one request, and how many they are.
+    def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[Sketch[bytes]]]:
+        """The spans of one request, and what they were made of.
 
         Raises:
             RecordError: A time of the request is not one of the next 500 years.
@@ -195,7 +195,7 @@ class Encoder:
                 encoded += (header, span)
         except struct.error as error:
             raise RecordError("a time is out of range") from error
-        return b"".join(encoded), len(sketches)
+        return b"".join(encoded), sketches
 
     def encode_trace(self, trace: Trace) -> bytes:
         """The spans of a readable trace. Raises `RecordError` as `encode` does."""

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.beginnings import BeginningsProbe
-from otel_nginx_ebpf.kernel.loader import HANDED_OVER_MAPS, loader_command
+from otel_nginx_ebpf.kernel.loader import HELD_MAPS, READABLE_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray
 from otel_nginx_ebpf.kernel.runs import Runs, runs_of
@@ -46,7 +46,7 @@ def _load(request: bytes) -> tuple[list[int], dict[str, Any]]:
     answer = json.loads(message)
     if "error" in answer:
         raise UserError(f"{answer['error']}\n{_last_lines(messages)}".strip())
-    if len(descriptors) != len(HANDED_OVER_MAPS) + answer["probes"] + len(answer["handlers"]) + 2 * bool(
+    if len(descriptors) != len(answer["maps"]) + answer["probes"] + len(answer["handlers"]) + 2 * bool(
         answer["spared"]
     ):
         raise UserError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
@@ -71,13 +71,14 @@ class Attachment:
         self._socket_bytes: int = answer["socket_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
         """Why the kernel did not take handlers that write to nginx's memory, such as `Invalid argument`."""
-        handlers_at = len(HANDED_OVER_MAPS) + answer["probes"]
+        handlers_at = len(answer["maps"]) + answer["probes"]
         spared_at = handlers_at + len(answer["handlers"])
-        self._probes = descriptors[len(HANDED_OVER_MAPS) : handlers_at]
+        self._probes = descriptors[len(answer["maps"]) : handlers_at]
         self._handlers = dict(zip(answer["handlers"], descriptors[handlers_at:spared_at], strict=True))
-        maps = dict(zip(HANDED_OVER_MAPS, descriptors, strict=False))
-        self.readable = maps["records"], maps["loss_counts"]
+        maps = dict(zip(answer["maps"], descriptors, strict=False))
+        self.readable = tuple(maps[name] for name in READABLE_MAPS if name in maps)
         """Descriptors of what the emitter reads."""
+        self._held = [maps[name] for name in HELD_MAPS if name in maps]
         self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(LOSS_CAUSES))
         self._processes = HashMap(maps["processes"], key_bytes=4)
         self._sockets = HashMap(maps["sockets"], key_bytes=8)
@@ -144,6 +145,11 @@ class Attachment:
         value = self._sockets.value(socket, self._socket_bytes)
         return value is not None and _U64.unpack_from(value)[0] != 0
 
+    @property
+    def measures(self) -> bool:
+        """Whether durations are counted."""
+        return bool(self._held)
+
     def detach(self) -> None:
         """Removes the probes; records that are already in the ring buffer stay readable."""
         for descriptor in self._probes:
@@ -153,12 +159,12 @@ class Attachment:
             self._beginnings.close()
             self._beginnings = None
 
-    def abandon(self) -> tuple[int, int]:
+    def abandon(self) -> tuple[int, ...]:
         """Detaches, and gives back what the kernel holds for this attachment but `readable`, which is returned."""
         self.detach()
-        for descriptor in self._handlers.values():
+        for descriptor in (*self._handlers.values(), *self._held):
             os.close(descriptor)
-        self._handlers = {}
+        self._handlers, self._held = {}, []
         self._loss_counts.close()
         for state in (self._processes, self._sockets, self._active_requests, self._attempts):
             state.close()

@@ -21,6 +21,14 @@ _DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
 
 HANDED_OVER_MAPS = ("records", "loss_counts", "processes", "sockets", "active_requests", "attempts", "beginnings")
 
+DURATION_MAPS = ("server_durations", "client_durations", "duration_names")
+
+HELD_MAPS = ("measuring",)
+"""Handed over with these where durations are counted: the kernel empties a map of programs when nobody holds it."""
+
+READABLE_MAPS = ("records", "loss_counts", *DURATION_MAPS)
+"""What the emitter gets: none that a program which writes to nginx's memory reads."""
+
 ANSWER_SOCKET = 3
 
 
@@ -46,6 +54,8 @@ class LoadRequest:
     tracepoints: tuple[str, ...]
     pids: tuple[int, ...]
     """Processes to trace from their first system call on."""
+    request_metrics: bool = False
+    """The program counts durations."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -129,10 +139,14 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     for pid in request["pids"]:
         processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())
 
-    maps = [program[name.encode()].map_fd for name in HANDED_OVER_MAPS]
+    names = HANDED_OVER_MAPS + (DURATION_MAPS + HELD_MAPS if request["request_metrics"] else ())
+    maps = [program[name.encode()].map_fd for name in names]
     # BCC has attached these, by their handlers' names. Before Linux 6.10 a second time would be refused (EEXIST).
     probes = [program.raw_tracepoint_fds[name.encode()] for name in request["tracepoints"]]
     handlers = {name: program.funcs[f"raw_tracepoint__{name}".encode()].fd for name in request["tracepoints"]}
+    if request["request_metrics"]:
+        measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
+        program["measuring"][ctypes.c_int(0)] = ctypes.c_int(measure.fd)
     refused: list[str] = []
     spared: dict[str, Any] | None = None
     spared_descriptors: list[int] = []
@@ -149,6 +163,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         if probe["spared"] and uprobes.links_work():
             spared, spared_descriptors = probe, [probes.pop(), os.open(request["executable"], os.O_PATH)]
     answer = {
+        "maps": names,
         "probes": len(probes),
         "handlers": list(handlers),
         "spared": spared,

@@ -13,8 +13,12 @@ _BPF_MAP_LOOKUP_ELEM = 1
 _BPF_MAP_UPDATE_ELEM = 2
 _BPF_MAP_DELETE_ELEM = 3
 _BPF_MAP_GET_NEXT_KEY = 4
+_BPF_MAP_LOOKUP_BATCH = 24
 
 _BPF_NOEXIST = 1
+
+# How many entries one system call reads.
+_AT_ONCE = 512
 
 
 class _KeyAttribute(ctypes.Structure):
@@ -34,6 +38,21 @@ class _CreateAttribute(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("kind", "key_bytes", "value_bytes", "entries"))
 
 
+class _BatchAttribute(ctypes.Structure):
+    """union bpf_attr, the part for BPF_MAP_*_BATCH."""
+
+    _fields_ = (
+        ("in_batch", ctypes.c_uint64),
+        ("out_batch", ctypes.c_uint64),
+        ("keys", ctypes.c_uint64),
+        ("values", ctypes.c_uint64),
+        ("count", ctypes.c_uint32),
+        ("map_fd", ctypes.c_uint32),
+        ("elem_flags", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
+
+
 def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int) -> int:
     """A new map's descriptor. Raises `OSError` where the kernel refuses it."""
     return bpf(_BPF_MAP_CREATE, _CreateAttribute(kind, key_bytes, value_bytes, entries))
@@ -42,9 +61,11 @@ def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int) -> int
 class HashMap:
     """A hash map. Owns its descriptor."""
 
-    def __init__(self, descriptor: int, key_bytes: int) -> None:
+    def __init__(self, descriptor: int, key_bytes: int, value_bytes: int = 0) -> None:
+        """`value_bytes` is needed for `items` only."""
         self._descriptor = descriptor
         self._key_bytes = key_bytes
+        self._value_bytes = value_bytes
 
     def _call(
         self, command: int, key: ctypes.Array[ctypes.c_char] | None, value_or_next_key: int = 0, flags: int = 0
@@ -67,6 +88,28 @@ class HashMap:
         while self._call(_BPF_MAP_GET_NEXT_KEY, current, ctypes.addressof(found)):
             yield found.raw
             current = ctypes.create_string_buffer(found.raw, self._key_bytes)
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """Every key and its value, some hundreds a system call; what is added meanwhile may be missing."""
+        keys = ctypes.create_string_buffer(_AT_ONCE * self._key_bytes)
+        values = ctypes.create_string_buffer(_AT_ONCE * self._value_bytes)
+        place = ctypes.c_uint64()  # the kernel's own note of how far it has come
+        attribute = _BatchAttribute(0, ctypes.addressof(place), ctypes.addressof(keys), ctypes.addressof(values))
+        attribute.map_fd = self._descriptor
+        more = True
+        while more:
+            attribute.count = _AT_ONCE
+            try:
+                bpf(_BPF_MAP_LOOKUP_BATCH, attribute)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                more = False
+            raw_keys, raw_values = keys.raw, values.raw
+            for index in range(attribute.count):
+                key, value = index * self._key_bytes, index * self._value_bytes
+                yield raw_keys[key : key + self._key_bytes], raw_values[value : value + self._value_bytes]
+            attribute.in_batch = ctypes.addressof(place)
 
     def value(self, key: bytes, value_bytes: int) -> bytes | None:
         """What is kept for a key. `value_bytes` is what the kernel copies: the size of the map's values."""

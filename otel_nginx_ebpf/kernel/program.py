@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
-_HEADERS = ("record.h", "x86_64.h", "context.h")
+_HEADERS = ("record.h", "metrics.h", "x86_64.h", "context.h")
 _SOURCES = (
     "state.c",
     "processes.c",
@@ -13,6 +13,7 @@ _SOURCES = (
     "contexts.c",
     "propagation.c",
     "upstreams.c",
+    "metrics.c",
     "requests.c",
 )
 

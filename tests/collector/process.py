@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from e2e.agent_process import Span, Trace
 from e2e.nginx_server import wait_until
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, MetricsData
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status, TracesData
 
@@ -100,7 +101,7 @@ def _value(value: AnyValue) -> Any:
     return getattr(value, kind)
 
 
-def _attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
+def attributes(pairs: Iterable[KeyValue]) -> dict[str, Any]:
     return {pair.key: _value(pair.value) for pair in pairs}
 
 
@@ -115,32 +116,48 @@ def _span(span: OtlpSpan) -> Span:
         end_unix_ns=span.end_time_unix_nano,
         status=Status.StatusCode.Name(span.status.code).removeprefix("STATUS_CODE_"),
         error=span.status.message if failed else None,
-        attributes=_attributes(span.attributes),
+        attributes=attributes(span.attributes),
     )
 
 
-def _messages(content: bytes) -> Iterator[TracesData]:
+Message = TypeVar("Message", TracesData, MetricsData)
+
+
+def _messages(output: Path, kind: type[Message]) -> Iterator[Message]:
     """The file exporter's `format: proto`: each message behind its length in four bytes, big-endian."""
+    content = output.read_bytes() if output.exists() else b""
     while len(content) >= 4:
         (length,) = struct.unpack_from(">I", content)
         if len(content) < 4 + length:
             return  # being written
-        yield TracesData.FromString(content[4 : 4 + length])
+        yield kind.FromString(content[4 : 4 + length])
         content = content[4 + length :]
 
 
 def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Trace]:
     """Each trace in a collector's output file, as each service with a `wanted` resource told it; SERVER span first."""
     traces: dict[tuple[bytes, str], tuple[dict[str, Any], list[OtlpSpan]]] = {}
-    for message in _messages(output.read_bytes()) if output.exists() else ():
+    for message in _messages(output, TracesData):
         for group in message.resource_spans:
-            resource = _attributes(group.resource.attributes)
+            resource = attributes(group.resource.attributes)
             if wanted(resource):
                 for span in (span for scope in group.scope_spans for span in scope.spans):
                     first, spans = traces.setdefault((span.trace_id, resource["service.name"]), (resource, []))
                     assert first == resource, "a service with two resources in a trace"
                     spans.append(span)
     return [_trace(resource, spans) for resource, spans in traces.values()]
+
+
+def collected_metrics(output: Path, service: str) -> list[Metric]:
+    """Each metric in a collector's output file that a service told of, in the order told."""
+    return [
+        metric
+        for message in _messages(output, MetricsData)
+        for group in message.resource_metrics
+        if attributes(group.resource.attributes)["service.name"] == service
+        for scope in group.scope_metrics
+        for metric in scope.metrics
+    ]
 
 
 def _trace(resource: dict[str, Any], spans: list[OtlpSpan]) -> Trace:

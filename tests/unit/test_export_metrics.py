@@ -16,6 +16,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
     MetricsServiceServicer,
     add_MetricsServiceServicer_to_server,
 )
+from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.config import load
 from otel_nginx_ebpf.emitter import tell_losses
@@ -62,7 +63,7 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=here")
     server.start()
     try:
-        subject = Metrics(settings(metrics=True), stats)
+        subject = Metrics(settings(metrics=True), stats, Resource({}))
         stats.sent(0.5)
         subject.shutdown()
     finally:
@@ -102,15 +103,15 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
 @pytest.mark.parametrize("address", ["127.0.0.1:99999", f"{'x' * 70}:9464"])
 def test_an_address_that_is_none(address: str, stats: Stats) -> None:
     with pytest.raises(UserError, match=f"--metrics-listen {address}: "):
-        Metrics(settings(metrics_listen=address), stats)
+        Metrics(settings(metrics_listen=address), stats, Resource({}))
 
 
 def test_a_prometheus_server_fetches_them(stats: Stats) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(UserError, match=f"--metrics-listen {address}: Address already in use"):
-            Metrics(settings(metrics_listen=address), stats)
-    subject = Metrics(settings(metrics_listen=address), stats)
+            Metrics(settings(metrics_listen=address), stats, Resource({}))
+    subject = Metrics(settings(metrics_listen=address), stats, Resource({}))
     try:
         with urlopen(f"http://{address}/metrics") as answer:
             lines = answer.read().decode().splitlines()

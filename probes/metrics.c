@@ -1,0 +1,249 @@
+/*
+ * Durations of all requests and upstream exchanges, counted by series when a request ends, whatever is sampled.
+ *
+ * A program of its own, by tail call from the one that made the record: together they would be more than the verifiers of
+ * older kernels follow. What it measures is what spans.py makes of the same record: change both.
+ */
+
+/* $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
+static __always_inline u64 final_status(const struct request_record *record)
+{
+    if (record->err_status)
+        return record->err_status;
+    if (record->rc > 0 && (!record->out_status || !record->bytes_sent))
+        return record->rc;
+    return record->out_status;
+}
+
+#define SWITCHING_PROTOCOLS 101
+
+#if REQUEST_METRICS
+#define REQUEST_TIME_OUT 408
+#define CLIENT_CLOSED_REQUEST 499
+#define DURATION_BUCKETS 15
+
+struct durations {
+    u64 sum_ns;
+    u64 counts[DURATION_BUCKETS];
+};
+
+/* No atomic additions, and no copy for each processor: only the one thread of its worker writes an entry. */
+BPF_TABLE("hash", struct server_series, struct durations, server_durations, SERIES_MAX);
+BPF_TABLE("hash", struct client_key, struct durations, client_durations, SERIES_MAX);
+BPF_TABLE("hash", struct duration_name_key, struct duration_name, duration_names, NAMES_MAX);
+BPF_PROG_ARRAY(measuring, 1);
+
+/* Keeps of an attempt what the record does not: its entry is gone when durations are counted. */
+static __always_inline void remember_attempt(struct process *process, u32 index, const struct attempt_state *ended)
+{
+    process->attempt_states[index] = ended->state;
+    process->attempt_upstreams[index] = ended->upstream;
+}
+
+/* Does not return, unless nothing measures. */
+static __always_inline void measure(struct pt_regs *ctx)
+{
+    measuring.call(ctx, 0);
+}
+
+/* 1 where a duration is above a bound: by its sign, as a comparison is a branch, and 14 branches 15 ways to verify. */
+#define ABOVE(ns, bound_ms) (((bound_ms) * 1000000ULL - (ns)) >> 63)
+
+static __always_inline void add_duration(struct durations *durations, u64 ns)
+{
+    u64 bucket = ABOVE(ns, BOUND_0) + ABOVE(ns, BOUND_1) + ABOVE(ns, BOUND_2) + ABOVE(ns, BOUND_3) + ABOVE(ns, BOUND_4)
+        + ABOVE(ns, BOUND_5) + ABOVE(ns, BOUND_6) + ABOVE(ns, BOUND_7) + ABOVE(ns, BOUND_8) + ABOVE(ns, BOUND_9)
+        + ABOVE(ns, BOUND_10) + ABOVE(ns, BOUND_11) + ABOVE(ns, BOUND_12) + ABOVE(ns, BOUND_13);
+    if (bucket >= DURATION_BUCKETS)
+        return;
+    durations->sum_ns += ns;
+    durations->counts[bucket]++;
+}
+
+/* Whether the name of a configuration is there for user space to read, for as long as the worker's series are. */
+static __always_inline bool keep_name(struct process *process, u32 tgid, u64 configuration, u64 name_offset)
+{
+    struct duration_name_key key = {.tgid = tgid, .configuration = configuration};
+    struct duration_name *name = &process->name;
+    struct ngx_str str = {};
+    if (!configuration || duration_names.lookup(&key))
+        return true;
+    if (bpf_probe_read_user(&str, sizeof(str), (void *)(configuration + name_offset)) != 0)
+        return false;
+    name->bytes = str.len > NAME_BYTES_MAX ? NAME_BYTES_MAX : str.len;
+    asm volatile("" ::: "memory"); /* read back: any number */
+    u64 bytes = name->bytes;
+    if (bytes > NAME_BYTES_MAX || bpf_probe_read_user(name->text, bytes, (void *)str.data) != 0)
+        return false;
+    return duration_names.update(&key, name) == 0;
+}
+
+static __always_inline struct durations *server_durations_of(struct process *process, struct server_series *series)
+{
+    struct durations *found = server_durations.lookup(series);
+    if (found)
+        return found;
+    struct durations none = {};
+    struct server_series overflow = {.tgid = series->tgid, .overflow = 1};
+    struct client_key *client = &process->client_key;
+    __builtin_memset(client, 0, sizeof(*client));
+    client->series.tgid = series->tgid;
+    client->series.overflow = 1;
+    server_durations.insert(&overflow, &none); /* both before the maps are full */
+    client_durations.insert(client, &none);
+    if (keep_name(process, series->tgid, series->location, OFFSET_ngx_http_core_loc_conf_s__name)
+        && keep_name(process, series->tgid, series->server, OFFSET_ngx_http_core_srv_conf_t__server_name)
+        && server_durations.insert(series, &none) == 0)
+        return server_durations.lookup(series);
+    return server_durations.lookup(&overflow);
+}
+
+static __always_inline struct durations *client_durations_of(struct process *process, struct client_key *key)
+{
+    struct durations *found = client_durations.lookup(key);
+    if (found)
+        return found;
+    struct durations none = {};
+    u32 tgid = key->series.tgid;
+    if (keep_name(process, tgid, key->series.upstream, OFFSET_ngx_http_upstream_srv_conf_s__host)) {
+        client_durations.insert(key, &none);
+        found = client_durations.lookup(key);
+    }
+    if (found)
+        return found;
+    __builtin_memset(key, 0, sizeof(*key));
+    key->series.tgid = tgid;
+    key->series.overflow = 1;
+    return client_durations.lookup(key);
+}
+
+/* r->method, 0 where the request line was not parsed. */
+static __always_inline u32 measured_method(struct process *process, u32 method)
+{
+    struct ngx_str *name = (struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__method_name);
+    u64 text = 0;
+    if (!name->len)
+        return 0;
+    if (method != 1)
+        return method;
+    if (name->len == 5 && bpf_probe_read_user(&text, 5, (void *)name->data) == 0 && text == 0x5952455551) /* QUERY */
+        return METHOD_QUERY;
+    if (name->len == 7 && bpf_probe_read_user(&text, 7, (void *)name->data) == 0 && text == 0x5443454e4e4f43) /* CONNECT */
+        return METHOD_CONNECT;
+    return method;
+}
+
+static __always_inline u64 core_conf(struct process *process, u64 confs)
+{
+    u64 conf = 0;
+    if (process->core_module_index_known)
+        bpf_probe_read_user(&conf, sizeof(conf), (void *)(confs + process->core_module_index * 8));
+    return conf;
+}
+
+static __always_inline void measure_exchange(
+    struct process *process, const struct upstream_attempt *attempt, u32 index, u64 ns)
+{
+    struct client_key *key = &process->client_key; /* not on the stack, whose contents the verifier tells apart */
+    struct ngx_str peer = {};
+    u64 peer_name = 0;
+    __builtin_memset(key, 0, sizeof(*key));
+    key->series.tgid = ((struct request_record *)process->record)->worker_pid;
+    key->series.method = process->method & ((u64)attempt->subrequest - 1);
+    key->series.upstream = process->attempt_upstreams[index];
+    key->series.status = attempt->status;
+    key->series.connect_errno = attempt->connect_errno;
+    key->series.no_header = attempt->header_msec >> 63; /* all ones */
+    bpf_probe_read_user(&peer_name, sizeof(u64), (void *)(process->attempt_states[index] + OFFSET_ngx_http_upstream_state_t__peer));
+    bpf_probe_read_user(&peer, sizeof(peer), (void *)peer_name);
+    u64 bytes = peer.len > PEER_BYTES_MAX ? 0 : peer.len;
+    asm volatile("" : "+r"(bytes));
+    if (bytes <= PEER_BYTES_MAX && bpf_probe_read_user(key->peer, bytes, (void *)peer.data) == 0)
+        key->series.peer_bytes = bytes;
+    struct durations *durations = client_durations_of(process, key);
+    if (durations)
+        add_duration(durations, ns);
+    else
+        count_loss(NOT_MEASURED);
+}
+
+static __always_inline void ends_at(struct process *process, u64 begin_ns, u64 end_ns)
+{
+    if (end_ns > begin_ns && end_ns > process->last_end_ns)
+        process->last_end_ns = end_ns;
+}
+
+static __always_inline struct upstream_attempt *attempt_of(struct process *process, u32 index)
+{
+    return (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
+}
+
+static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt)
+{
+    u64 end_ns = attempt->connect_failed_ns;
+    if (attempt->connect_msec != -1ULL && attempt->connected_ns)
+        end_ns = attempt->connected_ns;
+    return end_ns ? end_ns : attempt->ended_ns;
+}
+
+/* 0: there was no exchange. */
+static __always_inline u64 exchange_end_ns(const struct upstream_attempt *attempt, bool broken_off)
+{
+    if (attempt->connect_msec == -1ULL || !attempt->first_write_ns)
+        return 0;
+    if (!attempt->last_read_ns || attempt->header_msec == -1ULL || !attempt->status || attempt->status == SWITCHING_PROTOCOLS
+        || broken_off)
+        return attempt->ended_ns;
+    return attempt->last_read_ns;
+}
+
+/* The request whose record was just made. */
+int measure_request(struct pt_regs *ctx)
+{
+    u32 tgid = current_tgid();
+    struct process *process = processes.lookup(&tgid);
+    if (!process)
+        return 0;
+    struct request_record *record = (struct request_record *)process->record;
+    u64 status = final_status(record);
+    u32 method = measured_method(process, record->method);
+    u64 broken_off = record->rc
+        || (!record->bytes_sent && (status == REQUEST_TIME_OUT || status == CLIENT_CLOSED_REQUEST));
+
+    u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
+    process->last_end_ns = record->last_read_ns > record->created_ns ? record->last_read_ns : record->created_ns;
+    u32 taken = record->attempts;
+    EACH(i, taken, ATTEMPTS_MAX) {
+        struct upstream_attempt *attempt = attempt_of(process, i);
+        if (attempt->connect_start_ns)
+            ends_at(process, attempt->connect_start_ns, connect_end_ns(attempt));
+        process->exchange_end_ns[i] = exchange_end_ns(attempt, broken_off && i + 1 == record->attempts);
+        ends_at(process, attempt->first_write_ns, process->exchange_end_ns[i]);
+    }
+    process->method = method;
+    EACH(i, taken, ATTEMPTS_MAX) {
+        struct upstream_attempt *attempt = attempt_of(process, i);
+        if (process->exchange_end_ns[i] > attempt->first_write_ns)
+            measure_exchange(process, attempt, i, process->exchange_end_ns[i] - attempt->first_write_ns);
+    }
+
+    u64 end_ns = record->ended_ns;
+    if (record->last_write_ns && !broken_off && status != SWITCHING_PROTOCOLS)
+        end_ns = record->last_write_ns > process->last_end_ns ? record->last_write_ns : process->last_end_ns;
+    struct server_series series = {
+        .tgid = tgid,
+        .method = method,
+        .location = core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, loc_conf)),
+        .server = core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, srv_conf)),
+        .http_version = record->http_version,
+        .status = status,
+        .tls = record->tls,
+    };
+    struct durations *durations = server_durations_of(process, &series);
+    if (durations)
+        add_duration(durations, end_ns > began_ns ? end_ns - began_ns : 0);
+    else
+        count_loss(NOT_MEASURED);
+    return 0;
+}
+#endif

@@ -1,0 +1,69 @@
+/*
+ * How long requests took, counted in the kernel whatever is sampled: keys and values of the maps of metrics.c.
+ *
+ * This file is their only declaration: otel_nginx_ebpf/durations.py parses it, as record.py does record.h.
+ * A value is a u64 sum of nanoseconds, then for each of `duration_bound_ms`, and for what is above them all, a u64 count.
+ */
+
+/* The semantic conventions' buckets of http.server.request.duration and http.client.request.duration: upper bounds, each
+ * within its bucket. */
+enum duration_bound_ms {
+    BOUND_0 = 5,
+    BOUND_1 = 10,
+    BOUND_2 = 25,
+    BOUND_3 = 50,
+    BOUND_4 = 75,
+    BOUND_5 = 100,
+    BOUND_6 = 250,
+    BOUND_7 = 500,
+    BOUND_8 = 750,
+    BOUND_9 = 1000,
+    BOUND_10 = 2500,
+    BOUND_11 = 5000,
+    BOUND_12 = 7500,
+    BOUND_13 = 10000,
+};
+
+/* nginx's r->method is a bit, 1 where it does not know the method. Of those that the conventions know as well: */
+enum unknown_method {
+    METHOD_CONNECT = 65536,   /* as nginx says from 1.21.1 on */
+    METHOD_QUERY = 1073741824,
+};
+
+enum metrics_limit {
+    SERIES_MAX = 16384,       /* of each kind, of all workers */
+    NAMES_MAX = 8192,
+    NAME_BYTES_MAX = 512,     /* as in the record */
+    PEER_BYTES_MAX = 64,      /* a longer one is left out */
+};
+
+/* Pointers are good keys: a worker's configuration stays as it is as long as the worker lives. */
+struct server_series {
+    __u32 tgid;
+    __u32 method;             /* r->method; 0: the request line was not parsed */
+    __u64 location;           /* ngx_http_core_loc_conf_t *; 0: not known */
+    __u64 server;             /* ngx_http_core_srv_conf_t * */
+    __u32 http_version;       /* as in the record */
+    __u16 status;
+    __u8 tls;
+    __u8 overflow;            /* 1: all that found no room, of any series of this worker */
+};
+
+struct client_series {
+    __u32 tgid;
+    __u32 method;             /* of the client's request; 0: a subrequest's attempt */
+    __u64 upstream;           /* ngx_http_upstream_srv_conf_t *; 0: none */
+    __u16 status;             /* as in the record's attempt */
+    __u16 connect_errno;
+    __u8 no_header;           /* 1: nginx has no $upstream_header_time: the peer sent no response */
+    __u8 overflow;
+    __u8 peer_bytes;          /* of the PEER_BYTES_MAX that follow; 0: none, or it was longer */
+    __u8 reserved;
+};
+
+/* Key of a configuration's name; the value is a u64 of how many bytes it has, then NAME_BYTES_MAX. */
+struct duration_name_key {
+    __u32 tgid;
+    __u32 reserved;
+    __u64 configuration;      /* one of the pointers above */
+};

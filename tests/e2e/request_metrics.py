@@ -1,0 +1,81 @@
+"""What the metrics of all requests must say, by the spans of the same requests."""
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Any
+
+from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+
+from e2e.agent_process import Span, Trace
+
+# https://opentelemetry.io/docs/specs/semconv/http/http-metrics/
+BOUNDS_S = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
+METRICS = {"SERVER": "http.server.request.duration", "CLIENT": "http.client.request.duration"}
+ATTRIBUTES = {
+    "SERVER": (
+        "http.request.method",
+        "http.response.status_code",
+        "http.route",
+        "url.scheme",
+        "network.protocol.version",
+        "error.type",
+        "nginx.server_name",
+    ),
+    "CLIENT": (
+        "http.request.method",
+        "http.response.status_code",
+        "server.address",
+        "server.port",
+        "nginx.upstream.name",
+        "error.type",
+    ),
+}
+
+Series = tuple[str, frozenset[tuple[str, Any]]]
+Histogram = tuple[int, float, list[int]]
+"""Count, sum in seconds, buckets."""
+
+
+def measured_spans(traces: Iterable[Trace]) -> Iterable[Span]:
+    return (span for trace in traces for span in trace.spans if span.kind in METRICS)
+
+
+def series_of(span: Span) -> Series:
+    names = ATTRIBUTES[span.kind]
+    return METRICS[span.kind], frozenset((name, span.attributes[name]) for name in names if name in span.attributes)
+
+
+def expected(traces: Iterable[Trace]) -> dict[Series, Histogram]:
+    """By series, of the spans' durations."""
+    durations_ns: dict[Series, list[int]] = {}
+    for span in measured_spans(traces):
+        durations_ns.setdefault(series_of(span), []).append(span.end_unix_ns - span.start_unix_ns)
+    histograms = {}
+    for series, each in durations_ns.items():
+        buckets = [0] * (len(BOUNDS_S) + 1)
+        for duration_ns in each:
+            buckets[bisect_left(BOUNDS_S, duration_ns / 1e9)] += 1
+        histograms[series] = len(each), sum(each) / 1e9, buckets
+    return histograms
+
+
+def told(metrics: Iterable[Metric], attributes_of: Any) -> dict[Series, Histogram]:
+    """By series, what a collector got."""
+    histograms = {}
+    for metric in metrics:
+        for point in metric.histogram.data_points:
+            assert list(point.explicit_bounds) == BOUNDS_S
+            series = metric.name, frozenset(attributes_of(point.attributes).items())
+            assert series not in histograms, "a series told twice"
+            histograms[series] = point.count, point.sum, list(point.bucket_counts)
+    return histograms
+
+
+def differences(told: dict[Series, Histogram], expected: dict[Series, Histogram]) -> list[str]:
+    """Empty: they say the same."""
+    return [
+        f"{metric} {sorted(attributes)}: told {told.get((metric, attributes))}, of the spans "
+        f"{expected.get((metric, attributes))}"
+        for metric, attributes in told.keys() | expected.keys()
+        if told.get((metric, attributes)) != expected.get((metric, attributes))
+    ]

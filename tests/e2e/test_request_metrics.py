@@ -1,0 +1,349 @@
+"""Metrics of all requests, as the official collector gets them: the spans' durations, whatever is sampled."""
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import pytest
+from collector.process import attributes, collected_metrics, official
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality, Metric
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from e2e.agent_process import AgentProcess, Trace
+from e2e.http1_client import Http1Connection, request_bytes
+from e2e.http2_client import Http2Connection, Http2Request
+from e2e.nginx_server import AccessLog, NginxServer, free_ports, wait_until
+from e2e.request_metrics import METRICS, differences, expected, measured_spans, series_of, told
+
+COLLECTOR = """\
+receivers: { otlp: { protocols: { grpc: { endpoint: "127.0.0.1:@GRPC@" }, http: { endpoint: "127.0.0.1:@HTTP@" } } } }
+exporters: { file: { path: "@OUTPUT@", format: proto, flush_interval: 50ms } }
+service:
+  telemetry: { metrics: { level: none } }
+  pipelines: { metrics: { receivers: [otlp], exporters: [file] } }
+"""
+
+LOCATIONS = 8_500
+"""More than the kernel program keeps names of, and more than the series of a metric."""
+SERIES_MAX = 2_000
+
+NGINX_HTTP = """
+keepalive_requests 100000;
+upstream app { server @UP@; keepalive 4; }
+upstream retried { server @DEAD1@ max_fails=0; server @UP@ backup; }
+upstream dead { server @DEAD1@ max_fails=0; server @DEAD2@ max_fails=0; }
+server {
+    listen 127.0.0.1:@PORT@;
+    listen 127.0.0.1:@H2@ http2;
+    server_name edge.example *.example;
+    access_log logs/all.log json;
+    location / { return 204; }
+    location /missing { return 404; }
+    location /broken { return 503; }
+    location /app/ { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }
+    location /retried/ { proxy_pass http://retried; }
+    location /dead/ { proxy_pass http://dead; }
+    location /impatient/ { proxy_pass http://@UP@; proxy_read_timeout 100ms; }
+    location /unix/ { proxy_pass http://@UNIX@; }
+    location ~ ^/re[a-z]ex/ { return 200 "matched"; }
+    location /guarded/ { auth_request /app/auth; proxy_pass http://app; }
+    location /old/ { error_page 404 = @fallback; return 404; }
+    location @fallback { proxy_pass http://app; }
+}
+server {
+    listen 127.0.0.1:@PORT@;
+    server_name many.example;
+    access_log logs/many.log json;
+    @MANY@
+}
+"""
+
+
+@dataclass(frozen=True)
+class Stand:
+    directory: Path
+    nginx: NginxServer
+    ports: dict[str, int]
+    log: AccessLog
+    many: AccessLog
+    output: Path
+    """The collector's."""
+
+    def agent(self, service: str, *arguments: str, **variables: str) -> AgentProcess:
+        output = self.directory / "traces.jsonl"
+        output.unlink(missing_ok=True)
+        options = ["--pid", str(self.nginx.pid), "--exporter", "json", "--output", str(output)]
+        environment = {
+            "OTEL_SERVICE_NAME": service,
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.ports['GRPC']}",
+            **variables,
+        }
+        return AgentProcess(self.nginx.pid, self.directory, ["run", *options, *arguments], environment)
+
+    def metrics(self, service: str) -> list[Metric]:
+        """What the collector was told of requests at last, perhaps in several messages."""
+        all_told = [metric for metric in collected_metrics(self.output, service) if metric.name in METRICS.values()]
+        last_unix_ns = max((metric.histogram.data_points[0].time_unix_nano for metric in all_told), default=0)
+        return [metric for metric in all_told if metric.histogram.data_points[0].time_unix_nano == last_unix_ns]
+
+    def send(self, requests: Sequence[bytes]) -> None:
+        """On one connection, a hundred at a time without waiting for answers."""
+        with Http1Connection(("127.0.0.1", self.ports["PORT"])) as connection:
+            for first in range(0, len(requests), 100):
+                part = requests[first : first + 100]
+                connection.send(b"".join(part))
+                for each in part:
+                    connection.read_response(each.split(b" ", 1)[0].decode())
+
+    def rude(self, data: bytes) -> None:
+        """A client that sends something and goes when nginx does."""
+        with Http1Connection(("127.0.0.1", self.ports["PORT"])) as connection:
+            connection.send(data)
+            connection.read_until_closed()
+
+
+@pytest.fixture(scope="module")
+def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Stand]:
+    directory = public_directory / "request_metrics"
+    directory.mkdir()
+    ports = dict(zip(("PORT", "H2", "GRPC", "HTTP"), free_ports(4), strict=True))
+    output = directory / "metrics.bin"
+    words = {
+        **{name: str(port) for name, port in ports.items()},
+        "UP": upstream_addresses["ipv4"],
+        "UNIX": f"{upstream_addresses['unix']}:",
+        "DEAD1": upstream_addresses["dead1"],
+        "DEAD2": upstream_addresses["dead2"],
+        "OUTPUT": str(output),
+        "MANY": "\n".join(f"location = /{number} {{ return 204; }}" for number in range(LOCATIONS)),
+    }
+    http, config = NGINX_HTTP, COLLECTOR
+    for word, value in words.items():
+        http, config = http.replace(f"@{word}@", value), config.replace(f"@{word}@", value)
+    nginx = NginxServer(directory, http, workers=2)
+    nginx.start([("127.0.0.1", ports["PORT"])])
+    collector = official(config, [ports["GRPC"], ports["HTTP"]], directory)
+    logs = (AccessLog(directory / "logs" / f"{name}.log") for name in ("all", "many"))
+    yield Stand(directory, nginx, ports, *logs, output)
+    collector.stop()
+    nginx.stop()
+
+
+def get(target: str, method: str = "GET", **headers: str) -> bytes:
+    return request_bytes(method, target, headers)
+
+
+ALL_KINDS = [
+    get("/"),
+    get("/", "HEAD"),
+    get("/", "DELETE"),
+    get("/", "QUERY"),
+    get("/", "PROPFIND"),
+    get("/", "BREW"),
+    get("/missing"),
+    get("/broken"),
+    get("/regex/one"),
+    get("/app/new?delay_ms=7"),
+    get("/app/kept?delay_ms=30&bytes=100000"),
+    get("/app/refused?status=403"),
+    get("/app/broken?status=502"),
+    get("/app/slow?stall_ms=120"),
+    get("/app/cut?end=close"),
+    get("/retried/"),
+    get("/dead/"),
+    get("/impatient/?delay_ms=400"),
+    get("/unix/"),
+    get("/guarded/"),
+    get("/old/"),
+    get("/", Host="many.example"),
+]
+
+
+def send_all_kinds(stand: Stand) -> int:
+    """How many requests."""
+    before = len(stand.log.poll()) + len(stand.many.poll())
+    stand.send(ALL_KINDS * 3)
+    stand.rude(b"GET /regex/ HTTP/1.0\r\n\r\n")
+    stand.rude(b"nonsense\r\n\r\n")
+    stand.rude(b"GET / HTTP/1.1\r\n\r\n")  # without Host
+    with Http1Connection(("127.0.0.1", stand.ports["PORT"])) as leaving:
+        leaving.send(get("/app/unwanted?delay_ms=300"))
+    http2 = Http2Connection(("127.0.0.1", stand.ports["H2"]), tls=False)
+    http2.exchange([Http2Request("/"), Http2Request("/app/h2?delay_ms=20")])
+    http2.close()
+    sent = 3 * len(ALL_KINDS) + 6
+    wait_until(lambda: len(stand.log.poll()) + len(stand.many.poll()) == before + sent, "nginx's log lines")
+    return sent
+
+
+@pytest.mark.parametrize(("detail", "protocol"), [("phases", "grpc"), ("request", "http/protobuf")])
+def test_they_are_the_spans_durations(stand: Stand, detail: str, protocol: str) -> None:
+    """With every request traced each series has the very durations of the spans with its attributes, to the nanosecond,
+    and examples that are those spans."""
+    port = stand.ports["GRPC" if protocol == "grpc" else "HTTP"]
+    agent = stand.agent(
+        detail,
+        f"--detail={detail}",
+        "--metrics",
+        OTEL_EXPORTER_OTLP_PROTOCOL=protocol,
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
+    )
+    try:
+        sent = send_all_kinds(stand)
+    finally:
+        agent.stop()
+    metrics = stand.metrics(detail)
+    assert differences(told(metrics, attributes), expected(agent.traces)) == []
+    servers = [metric for metric in metrics if metric.name == METRICS["SERVER"]]
+    assert sum(point.count for metric in servers for point in metric.histogram.data_points) == sent
+    for metric in metrics:
+        assert (metric.unit, metric.histogram.aggregation_temporality) == (
+            "s",
+            AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE,
+        )
+    assert check_exemplars(metrics, agent.traces) >= len(told(metrics, attributes))
+
+
+def check_exemplars(metrics: list[Metric], traces: list[Trace]) -> int:
+    """Each is a span of its series, and of its bucket; how many they are."""
+    spans = {(trace.trace_id, span.span_id): span for trace in traces for span in trace.spans}
+    count = 0
+    for metric in metrics:
+        for point in metric.histogram.data_points:
+            series = metric.name, frozenset(attributes(point.attributes).items())
+            for example in point.exemplars:
+                span = spans[example.trace_id.hex(), example.span_id.hex()]
+                assert series_of(span) == series
+                assert example.as_double == span.seconds
+                assert example.time_unix_nano == span.end_unix_ns
+                count += 1
+            assert len(point.exemplars) <= sum(bucket > 0 for bucket in point.bucket_counts)
+    return count
+
+
+def test_they_count_what_is_not_sampled(stand: Stand) -> None:
+    """Of a tenth of the requests there are traces, of all of them metrics, also of workers that a reload or a signal
+    has ended; and examples are kept traces only."""
+    agent = stand.agent("sampled", "--sampler=traceidratio", "--sampler-arg=0.1", "--metrics")
+    targets = ["/", "/missing", "/broken", "/app/x", "/retried/"] * 200
+    before = len(stand.log.poll())
+
+    def logged(count: int) -> None:
+        wait_until(lambda: len(stand.log.poll()) == before + count, "nginx's log lines")
+
+    try:
+        stand.send([get(target) for target in targets])
+        logged(len(targets))
+        old = set(stand.nginx.worker_pids())
+        stand.nginx.reload()
+        wait_until(lambda: old.isdisjoint(stand.nginx.worker_pids()), "the old workers to end")
+        stand.send([get(target) for target in targets])
+        logged(2 * len(targets))
+        old = set(stand.nginx.worker_pids())
+        for pid in old:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(set(stand.nginx.worker_pids()) - old) == 2, "new workers")
+        stand.send([get(target) for target in targets])
+        logged(3 * len(targets))
+    finally:
+        agent.stop()
+
+    lines = stand.log.lines[before:]
+    assert 0 < len(agent.traces) < len(lines) / 4
+    metrics = stand.metrics("sampled")
+    found: Counter[tuple[str, Any]] = Counter()
+    for metric in metrics:
+        for point in metric.histogram.data_points:
+            found[metric.name, attributes(point.attributes)["http.response.status_code"]] += point.count
+    wanted = Counter((METRICS["SERVER"], int(line["status"])) for line in lines)
+    # Only its last attempt of each has an exchange.
+    wanted.update((METRICS["CLIENT"], 200) for line in lines if line["upstream_addr"])
+    assert found == wanted
+    assert check_exemplars(metrics, agent.traces) > 0
+    assert {span.span_id for span in measured_spans(agent.traces)}
+
+
+def test_what_finds_no_room(stand: Stand) -> None:
+    """Of more series than there is room for every request is counted, those beyond in one point that says so."""
+    agent = stand.agent("many", "--sampler=always_off", "--metrics")
+    try:
+        stand.send([get(f"/{number}", Host="many.example") for number in range(LOCATIONS)])
+    finally:
+        agent.stop()
+    histograms = told(stand.metrics("many"), attributes)
+    overflow = histograms.pop((METRICS["SERVER"], frozenset({("otel.metric.overflow", True)})))
+    assert len(histograms) == SERIES_MAX - 1
+    assert {count for count, _, _ in histograms.values()} == {1}
+    assert overflow[0] == LOCATIONS - len(histograms)
+    assert overflow[1] > 0
+    assert sum(overflow[2]) == overflow[0]
+
+
+def test_a_prometheus_server_fetches_them(stand: Stand) -> None:
+    """Of one nginx, with exemplars for those who accept OpenMetrics."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    agent = stand.agent("prometheus", f"--metrics-listen={address}")
+    try:
+        stand.send([get("/app/x"), get("/broken")] * 5)
+        wait_until(lambda: sum(scrape(address, "http_server_request_duration_seconds_count").values()) == 10, "metrics")
+        labels_of = {
+            labels["http_route"]: labels
+            for labels in map(dict, scrape(address, "http_server_request_duration_seconds_count"))
+        }
+        examples = {
+            sample.exemplar.labels["trace_id"]
+            for family in scraped(address)
+            for sample in family.samples
+            if sample.exemplar
+        }
+    finally:
+        agent.stop()
+    assert labels_of.keys() == {"/app/", "/broken"}
+    wanted = {
+        "service_name": "prometheus",
+        "http_request_method": "GET",
+        "http_response_status_code": "503",
+        "http_route": "/broken",
+        "url_scheme": "http",
+        "network_protocol_version": "1.1",
+        "error_type": "503",
+        "nginx_server_name": "edge.example",
+    }
+    assert {**labels_of["/broken"], **wanted} == labels_of["/broken"]
+    assert labels_of["/broken"]["service_instance_id"]
+    assert examples
+    assert examples <= {trace.trace_id for trace in agent.traces}
+
+
+def scraped(address: str) -> list[Any]:
+    request = Request(f"http://{address}/metrics", headers={"Accept": "application/openmetrics-text"})
+    with urlopen(request) as answer:
+        return list(text_string_to_metric_families(answer.read().decode()))
+
+
+def scrape(address: str, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    """By labels, the values of one sample name."""
+    return {
+        tuple(sample.labels.items()): sample.value
+        for family in scraped(address)
+        for sample in family.samples
+        if sample.name == name
+    }
+
+
+def test_they_can_be_left_out(stand: Stand) -> None:
+    agent = stand.agent("without", "--metrics", "--request-metrics=off")
+    try:
+        stand.send([get("/app/x")])
+    finally:
+        agent.stop()
+    assert len(agent.traces) == 1
+    assert stand.metrics("without") == []
+    assert "otel_nginx_ebpf.requests.received" in [
+        metric.name for metric in collected_metrics(stand.output, "otel-nginx-ebpf")
+    ]
