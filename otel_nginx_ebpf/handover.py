@@ -6,7 +6,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from otel_nginx_ebpf import privileges
+from otel_nginx_ebpf import privileges, seccomp
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.messages import complain
 from otel_nginx_ebpf.privileges import Account
@@ -100,5 +100,6 @@ def _copy(variable: str, path: Path) -> int:
 def take_over(handover: Handover) -> None:
     """In the emitter's process: becomes its user, without any privilege, and knows the files by their new names."""
     privileges.give_up(handover.account)
+    seccomp.refuse_system_calls()
     for variable, descriptor in handover.files.items():
         os.environ[variable] = f"/proc/self/fd/{descriptor}"

@@ -20,6 +20,9 @@ _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _DEFAULT_USER = "nobody"
+# A number for nobody's group here, which is not nogroup's: nginx's workers may be nobody as well, and who has a
+# process's user and group may look into its memory (ptrace(2)).
+_DEFAULT_GROUP = 65533
 
 
 class Capability(IntEnum):
@@ -83,12 +86,17 @@ def _bound(wanted: int) -> None:
 
 
 def _limit(wanted: int) -> None:
-    """Gives up what is held and not `wanted`."""
+    """Gives up what is held and not `wanted`. Raises `UserError` where not even that is allowed."""
     header, sets = _Header(_VERSION_3, 0), _Sets()
     _checked(_libc.capget(ctypes.byref(header), sets))
     for index in range(6):
         sets[index] &= (wanted >> 32 if index > 2 else wanted) & 0xFFFFFFFF
-    _checked(_libc.capset(ctypes.byref(header), sets))
+    try:
+        _checked(_libc.capset(ctypes.byref(header), sets))
+    except OSError as error:
+        raise UserError(
+            f"cannot give up capabilities: {error.strerror}; is it a system call filter? Allow capset"
+        ) from error
 
 
 def keep(capabilities: Collection[Capability]) -> None:
@@ -119,7 +127,7 @@ def account(user: str | None) -> Account | None:
         return None
     if not may_change:
         raise UserError(f"--user {name}: only root, with CAP_SETUID and CAP_SETGID, can become another user")
-    return Account(found.pw_name, found.pw_uid, found.pw_gid)
+    return Account(found.pw_name, found.pw_uid, found.pw_gid if user else _DEFAULT_GROUP)
 
 
 def can_read(who: Account, path: str) -> bool:

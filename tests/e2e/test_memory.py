@@ -18,7 +18,7 @@ REQUESTS = 2000
 FOREIGN = ("_pydantic_core", "libcapstone", "libbcc", "libLLVM", "libclang")
 OURS = {"run": "cygrpc", "record": "libpython|python3"}
 # Together; what both map counts half for each.
-PROPORTIONAL_MIB_MAX = 80
+PROPORTIONAL_MIB_MAX = 70
 KINDS = ("Rss", "Pss")
 
 
