@@ -1,6 +1,7 @@
 """Who may do what: requests are read, and traces sent, by a process that may do nothing else."""
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -198,6 +199,7 @@ def test_a_killed_emitter(site: Site, start_agent: StartAgent, tmp_path: Path) -
         site.load(150)
         wait_until(lambda: len(receiver.trace_ids) >= 100, "some of the traces")
         sent = len(receiver.trace_ids)
+        wait_until(lambda: kept_counts(agent)[:2] == [150, sent], "the emitter to note that")
         os.kill(agent.emitter_pid, signal.SIGSTOP)
         site.load(30)  # which stay in the ring buffer
         os.kill(agent.emitter_pid, signal.SIGKILL)
@@ -212,6 +214,12 @@ def test_a_killed_emitter(site: Site, start_agent: StartAgent, tmp_path: Path) -
     assert len(receiver.trace_ids) == exported == sent + 50
     assert causes == {"lost_emitter_killed": 150 - sent + 30}
     assert (received, lost) == (200, 180 - sent)
+
+
+def kept_counts(agent: AgentProcess) -> list[Any]:
+    """What outlives an emitter: received, exported, ...."""
+    (file,) = (path for path in Path(f"/proc/{agent.pid}/fd").iterdir() if "memfd:counts" in os.readlink(path))
+    return list(json.loads(file.read_bytes()))
 
 
 def probes(pid: int) -> list[Path]:
