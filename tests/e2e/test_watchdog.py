@@ -111,9 +111,9 @@ def test_within_the_limits(stage: Stage, tmp_path: Path) -> None:
         # A measurement begins before the first request does; another comes in ten seconds.
         wait_until(lambda: sum(hits(port, "ngx_http_free_request")) > 0, "a measurement", 30)
         (cost,) = measured(port, "otel_nginx_ebpf_request_cost_seconds")
-        begun, ended = hits(port, "ngx_http_create_request"), hits(port, "ngx_http_free_request")
+        # Of each request at least a read and a write.
+        assert sum(hits(port, "sys_exit")) > 2 * sum(hits(port, "ngx_http_free_request"))
         assert measured(port, "otel_nginx_ebpf_detachments_total") == [0]
     assert 1e-6 < cost < 1e-3
-    assert begun == pytest.approx(ended, rel=0.2)
     assert "detached" not in agent.stderr()
     stage.match(stage.log.poll(), stage.site.agent.poll)
