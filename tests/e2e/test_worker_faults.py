@@ -105,8 +105,8 @@ def test_workers_that_die(stage: Stage, number: signal.Signals) -> None:
             crowd.wait_for_more()
     assert most_in_flight > 0
     assert sum(crowd.broken) > 0
-    wait_until(lambda: len(stage.log.poll()) >= sum(crowd.answered), "the log lines")
-    # nginx may have logged what the client did not get any more.
+    # A worker may be killed between an answer and its log line; and have logged what the client did not get any more.
+    wait_until(lambda: len(stage.log.poll()) >= sum(crowd.answered) - CRASHES, "the log lines")
     assert len(stage.log.lines) <= sum(crowd.answered) + sum(crowd.broken)
     stage.match(stage.log.lines, stage.site.agent.poll, SLACK)
     stage.site.losses_max += sum(crowd.broken)
