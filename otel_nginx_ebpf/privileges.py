@@ -106,6 +106,17 @@ def keep(capabilities: Collection[Capability]) -> None:
     _limit(wanted)
 
 
+def whose(error: OSError) -> str:
+    """What went wrong, and whose rights are meant where that is what is missing: `Permission denied for nobody`."""
+    if not isinstance(error, PermissionError):
+        return str(error.strerror)
+    try:
+        name = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        name = f"user {os.geteuid()}"
+    return f"{error.strerror} for {name}, who reads requests and sends traces (--user)"
+
+
 def account(user: str | None) -> Account | None:
     """The user that `give_up` is to become, None for who this process is.
 

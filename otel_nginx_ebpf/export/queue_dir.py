@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from otel_nginx_ebpf import privileges
 from otel_nginx_ebpf.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class QueueDir:
         except BlockingIOError:
             raise UserError(f"--queue-dir {directory}: another otel-nginx-ebpf uses it") from None
         except OSError as error:
-            raise UserError(f"--queue-dir {directory}: {error.strerror}") from error
+            raise UserError(f"--queue-dir {directory}: {privileges.whose(error)}") from error
         matches = [(path, match) for path in found if (match := _NAME.fullmatch(path.name))]
         self._next = 1 + max((int(match[1]) for _, match in matches), default=0)
         self._left_behind = [Stored(path, int(match[2]), int(match[3])) for path, match in matches]

@@ -143,7 +143,7 @@ def test_what_each_process_may_do(site: Site, start_agent: StartAgent, tmp_path:
 
 def test_what_an_emitter_cannot_do(site: Site) -> None:
     (worker,) = site.nginx.worker_pids()
-    assert psutil.Process(worker).username() == "nobody"
+    wait_until(lambda: psutil.Process(worker).username() == "nobody", "the worker to become who it is")
     command = [sys.executable, "-c", ATTEMPTS, str(site.nginx.pid), str(worker)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     assert done.stdout.splitlines() == [
@@ -262,3 +262,15 @@ def test_another_user(site: Site, start_agent: StartAgent, tmp_path: Path) -> No
     agent.stop()
     done = subprocess.run([PROGRAM, *arguments, "--user", "no-such"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "otel-nginx-ebpf: --user no-such: there is no such user\n")
+
+
+def test_a_queue_directory_that_the_emitter_may_not_enter(tmp_path: Path) -> None:
+    """One line that names it, and whose rights it is about."""
+    queue = tmp_path / "closed" / "queue"
+    queue.mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    done = subprocess.run(
+        [PROGRAM, "run", "--queue-dir", queue], capture_output=True, text=True, check=False, timeout=60
+    )
+    why = "Permission denied for nobody, who reads requests and sends traces (--user)"
+    assert (done.returncode, done.stderr) == (2, f"otel-nginx-ebpf: --queue-dir {queue}: {why}\n")
