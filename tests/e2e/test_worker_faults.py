@@ -21,8 +21,9 @@ SERVER = "location / { return 200 ok; } location /app { proxy_pass http://@UP@; 
 CRASHES = 20
 RELOADS = 200
 
-# Workers that begin and end take the processors from those that serve.
-SLACK = Slack(late_max_ms=200, median_max_ms=10)
+# Workers that begin and end take the processors from those that serve; and how long one has waited for them is not
+# known once it is gone (NginxServer.off_processor_ms).
+SLACK = Slack(late_max_ms=1000, median_max_ms=10)
 
 
 class Crowd:
