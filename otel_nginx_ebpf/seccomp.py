@@ -31,7 +31,6 @@ _REFUSED = {
     "process_vm_writev": 311,
     "finit_module": 313,
     "kexec_file_load": 320,
-    "bpf": 321,
     "execveat": 322,
     "userfaultfd": 323,
     "io_uring_setup": 425,
@@ -39,6 +38,10 @@ _REFUSED = {
     "io_uring_register": 427,
     "pidfd_getfd": 438,
 }
+_BPF = 321
+# linux/bpf.h: all that it does with the maps whose descriptors it was given (`kernel.maps`): lookup, delete, next key,
+# lookup batch. It makes and loads nothing, and finds nothing by its id.
+_BPF_ALLOWED = (1, 3, 4, 24)
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _X32 = 0x40000000
 
@@ -47,7 +50,7 @@ _PR_SET_SECCOMP = 22
 _MODE_FILTER = 2
 _ALLOW = 0x7FFF0000
 _REFUSE = 0x00050000 | 1  # EPERM
-_NUMBER_AT, _ARCHITECTURE_AT = 0, 4
+_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
 
 # linux/filter.h, linux/bpf_common.h: an instruction and its classes.
 _INSTRUCTION = struct.Struct("=HBBI")
@@ -62,15 +65,20 @@ class _Program(ctypes.Structure):
 
 def _filter() -> list[tuple[int, int, int, int]]:
     """Instructions: what to do, how far to jump where it holds, and where not, the operand."""
-    number_of_jumps = len(_REFUSED)
+    commands_at = 6 + len(_REFUSED)
+    refuse_at = commands_at + len(_BPF_ALLOWED)
+    allow_at = refuse_at + 1
     return [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
-        (_IF_EQUAL, 0, number_of_jumps + 3, _AUDIT_ARCH_X86_64),
+        (_IF_EQUAL, 0, refuse_at - 2, _AUDIT_ARCH_X86_64),
         (_LOAD, 0, 0, _NUMBER_AT),
-        (_IF_AT_LEAST, number_of_jumps + 1, 0, _X32),
-        *((_IF_EQUAL, number_of_jumps - index, 0, number) for index, number in enumerate(_REFUSED.values())),
-        (_RETURN, 0, 0, _ALLOW),
+        (_IF_AT_LEAST, refuse_at - 4, 0, _X32),
+        *((_IF_EQUAL, refuse_at - at - 1, 0, number) for at, number in enumerate(_REFUSED.values(), 4)),
+        (_IF_EQUAL, 0, allow_at - commands_at + 1, _BPF),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT_AT),
+        *((_IF_EQUAL, allow_at - at - 1, 0, command) for at, command in enumerate(_BPF_ALLOWED, commands_at)),
         (_RETURN, 0, 0, _REFUSE),
+        (_RETURN, 0, 0, _ALLOW),
     ]
 
 
