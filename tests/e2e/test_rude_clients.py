@@ -35,16 +35,15 @@ def leaves_at_once(connection: Http1Connection, chance: random.Random) -> None:
 
 
 def leaves_while_waiting(connection: Http1Connection, chance: random.Random) -> None:
-    connection.send(request_bytes("GET", "/app?delay_ms=40"))
-    connection.socket.settimeout(chance.random() * 0.05)
-    try:
-        connection.socket.recv(1)
-    except TimeoutError:
-        _leave(connection, chance)
+    _leave_unanswered(connection, "/app?delay_ms=40", chance)
 
 
 def leaves_while_nginx_connects(connection: Http1Connection, chance: random.Random) -> None:
-    connection.send(request_bytes("GET", "/deaf"))
+    _leave_unanswered(connection, "/deaf", chance)
+
+
+def _leave_unanswered(connection: Http1Connection, target: str, chance: random.Random) -> None:
+    connection.send(request_bytes("GET", target))
     connection.socket.settimeout(chance.random() * 0.05)
     try:
         connection.socket.recv(1)
