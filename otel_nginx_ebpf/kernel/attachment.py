@@ -7,8 +7,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.beginnings import BeginningsProbe
@@ -93,14 +92,6 @@ class Attachment:
         else:
             os.close(maps["beginnings"])
         self._known_processes = set(self._processes.all_keys())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def adapt(self) -> None:
         """Lets the probe that not every request needs go, or attaches it again; to be called again and again."""

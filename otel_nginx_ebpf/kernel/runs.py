@@ -4,8 +4,7 @@ import ctypes
 import os
 import struct
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from otel_nginx_ebpf.kernel.system_call import bpf
 
@@ -58,14 +57,6 @@ class Counting:
 
     def __init__(self) -> None:
         self._descriptor = None if _counts_always() else bpf(_BPF_ENABLE_STATS, _StatsAttribute(_BPF_STATS_RUN_TIME))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._descriptor is not None:
