@@ -322,7 +322,7 @@ def decode(raw: bytes) -> Request:
             requests_seen,
             trace_flags,
             kept,
-            _coarse_start,
+            coarse_start,
             trace_id_high,
             trace_id_low,
             parent_span_id,
@@ -338,6 +338,11 @@ def decode(raw: bytes) -> Request:
     strings |= common
     cut |= common_cut
     string = strings.get
+    made = tuple([_attempt(raw, index, string) for index in range(attempts)]) if attempts else ()
+    if coarse_start and made:  # by nginx's clock, which may be a millisecond late: a request began before its attempts
+        created_ns = min(
+            created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in made)
+        )
     return Request(
         accepted_ns or None,
         first_read_ns or None,
@@ -358,7 +363,7 @@ def decode(raw: bytes) -> Request:
         upstream_states,
         tls != 0,
         multiplexed != 0,
-        tuple([_attempt(raw, index, string) for index in range(attempts)]) if attempts else (),
+        made,
         attempts_lost,
         method_bit,
         requests_seen or None,

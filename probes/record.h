@@ -97,7 +97,7 @@ struct request_record {
     __u32 requests_seen;      /* of this connection, since it was accepted: must agree with connection_requests; 0: unknown */
     __u8 trace_flags;         /* W3C trace-flags of the spans: bit 0, sampled, is what was decided here */
     __u8 kept;
-    __u16 coarse_start;       /* 1: created_ns is r->start_sec and r->start_msec, whole milliseconds; first_read_ns is 0 */
+    __u16 coarse_start;       /* 1: created_ns is r->start_sec and r->start_msec, a millisecond off at most; first_read_ns is 0 */
     __u64 trace_id_high;      /* the incoming context's, what nginx told its upstream, or random; never all 0 */
     __u64 trace_id_low;
     __u64 parent_span_id;     /* the incoming context's; 0: the trace begins here */

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from otel_nginx_ebpf import record
 from otel_nginx_ebpf.stats import LOSS_CAUSES
 from unit.c_compiler import DebugInfo, compile_object
-from unit.sample_traces import RETRIED, STATIC
+from unit.sample_traces import MONO_NS, RETRIED, STATIC
+from unit.sample_traces import record as make_record
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,16 @@ def test_a_record_with_attempts() -> None:
     assert request.attempts[0].first_write_mono_ns is None
     assert request.attempts[1].received_bytes == 5300
     assert request.host is None
+
+
+@pytest.mark.parametrize(("coarse_start", "began_ns"), [(0, MONO_NS), (1, MONO_NS - 63_000)])
+def test_a_request_that_nginx_clock_puts_too_late_began_before_its_attempts(coarse_start: int, began_ns: int) -> None:
+    peers = [
+        ("127.0.0.1:80", {"connect_start_ns": MONO_NS - 63_000, "first_write_ns": MONO_NS + 1}),
+        ("127.0.0.1:81", {"first_write_ns": MONO_NS + 9}),
+    ]
+    raw = make_record({}, peers, created_ns=MONO_NS, coarse_start=coarse_start)
+    assert record.decode(raw).created_mono_ns == began_ns
 
 
 def test_a_truncated_record_is_refused_unless_it_ends_between_strings() -> None:
