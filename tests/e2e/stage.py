@@ -10,7 +10,7 @@ from types import TracebackType
 
 from e2e.agent_process import EMPTY, AgentProcess, Trace
 from e2e.http1_client import Address, Http1Connection, Response
-from e2e.nginx_server import AccessLog, LogLine, NginxServer, wait_until
+from e2e.nginx_server import PATIENCE, AccessLog, LogLine, NginxServer, wait_until
 from e2e.oracle import check_facts
 from e2e.scenario import Scenario
 from e2e.timing import NO_SLACK, Lags, Slack, check_times
@@ -209,7 +209,7 @@ class Stage:
         pauses_ms = max(0.0, self.site.nginx.off_processor_ms() - self._off_processor_ms)
         for each in exchanges:
             allowed = slack if isinstance(slack, Slack) else slack(each.log)
-            allowed = replace(allowed, late_max_ms=allowed.late_max_ms + pauses_ms)
+            allowed = replace(allowed, late_max_ms=allowed.late_max_ms * PATIENCE + pauses_ms)
             found = check_facts(each.trace, each.log)
             found += check_times(each.trace, each.log, self.lags, allowed)
             if found:

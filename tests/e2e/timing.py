@@ -20,18 +20,20 @@ from e2e.oracle import LoggedAttempt, TracedAttempt, pair_attempts, traced_attem
 
 EARLY_MAX_MS = 2.0
 """How far a true time may lie before nginx's: both ends of a difference are cut to a millisecond."""
-LAG_MAX_MS = 50.0 * PATIENCE
+LAG_MAX_MS = 50.0
 """Beyond the pauses that the kernel counted: for those that only the machine's hypervisor knows of."""
 LONG_TURN_MS = 1000.0
 """For responses so large that writing all that the client takes at once makes a single long turn."""
-MEDIAN_MAX_MS = 3.0 * PATIENCE
+MEDIAN_MAX_MS = 3.0
 MEDIAN_SAMPLES_MIN = 5
 """Below this one unlucky turn decides the median, and LAG_MAX_MS alone applies."""
 
 
 @dataclass(frozen=True)
 class Slack:
-    """Where nginx's times and the trace's mean different moments, and why a scenario may say so."""
+    """Where nginx's times and the trace's mean different moments, and why a scenario may say so.
+
+    Milliseconds are those of a real machine: an emulated one has PATIENCE times as many."""
 
     end_early: bool = False
     """nginx logs later than the response's last byte: it lingers for the request's body, or a mirror."""
@@ -69,7 +71,7 @@ class Lags:
         return [
             f"{name}: median lag {median(map(abs, lags)):.3f} ms over {len(lags)}"
             for name, lags in self.values_ms.items()
-            if len(lags) >= MEDIAN_SAMPLES_MIN and median(map(abs, lags)) > max_ms
+            if len(lags) >= MEDIAN_SAMPLES_MIN and median(map(abs, lags)) > max_ms * PATIENCE
         ]
 
 
