@@ -223,10 +223,11 @@ static __always_inline void append_request_strings(struct process *process)
 /* How many upstream states name a peer or, when there was no live one, the upstream itself. */
 static __always_inline u32 count_upstream_states(u64 states)
 {
-    u64 elements = 0, peer, count = 0;
+    u8 array[OFFSET_ngx_array_t__nelts + 8];
     u32 named = 0;
-    if (!states || !read_pointer(&elements, states + OFFSET_ngx_array_t__elts) || !read_pointer(&count, states + OFFSET_ngx_array_t__nelts))
+    if (!states || !read_memory(array, sizeof(array), states))
         return 0;
+    u64 elements = MEMBER(array, u64, ngx_array_t, elts), count = MEMBER(array, u64, ngx_array_t, nelts), peer;
     EACH(i, count, ATTEMPTS_MAX) {
         if (!read_pointer(&peer, elements + i * SIZEOF_ngx_http_upstream_state_t + OFFSET_ngx_http_upstream_state_t__peer))
             break;

@@ -99,9 +99,7 @@ struct process {
     u64 client_span_id;
     struct request_trace trace;
     u64 found_at;
-#if DETAIL_REQUEST
     struct attempt_state attempt;
-#endif
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];
     u64 attempt_upstreams[ATTEMPTS_MAX];
@@ -261,13 +259,18 @@ static __always_inline u64 random_id(void)
     return id ? id : 1;
 }
 
-/* Reads 8 bytes of nginx's memory. False: counted, and the caller gives up. */
-static __always_inline bool read_pointer(u64 *value, u64 address)
+/* Reads nginx's memory. False: counted, and the caller gives up. */
+static __always_inline bool read_memory(void *to, u32 bytes, u64 address)
 {
-    if (bpf_probe_read_user(value, sizeof(*value), (void *)address) == 0)
+    if (bpf_probe_read_user(to, bytes, (void *)address) == 0)
         return true;
     count_loss(LOST_READ_FAILED);
     return false;
+}
+
+static __always_inline bool read_pointer(u64 *value, u64 address)
+{
+    return read_memory(value, sizeof(*value), address);
 }
 
 #define HTTP_MODULE 0x50545448 /* "HTTP", r->signature */
