@@ -77,7 +77,7 @@ def _series(message: dict[str, Any]) -> Iterator[Series]:
         unit = {"s": "_seconds"}.get(metric.get("unit", ""), "")
         name = metric["name"].replace(".", "_") + unit
         for point in metric.get("sum", {}).get("dataPoints", ()):
-            yield Series(f"{name}_total", _labels(point), float(point["asInt"]))
+            yield Series(f"{name}_total", _labels(point), float(point.get("asInt") or point["asDouble"]))
         for point in metric.get("histogram", {}).get("dataPoints", ()):
             yield Series(f"{name}_sum", _labels(point), point["sum"])
             yield Series(f"{name}_count", _labels(point), float(point["count"]))
@@ -85,7 +85,7 @@ def _series(message: dict[str, Any]) -> Iterator[Series]:
 
 
 def _labels(point: dict[str, Any]) -> dict[str, str]:
-    return {pair["key"].replace(".", "_"): str(*pair["value"].values()) for pair in point["attributes"]}
+    return {pair["key"].replace(".", "_"): str(*pair["value"].values()) for pair in point.get("attributes", ())}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,12 @@ def backend(public_directory: Path) -> Iterator[Backend]:
             nginx.pid,
             directory,
             ["run", "--pid", str(nginx.pid)],
-            {"OTEL_SERVICE_NAME": "edge", "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{grpc}"},
+            {
+                "OTEL_SERVICE_NAME": "edge",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{grpc}",
+                "OTEL_NGINX_EBPF_METRICS": "true",
+                "OTEL_METRIC_EXPORT_INTERVAL": "200",
+            },
         )
         try:
             with Http1Connection(("127.0.0.1", nginx_port)) as connection:
@@ -134,6 +139,7 @@ def backend(public_directory: Path) -> Iterator[Backend]:
             backend = Backend(directory)
             wait_until(lambda: len(backend.traces()) == len(_REQUESTS), "all traces")
             wait_until(lambda: len(_counts(backend)) == len(_REQUESTS), "all routes' counts")
+            wait_until(lambda: _measured(backend) == len(_REQUESTS), "the metrics of all requests")
         finally:
             agent.stop()
         yield backend
@@ -151,6 +157,10 @@ def _counts(backend: Backend) -> dict[tuple[str, str, str], float]:
         for each in backend.series()
         if each.name == "traces_span_metrics_calls_total" and each.labels["span_kind"] == "SPAN_KIND_SERVER"
     }
+
+
+def _measured(backend: Backend) -> float:
+    return sum(each.value for each in backend.series() if each.name == "http_server_request_duration_seconds_count")
 
 
 def test_traces_pass(backend: Backend) -> None:
