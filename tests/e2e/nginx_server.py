@@ -153,7 +153,7 @@ http {{
         )
 
     def start(self, addresses: Iterable[Address]) -> None:
-        """Starts the master and waits until every address accepts connections."""
+        """Starts the master and waits until every address accepts connections, and workers are there to answer."""
         with (self.prefix / "output.log").open("wb") as output:
             self._process = subprocess.Popen(
                 [*self._command, "-p", self.prefix, "-c", "nginx.conf"],
@@ -163,6 +163,7 @@ http {{
             )
         for address in addresses:
             wait_until(lambda address=address: self._accepts(address), f"nginx to listen on {address}")  # type: ignore[misc]
+        wait_until(lambda: bool(self.worker_pids()), "nginx's workers")
 
     def _accepts(self, address: Address) -> bool:
         if self._process.poll() is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.agent_process import AgentProcess
+from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import request_bytes, trusting_tls
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.nginx_server import wait_until
@@ -93,10 +93,13 @@ def test_http2_brings_it_back(stage: Stage) -> None:
     connection.close()
     exchanges = stage.match(stage.lines(count + 3)[:count], agent.poll)
     assert [each.trace.outline() for each in exchanges] == [READ_WRITE] * count
-    wait_until(lambda: len(agent.poll()) >= count + 3, "the traces of HTTP/2")
-    by_path = [trace for trace in agent.traces if trace.server.attributes["network.protocol.version"] == "2"]
-    assert sorted(trace.outline() for trace in by_path[-3:]) == [[], [], NEW]
-    lost = [trace.server.attributes.get("nginx.upstream.attempts_lost") for trace in by_path[-3:]]
+
+    def of_http2() -> list[Trace]:
+        return [trace for trace in agent.poll() if trace.server.attributes["network.protocol.version"] == "2"]
+
+    wait_until(lambda: len(of_http2()) >= 3, "the traces of HTTP/2")
+    assert sorted(trace.outline() for trace in of_http2()) == [[], [], NEW]
+    lost = [trace.server.attributes.get("nginx.upstream.attempts_lost") for trace in of_http2()]
     assert sorted(lost, key=str) == [1, None, None]
 
 
