@@ -5,7 +5,7 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
 {
     u64 now;
     u32 tgid;
-    struct process *process = entered(&tgid, &now);
+    struct process *process = entered(ctx, &tgid, &now);
     if (!process)
         return 0;
 
@@ -41,7 +41,7 @@ int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
 {
     u64 now;
     u32 tgid;
-    struct process *process = entered(&tgid, &now);
+    struct process *process = entered(ctx, &tgid, &now);
     if (!process)
         return 0;
 
@@ -71,7 +71,7 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
 {
     u64 now;
     u32 tgid;
-    struct process *process = entered(&tgid, &now);
+    struct process *process = entered(ctx, &tgid, &now);
     if (!process)
         return 0;
 
@@ -108,7 +108,7 @@ int enter_ngx_http_send_header(struct pt_regs *ctx)
 {
     u64 now;
     u32 tgid;
-    struct process *process = entered(&tgid, &now);
+    struct process *process = entered(ctx, &tgid, &now);
     if (!process)
         return 0;
 
@@ -386,7 +386,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 {
     u64 now;
     u32 tgid;
-    struct process *process = entered(&tgid, &now);
+    struct process *process = entered(ctx, &tgid, &now);
     if (!process)
         return 0;
 

@@ -18,7 +18,7 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
 {
     u64 now;
     u32 tgid;
-    struct process *process = entered(&tgid, &now);
+    struct process *process = entered(ctx, &tgid, &now);
     if (!process)
         return 0;
 
