@@ -153,7 +153,7 @@ http {{
         )
 
     def start(self, addresses: Iterable[Address]) -> None:
-        """Starts the master and waits until every address accepts connections, and workers are there to answer."""
+        """Starts the master and waits until every address accepts connections and a worker is there to answer."""
         with (self.prefix / "output.log").open("wb") as output:
             self._process = subprocess.Popen(
                 [*self._command, "-p", self.prefix, "-c", "nginx.conf"],
@@ -162,14 +162,13 @@ http {{
                 stderr=subprocess.STDOUT,
             )
         for address in addresses:
-            wait_until(lambda address=address: self._accepts(address), f"nginx to listen on {address}")  # type: ignore[misc]
-        wait_until(lambda: bool(self.worker_pids()), "nginx's workers")
+            wait_until(lambda address=address: self._serves(address), f"nginx to serve {address}")  # type: ignore[misc]
 
-    def _accepts(self, address: Address) -> bool:
+    def _serves(self, address: Address) -> bool:
         if self._process.poll() is not None:
             raise RuntimeError(f"nginx did not start: {(self.prefix / 'output.log').read_text()}")
         with socket.socket(family_of(address)) as client:
-            return client.connect_ex(address) == 0
+            return client.connect_ex(address) == 0 and bool(self.worker_pids())
 
     @property
     def pid(self) -> int:
