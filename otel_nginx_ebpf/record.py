@@ -316,7 +316,7 @@ def decode(raw: bytes) -> Request:
             upstream_states,
             tls,
             multiplexed,
-            attempts,
+            attempts_count,
             attempts_lost,
             method_bit,
             requests_seen,
@@ -329,19 +329,19 @@ def decode(raw: bytes) -> Request:
         ) = _unpack_request(raw)
     except struct.error as error:
         raise RecordError(f"a record of {len(raw)} bytes is cut short") from error
-    attempts_end = _REQUEST_BYTES + attempts * _ATTEMPT_BYTES
+    attempts_end = _REQUEST_BYTES + attempts_count * _ATTEMPT_BYTES
     if attempts_end > len(raw):
-        raise RecordError(f"{attempts} attempts do not fit in a record of {len(raw)} bytes")
+        raise RecordError(f"{attempts_count} attempts do not fit in a record of {len(raw)} bytes")
     strings, cut, offset = _strings(raw, attempts_end, _VARYING)
     section = raw[offset:]
     common, common_cut, _ = (_kept_strings if len(section) <= _KEPT_SECTION_BYTES_MAX else _strings)(section)
     strings |= common
     cut |= common_cut
     string = strings.get
-    made = tuple([_attempt(raw, index, string) for index in range(attempts)]) if attempts else ()
-    if coarse_start and made:  # by nginx's clock, which may be a millisecond late: a request began before its attempts
+    attempts = tuple([_attempt(raw, index, string) for index in range(attempts_count)]) if attempts_count else ()
+    if coarse_start and attempts:  # nginx's clock may be a millisecond late: a request began before its attempts
         created_ns = min(
-            created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in made)
+            created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in attempts)
         )
     return Request(
         accepted_ns or None,
@@ -363,7 +363,7 @@ def decode(raw: bytes) -> Request:
         upstream_states,
         tls != 0,
         multiplexed != 0,
-        made,
+        attempts,
         attempts_lost,
         method_bit,
         requests_seen or None,
