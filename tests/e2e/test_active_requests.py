@@ -8,7 +8,7 @@ from e2e.agent_process import AgentProcess
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import wait_until
 from e2e.stage import Stage
-from e2e.timing import Slack
+from e2e.timing import ONE_TURN
 
 MOST = 64
 """The least that --max-active-requests takes."""
@@ -33,5 +33,4 @@ def test_more_requests_at_once_than_there_is_room_for(stage: Stage, tmp_path: Pa
     ends = [float(line["msec"]) for line in stage.log.lines]
     begins = [end - float(line["request_time"]) for end, line in zip(ends, stage.log.lines, strict=True)]
     assert max(begins) < min(ends), "all were in flight at once"
-    # One turn of the event loop takes up a hundred requests.
-    stage.exchanges(AT_ONCE, Slack(late_max_ms=100, median_max_ms=15))
+    stage.exchanges(AT_ONCE, ONE_TURN)

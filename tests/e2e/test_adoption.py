@@ -17,7 +17,7 @@ from e2e.http1_client import Http1Connection, Response
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.nginx_server import NginxServer, free_ports, nginx_version
 from e2e.stage import Exchange, Stage
-from e2e.timing import LONG_TURN_MS, Slack
+from e2e.timing import LONG_TURN_MS, ONE_TURN, Slack
 from e2e.trace_contexts import CASES, PARENT_ID, TRACE_ID, VALID, Context, Headers, check_cases, check_context, head
 
 AGENT_ENVIRONMENT = {"OTEL_NGINX_EBPF_ADOPT_UPSTREAM_CONTEXT": "true", "OTEL_TRACES_SAMPLER": "always_on"}
@@ -235,7 +235,7 @@ def test_concurrent_streams(stage: Stage) -> None:
     ]
     assert {each.status for each in connection.exchange(requests)} == {200}
     connection.close()
-    traces = [each.trace for each in stage.exchanges(40, Slack(late_max_ms=100, median_max_ms=15))]
+    traces = [each.trace for each in stage.exchanges(40, ONE_TURN)]
     assert len({exchange_of(trace).span_id for trace in traces}) == 40
     continued = [trace for trace in traces if trace.trace_id == TRACE_ID]
     assert [trace.server.parent_span_id for trace in continued] == [PARENT_ID] * 20

@@ -111,13 +111,8 @@ def test_two_agents_under_load(stage: Stage, tmp_path: Path) -> None:
     stage.exchanges(3 * RATE)
 
 
-STALLS_S = (3.0, 60.0, 3.0)
-STALLED_RATE = RATE // 5
-"""What a minute of more would leave in the log takes a gigabyte to read."""
-
-
-def latencies(stage: Stage, seconds: float) -> list[float]:
-    """Of one request after another, seconds each."""
+def latencies(stage: Stage, seconds: float, rate: int) -> list[float]:
+    """Of one request after another with pauses, seconds each: as fast as it can go it would be the load itself."""
     taken = []
     with Http1Connection(stage.addresses["ipv4"]) as connection:
         end = time.monotonic() + seconds
@@ -125,25 +120,29 @@ def latencies(stage: Stage, seconds: float) -> list[float]:
             began = time.perf_counter()
             assert connection.request("/").status == 200
             taken.append(time.perf_counter() - began)
-            time.sleep(0.005)  # as fast as it can go it would be the load itself
+            time.sleep(1 / rate)
     return taken
 
 
+# What a minute at the full rate would leave in the log takes a gigabyte to read.
+@pytest.mark.parametrize(
+    ("stalls_s", "rate"), [((3.0, 3.0, 3.0), RATE), ((60.0,), RATE // 5)], ids=["again_and_again", "for_a_minute"]
+)
 @pytest.mark.nginx(server=SERVER)
-def test_stalled_agent(stage: Stage, tmp_path: Path) -> None:
+def test_stalled_agent(stage: Stage, tmp_path: Path, stalls_s: tuple[float, ...], rate: int) -> None:
     """While it does not run nginx answers as fast as before; afterwards it has what fitted, and counts the rest."""
     arguments = ["run", "--pid", str(stage.site.nginx.pid), "--exporter", "json", "--output"]
     output = tmp_path / "traces.jsonl"
     agent = AgentProcess(stage.site.nginx.pid, tmp_path, [*arguments, str(output), "--ring-buffer-mib", "1"])
     running: list[float] = []
     stalled: list[float] = []
-    total = int(sum(1 + seconds for seconds in STALLS_S)) * STALLED_RATE
-    with SteadyLoad([url(stage)], total, STALLED_RATE) as load:
-        for seconds in STALLS_S:
-            running += latencies(stage, 1)
+    total = int(sum(1 + seconds for seconds in stalls_s)) * rate // 20 * 20
+    with SteadyLoad([url(stage)], total, rate) as load:
+        for seconds in stalls_s:
+            running += latencies(stage, 1, rate)
             agent.signal_all(signal.SIGSTOP)
             try:
-                stalled += latencies(stage, seconds)
+                stalled += latencies(stage, seconds, rate)
             finally:
                 agent.signal_all(signal.SIGCONT)
         load.wait(60)
@@ -154,7 +153,7 @@ def test_stalled_agent(stage: Stage, tmp_path: Path) -> None:
     assert len(set(traced)) == len(traced)
     assert set(traced) <= set(logged)
     lost = len(logged) - len(traced)
-    assert lost > STALLED_RATE * max(STALLS_S) / 2
+    assert lost > rate * max(stalls_s) / 2
     assert (
         f"received {len(traced)}, exported {len(traced)}, lost {lost} (lost_ring_buffer_full {lost})" in agent.stderr()
     )

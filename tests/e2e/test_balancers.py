@@ -9,15 +9,12 @@ from e2e.dns_server import SLOW_SECONDS, DnsServer
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import nginx_version
 from e2e.stage import Exchange, Stage
-from e2e.timing import Slack
+from e2e.timing import CROWDED
 
 WORKERS = 2
 
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
 READ_WRITE = ["downstream read", "downstream write"]
-
-CROWDED = Slack(late_max_ms=100)
-"""Many clients at once on the cores that nginx works on."""
 
 UNSCHEDULED_NS = 25_000_000
 """One worker may have read what another one's write() has not yet returned from."""

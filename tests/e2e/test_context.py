@@ -9,7 +9,7 @@ from e2e.agent_process import AgentProcess
 from e2e.http1_client import request_bytes
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.stage import Stage
-from e2e.timing import Slack
+from e2e.timing import CROWDED, ONE_TURN, Slack
 from e2e.trace_contexts import CASES, PARENT_ID, TRACE_ID, VALID, Context, Headers, check_cases, check_context, head
 
 # Every request is traced, those too whose client did not want it.
@@ -39,7 +39,7 @@ def test_pipelined(stage: Stage) -> None:
         connection.send(b"".join(head(f"/hello.txt?{number}", case[0]) for number, case in enumerate(CASES.values())))
         for _ in CASES:
             assert connection.read_response().status == 200
-    check_cases(stage.exchanges(len(CASES), Slack(late_max_ms=100)))
+    check_cases(stage.exchanges(len(CASES), CROWDED))
 
 
 @pytest.mark.nginx(listen=HTTP2, server=PROXIED)
@@ -49,7 +49,7 @@ def test_http2(stage: Stage) -> None:
     requests = [Http2Request(f"/?{number}", headers=tuple(case[0])) for number, case in enumerate(CASES.values())]
     assert {each.status for each in connection.exchange(requests)} == {200}
     connection.close()
-    check_cases(stage.exchanges(len(CASES), Slack(late_max_ms=100, median_max_ms=15)))
+    check_cases(stage.exchanges(len(CASES), ONE_TURN))
 
 
 HEADERS_MAX = 70

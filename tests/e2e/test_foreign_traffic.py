@@ -16,7 +16,7 @@ from e2e.http1_client import Address, Http1Connection, trusting_tls
 from e2e.nginx_server import BUILD, nginx_build
 from e2e.pop3_server import Pop3Server
 from e2e.stage import Stage
-from e2e.timing import Slack
+from e2e.timing import CROWDED
 
 PROXIED = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
 READ_WRITE = ["downstream read", "downstream write"]
@@ -128,8 +128,6 @@ FOREIGN = [
     ask_through_stream, ask_through_encrypted_stream, ask_for_a_name, ask_nobody, read_mail, read_encrypted_mail,
 ]  # fmt: skip
 ROUNDS = 15
-CROWDED = Slack(late_max_ms=100)
-"""TLS handshakes of eight clients at once, on the cores that nginx works on; the medians stay as they are."""
 
 
 @pytest.mark.nginx(

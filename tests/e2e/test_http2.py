@@ -6,7 +6,7 @@ import pytest
 
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.stage import FILES, Stage
-from e2e.timing import LONG_TURN_MS, Slack
+from e2e.timing import LONG_TURN_MS, ONE_TURN, Slack
 
 READ_WRITE = ["downstream read", "downstream write"]
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
@@ -60,7 +60,7 @@ def test_a_hundred_concurrent_streams(stage: Stage, tls: bool) -> None:
         assert [each.status for each in responses] == [200, 200, 200, 404, 200] * 20
     connection.close()
     # One turn of the event loop takes up a hundred requests and connects for forty: it is long every time.
-    exchanges = stage.exchanges(300, Slack(late_max_ms=100, median_max_ms=15))
+    exchanges = stage.exchanges(300, ONE_TURN)
     for each in exchanges:
         path = each.trace.server.attributes["url.path"]
         outline = [name for name in each.trace.outline() if name != "downstream read"]

@@ -5,7 +5,7 @@ import pytest
 from e2e.agent_process import Trace
 from e2e.nginx_server import nginx_build
 from e2e.stage import FILES, Stage
-from e2e.timing import Slack
+from e2e.timing import ONE_TURN, Slack
 from e2e.trace_contexts import CASES, check_cases
 
 if "--with-http_v3_module" not in nginx_build():
@@ -57,7 +57,7 @@ def test_proxied(stage: Stage) -> None:
     requests = [Http3Request(f"/{index}?delay_ms={index * 4}&bytes={index * 1000}") for index in range(24)]
     responses = fetch(stage.addresses["ipv4"], requests)
     assert [len(each.body) for each in responses] == [index * 1000 for index in range(24)]
-    for each in stage.exchanges(24, Slack(late_max_ms=100, median_max_ms=15)):
+    for each in stage.exchanges(24, ONE_TURN):
         check_server(each.trace)
         assert upstream_spans(each.trace) == UPSTREAM
         delay_ms = int(each.log["request_uri"].partition("delay_ms=")[2].partition("&")[0])
@@ -123,4 +123,4 @@ def test_incoming_context(stage: Stage) -> None:
     lower = [[(name.lower(), value) for name, value in headers] for headers, _ in CASES.values()]
     requests = [Http3Request(f"/?{number}", headers=tuple(headers)) for number, headers in enumerate(lower)]
     assert {each.status for each in fetch(stage.addresses["ipv4"], requests)} == {200}
-    check_cases(stage.exchanges(len(CASES), Slack(late_max_ms=100, median_max_ms=15)))
+    check_cases(stage.exchanges(len(CASES), ONE_TURN))

@@ -52,6 +52,10 @@ class Slack:
 
 
 NO_SLACK = Slack()
+CROWDED = Slack(late_max_ms=100)
+"""Many clients at once, on the cores that nginx works on: some turns are long, the medians stay as they are."""
+ONE_TURN = Slack(late_max_ms=100, median_max_ms=15)
+"""Many requests that one turn of the event loop takes up: nginx's clock stands still meanwhile."""
 
 
 @dataclass
