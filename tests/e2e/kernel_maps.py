@@ -53,6 +53,11 @@ class KernelMaps:
         return {struct.unpack("=I", key)[0] for key in self._keys("processes")}
 
 
+def programs(agent: AgentProcess) -> set[int]:
+    """The ids of those that it has attached."""
+    return _numbers(agent, "prog_id:")
+
+
 def links(agent: AgentProcess) -> set[int]:
     """What holds each of its probes, and tracepoints, in place."""
     return _numbers(agent, "link_id:")

@@ -28,8 +28,8 @@ REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / ".cache" / "matrix"
 TABLE = REPOSITORY / ".cache" / "matrix.md"
 
-# Every test with a configuration of its own, but those of faults and of load, which tell nothing more about a build.
-BESIDE = ("agent_faults", "collector_outage", "idle_clients", "mixed", "watchdog", "worker_faults")
+# Every test with a configuration of its own, but those of faults, load and the kernel: they tell nothing of a build.
+BESIDE = ("agent_faults", "collector_outage", "idle_clients", "mixed", "program_stacks", "watchdog", "worker_faults")
 SCENARIOS = ["-m", "nginx", *(f"--ignore=tests/e2e/test_{module}.py" for module in BESIDE)]
 REASON_CHARACTERS = 200
 

@@ -1,0 +1,111 @@
+"""Where the kernel keeps the stacks of the probes' programs: with the worker, never with its processor.
+
+From Linux 6.13 on a program with a large stack may get a private one, of its processor (bpf_enable_priv_stack() in
+kernel/bpf/verifier.c). Nothing keeps a uprobe's program from being preempted by another worker's, which has the same
+(bpf_prog_run_array_uprobe() in include/linux/bpf.h, unlike trace_call_bpf()); so none of ours may have one.
+"""
+
+import ctypes
+import os
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import capstone
+import pytest
+
+from e2e.agent_process import AgentProcess
+from e2e.kernel_maps import programs
+from e2e.stage import Stage
+from otel_nginx_ebpf.kernel.system_call import bpf
+
+# linux/bpf.h
+PROG_LOAD, PROG_GET_FD_BY_ID, OBJ_GET_INFO_BY_FD = 5, 13, 15
+TYPE_KPROBE = 2
+"""Of uprobes too."""
+INFO = struct.Struct("=II8sIIQ")
+"""struct bpf_prog_info up to jited_prog_insns."""
+MACHINE_CODE_BYTES_MAX = 1 << 20
+RELEASE = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+
+
+class Words(ctypes.Structure):
+    """union bpf_attr, as the commands here have it."""
+
+    _fields_ = (("first", ctypes.c_uint32), ("second", ctypes.c_uint32), ("third", ctypes.c_uint64))
+
+
+class Load(ctypes.Structure):
+    """union bpf_attr, the part for BPF_PROG_LOAD."""
+
+    _fields_ = (
+        ("kind", ctypes.c_uint32),
+        ("instructions_count", ctypes.c_uint32),
+        ("instructions", ctypes.c_void_p),
+        ("license", ctypes.c_char_p),
+    )
+
+
+@contextmanager
+def closing(descriptor: int) -> Iterator[int]:
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def has_private_stack(program: int) -> tuple[int, bool]:
+    """The type of the program of this descriptor, and whether its machine code uses what its processor has for it."""
+    code = ctypes.create_string_buffer(MACHINE_CODE_BYTES_MAX)
+    asked = INFO.pack(0, 0, b"", MACHINE_CODE_BYTES_MAX, 0, ctypes.addressof(code))
+    info = ctypes.create_string_buffer(asked, INFO.size)
+    bpf(OBJ_GET_INFO_BY_FD, Words(program, INFO.size, ctypes.addressof(info)))
+    kind, _, _, code_bytes, *_ = INFO.unpack(info.raw)
+    assert 0 < code_bytes <= MACHINE_CODE_BYTES_MAX
+    disassembler = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+    operands = [operand for *_, operand in disassembler.disasm_lite(code.raw[:code_bytes], 0)]
+    return kind, any("r9" in each for each in operands)  # X86_REG_R9 in arch/x86/net/bpf_jit_comp.c is nothing else
+
+
+def load_with_large_stack() -> int:
+    """A program that reads 128 bytes at address 0 into its stack, and makes no tail call. Its descriptor."""
+    instructions = b"".join(
+        struct.pack("=BBhi", code, registers, 0, number)
+        for code, registers, number in (
+            (0xBF, 0xA1, 0),  # r1 = r10
+            (0x07, 0x01, -128),  # r1 += -128
+            (0xB7, 0x02, 128),  # r2 = 128
+            (0xB7, 0x03, 0),  # r3 = 0
+            (0x85, 0x00, 112),  # bpf_probe_read_user(r1, r2, r3)
+            (0xB7, 0x00, 0),  # r0 = 0
+            (0x95, 0x00, 0),  # exit
+        )
+    )
+    text = ctypes.create_string_buffer(instructions, len(instructions))
+    return bpf(PROG_LOAD, Load(TYPE_KPROBE, len(instructions) // 8, ctypes.addressof(text), b"GPL"))
+
+
+@pytest.mark.skipif(RELEASE < (6, 13), reason="no program has a private stack before Linux 6.13")
+def test_the_test_sees_a_private_stack() -> None:
+    """What the kernel here does to a program that does not guard against it."""
+    with closing(load_with_large_stack()) as program:
+        assert has_private_stack(program) == (TYPE_KPROBE, True)
+
+
+@pytest.mark.parametrize(
+    "options", [(), ("--adopt-upstream-context", "--keep-errors", "--metrics-listen", "127.0.0.1:0")]
+)
+@pytest.mark.nginx(server="location / { return 200 ok; }")
+def test_uprobes_have_none(stage: Stage, tmp_path: Path, options: tuple[str, ...]) -> None:
+    pid = stage.site.nginx.pid
+    command = ["run", "--pid", str(pid), "--exporter", "line", "--output", "/dev/null", *options]
+    agent = AgentProcess(pid, tmp_path, command)
+    found = []
+    for number in programs(agent):
+        with closing(bpf(PROG_GET_FD_BY_ID, Words(number))) as program:
+            found.append(has_private_stack(program))
+    agent.stop()
+    assert (TYPE_KPROBE, False) in found
+    assert (TYPE_KPROBE, True) not in found
