@@ -38,7 +38,7 @@ def programs_of(pid: int) -> list[Program]:
 def parse_program(shown: dict[str, Any]) -> Program:
     """Of what `bpftool prog show` tells. Without BTF the kernel knows a name's first 15 characters."""
     return Program(
-        name=shown["name"].removeprefix("raw_tracepoint__").removeprefix("enter_ngx_http_"),
+        name=shown["name"].removeprefix("enter_ngx_http_"),
         instructions=shown["bytes_xlated"] // 8,
         machine_code_bytes=shown.get("bytes_jited", 0),
         runs=shown.get("run_cnt", 0),

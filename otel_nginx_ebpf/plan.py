@@ -13,6 +13,7 @@ from otel_nginx_ebpf import messages, planning, sampling, sites
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
 from otel_nginx_ebpf.kernel.program import program_text
+from otel_nginx_ebpf.kernel.tracepoints import programs_are_left_out
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
@@ -93,10 +94,24 @@ class Plan:
             )
             for boundary, site in self.chosen
         )
-        tracepoints = sites.TRACEPOINTS if settings.detail == "phases" else sites.REQUEST_DETAIL_TRACEPOINTS
         return LoadRequest(
-            text, str(self.binary.path), probes, tracepoints, self.pids, request_metrics=settings.measures_requests
+            text,
+            str(self.binary.path),
+            probes,
+            _tracepoints(settings),
+            self.pids,
+            request_metrics=settings.measures_requests,
         )
+
+
+def _tracepoints(settings: Settings) -> dict[str, str]:
+    """Workers that are gone, and socket times."""
+    chosen = {"sched_process_exit": "sched_process_exit"}
+    if settings.detail == "phases":
+        chosen["sys_exit"] = "sys_exit"
+        if programs_are_left_out():
+            chosen["sys_exit_missed"] = "sys_exit"
+    return chosen
 
 
 def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:

@@ -84,11 +84,6 @@ BOUNDARIES: tuple[Boundary, ...] = (
     ),
 )
 
-TRACEPOINTS: tuple[str, ...] = ("sys_exit", "sched_process_exit")
-"""Raw tracepoints that `probes/` handles: socket times, and workers that are gone."""
-
-REQUEST_DETAIL_TRACEPOINTS: tuple[str, ...] = ("sched_process_exit",)
-
 OBJECTS = ("ngx_http_core_module", "ngx_cached_time", "ngx_current_msec")
 """Exported objects that are read: the first one's ctx_index leads to location and server names, the others are nginx's
 clock."""

@@ -7,7 +7,7 @@ int enter_ngx_setproctitle(struct pt_regs *ctx)
     return 0;
 }
 
-RAW_TRACEPOINT_PROBE(sched_process_exit)
+int sched_process_exit(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 pid_tgid = current_pid_tgid();
     u32 tgid = pid_tgid >> 32;

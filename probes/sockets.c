@@ -156,21 +156,16 @@ static __always_inline void was_peeked_at(struct socket_key *key, u64 now)
     beginnings_needed(now);
 }
 
-RAW_TRACEPOINT_PROBE(sys_exit)
+static __always_inline int system_call_ended(
+    struct bpf_raw_tracepoint_args *ctx, struct process *process, u32 tgid, bool worker)
 {
-    u64 pid_tgid = current_pid_tgid();
-    u32 tgid = pid_tgid >> 32;
-    struct process *process = processes.lookup(&tgid);
-    if (!process)
-        return 0;
-
     struct pt_regs *regs = (struct pt_regs *)ctx->args[0];
     s64 result = ctx->args[1];
     u64 now = bpf_ktime_get_ns();
     u64 began_ns = process->last_event_ns ? process->last_event_ns : now;
     struct syscall_entry entry = {};
 
-    if ((u32)pid_tgid == tgid) /* a thread pool's threads interleave with the worker */
+    if (worker) /* a thread pool's threads interleave with it */
         process->last_event_ns = now;
     bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs));
     struct socket_key key = {.tgid = tgid, .fd = entry.argument1};
@@ -232,4 +227,33 @@ RAW_TRACEPOINT_PROBE(sys_exit)
 #endif
     }
     return 0;
+}
+
+int sys_exit(struct bpf_raw_tracepoint_args *ctx)
+{
+    u64 pid_tgid = current_pid_tgid();
+    u32 tgid = pid_tgid >> 32;
+    struct process *process = processes.lookup(&tgid);
+    if (!process)
+        return 0;
+    bool worker = (u32)pid_tgid == tgid;
+    if (worker)
+        process->system_call_seen = 1;
+    return system_call_ended(ctx, process, tgid, worker);
+}
+
+/* The same after it, where the kernel may leave a program out (kernel/tracepoints.py): for the system calls that the other one
+ * has not seen. */
+int sys_exit_missed(struct bpf_raw_tracepoint_args *ctx)
+{
+    u64 pid_tgid = current_pid_tgid();
+    u32 tgid = pid_tgid >> 32;
+    struct process *process = processes.lookup(&tgid);
+    if (!process || (u32)pid_tgid != tgid)
+        return 0;
+    if (process->system_call_seen) {
+        process->system_call_seen = 0;
+        return 0;
+    }
+    return system_call_ended(ctx, process, tgid, true);
 }

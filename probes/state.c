@@ -81,6 +81,7 @@ struct process {
     u64 failed_connect_start_ns; /* a connect() that failed at once; nginx closes that socket before the attempt ends */
     u64 failed_connect_ns;
     u32 failed_connect_errno;
+    u32 system_call_seen;     /* its latest one's end, by sys_exit */
     u32 core_module_index_known;
     u64 core_module_index;
     u64 plain_requests;

@@ -51,7 +51,8 @@ class LoadRequest:
     text: str
     executable: str
     probes: tuple[ProbeRequest, ...]
-    tracepoints: tuple[str, ...]
+    tracepoints: dict[str, str]
+    """The raw tracepoint of each handler, in the order in which they are to run."""
     pids: tuple[int, ...]
     """Processes to trace from their first system call on."""
     request_metrics: bool = False
@@ -124,6 +125,14 @@ def _attach_uprobe(lib: Any, program: int, name: str, executable: str, file_offs
     return descriptor
 
 
+def _attach_raw_tracepoint(lib: Any, program: int, name: str) -> int:
+    """The descriptor of what holds it there."""
+    descriptor = int(lib.bpf_attach_raw_tracepoint(program, name.encode()))
+    if descriptor < 0:
+        raise _LoadError(f"cannot attach to the kernel's tracepoint {name}")
+    return descriptor
+
+
 def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     bcc = _import_bcc()
     from bcc.libbcc import lib
@@ -141,9 +150,12 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
 
     names = HANDED_OVER_MAPS + (DURATION_MAPS + HELD_MAPS if request["request_metrics"] else ())
     maps = [program[name.encode()].map_fd for name in names]
-    # BCC has attached these, by their handlers' names. Before Linux 6.10 a second time would be refused (EEXIST).
-    probes = [program.raw_tracepoint_fds[name.encode()] for name in request["tracepoints"]]
-    handlers = {name: program.funcs[f"raw_tracepoint__{name}".encode()].fd for name in request["tracepoints"]}
+    probes: list[int] = []
+    handlers: dict[str, int] = {}
+    for name, tracepoint in request["tracepoints"].items():
+        handlers[name] = program.load_func(name.encode(), bcc.BPF.RAW_TRACEPOINT).fd
+        # Not BPF.attach_raw_tracepoint, which takes one handler for each.
+        probes.append(_attach_raw_tracepoint(lib, handlers[name], tracepoint))
     if request["request_metrics"]:
         measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         program["measuring"][ctypes.c_int(0)] = ctypes.c_int(measure.fd)
