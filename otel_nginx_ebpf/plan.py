@@ -13,7 +13,7 @@ from otel_nginx_ebpf import messages, planning, sampling, sites
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
 from otel_nginx_ebpf.kernel.program import program_text
-from otel_nginx_ebpf.kernel.tracepoints import programs_are_left_out
+from otel_nginx_ebpf.kernel.tracepoints import handlers
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
@@ -98,20 +98,10 @@ class Plan:
             text,
             str(self.binary.path),
             probes,
-            _tracepoints(settings),
+            handlers(system_calls=settings.detail == "phases"),
             self.pids,
             request_metrics=settings.measures_requests,
         )
-
-
-def _tracepoints(settings: Settings) -> dict[str, str]:
-    """Workers that are gone, and socket times."""
-    chosen = {"sched_process_exit": "sched_process_exit"}
-    if settings.detail == "phases":
-        chosen["sys_exit"] = "sys_exit"
-        if programs_are_left_out():
-            chosen["sys_exit_missed"] = "sys_exit"
-    return chosen
 
 
 def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:

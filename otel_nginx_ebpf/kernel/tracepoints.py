@@ -1,16 +1,31 @@
-"""Raw tracepoints, whose programs newer kernels may leave out."""
+"""Raw tracepoints, and which handlers of `probes/` they need."""
 
 import os
 import re
 
-_SINCE = (7, 0)
+_LEAVES_OUT_SINCE = (7, 0)
 
 
-def programs_are_left_out(release: str | None = None) -> bool:
-    """Whether a tracepoint's program may be preempted: by default in the running kernel.
+def _leaves_out(release: str) -> bool:
+    """Whether a tracepoint's program may be preempted.
 
     Meanwhile it is left out for all others that come to the tracepoint on that processor, and counted in its
-    `recursion_misses` (bpf_prog_get_recursion_context() in include/linux/filter.h, from Linux 7.0 on).
+    `recursion_misses` (__bpf_trace_run() in kernel/trace/bpf_trace.c).
     """
-    numbers = re.match(r"(\d+)\.(\d+)", release or os.uname().release)
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= _SINCE
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= _LEAVES_OUT_SINCE
+
+
+def handlers(*, system_calls: bool, release: str | None = None) -> dict[str, str]:
+    """The tracepoint of each handler, in the order in which they are to run.
+
+    Args:
+        system_calls: The end of each is to be seen, not only that of processes.
+        release: The kernel's; by default the running one's.
+    """
+    chosen = {"sched_process_exit": "sched_process_exit"}
+    if system_calls:
+        chosen["sys_exit"] = "sys_exit"
+        if _leaves_out(release or os.uname().release):
+            chosen["sys_exit_missed"] = "sys_exit"
+    return chosen

@@ -29,7 +29,10 @@ RESULTS = REPOSITORY / ".cache" / "matrix"
 TABLE = REPOSITORY / ".cache" / "matrix.md"
 
 # Every test with a configuration of its own, but those of faults, load and the kernel: they tell nothing of a build.
-BESIDE = ("agent_faults", "collector_outage", "idle_clients", "mixed", "program_stacks", "watchdog", "worker_faults")
+BESIDE = (
+    "agent_faults", "collector_outage", "idle_clients", "left_out_programs", "mixed", "program_stacks", "watchdog",
+    "worker_faults",
+)  # fmt: skip
 SCENARIOS = ["-m", "nginx", *(f"--ignore=tests/e2e/test_{module}.py" for module in BESIDE)]
 REASON_CHARACTERS = 200
 
