@@ -202,8 +202,10 @@ int measure_request(struct pt_regs *ctx)
 {
     u32 tgid = current_tgid();
     struct process *process = processes.lookup(&tgid);
-    if (!process)
+    if (!process) {
+        want_no_private_stack(ctx);
         return 0;
+    }
     struct request_record *record = (struct request_record *)process->record;
     u64 status = final_status(record);
     u32 method = measured_method(process, record->method);

@@ -240,7 +240,13 @@ static __always_inline struct process *probed_process(u32 tgid)
 /* Empty. Linux 6.13 and later give a program a stack that is its processor's alone, unless it can make a tail call. A uprobe's
  * program can be preempted (PREEMPT_LAZY, PREEMPT), and another worker's run on that processor then overwrites the stack of the
  * first: seen on 7.2 as a crash of the kernel. */
-BPF_PROG_ARRAY(no_private_stack, 1);
+BPF_PROG_ARRAY(no_programs, 1);
+
+/* For every program of a uprobe, somewhere. */
+static __always_inline void want_no_private_stack(struct pt_regs *ctx)
+{
+    no_programs.call(ctx, 0);
+}
 
 /* What every uprobe begins with. NULL: the process is not to be traced. */
 static __always_inline struct process *entered(struct pt_regs *ctx, u32 *tgid, u64 *now)
@@ -248,7 +254,7 @@ static __always_inline struct process *entered(struct pt_regs *ctx, u32 *tgid, u
     *now = bpf_ktime_get_ns();
     *tgid = current_tgid();
     if (!*tgid) { /* in another pid namespace */
-        no_private_stack.call(ctx, 0);
+        want_no_private_stack(ctx);
         return NULL;
     }
     struct process *process = probed_process(*tgid);

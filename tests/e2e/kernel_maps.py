@@ -53,8 +53,13 @@ class KernelMaps:
         return {struct.unpack("=I", key)[0] for key in self._keys("processes")}
 
 
-def programs(agent: AgentProcess) -> set[int]:
-    """The ids of those that it has attached."""
+def loaded_programs() -> set[int]:
+    """The ids of the whole machine's, attached or called by others."""
+    return {each["id"] for each in _bpftool("prog", "show")}
+
+
+def attached_programs(agent: AgentProcess) -> set[int]:
+    """The ids of its."""
     return _numbers(agent, "prog_id:")
 
 

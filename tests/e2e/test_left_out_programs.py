@@ -10,7 +10,7 @@ import pytest
 
 from e2e.agent_process import AgentProcess
 from e2e.http2_client import Http2Connection, Http2Request
-from e2e.kernel_maps import programs
+from e2e.kernel_maps import attached_programs
 from e2e.stage import Stage
 from e2e.timing import ONE_TURN
 
@@ -25,7 +25,9 @@ HANDLERS = {
 def agent(request: pytest.FixtureRequest, stage: Stage, tmp_path: Path) -> AgentProcess:
     environment = {"PYTHONPATH": str(Path(__file__).with_name("left_out")), "TEST_HANDLERS": HANDLERS[request.param]}
     agent = AgentProcess(stage.site.nginx.pid, tmp_path, environment=environment)
-    assert len(programs(agent)) - len(programs(stage.site.agent)) == (0 if request.param == "all" else 1)
+    assert len(attached_programs(agent)) - len(attached_programs(stage.site.agent)) == (
+        0 if request.param == "all" else 1
+    )
     return agent
 
 

@@ -17,7 +17,8 @@ import capstone
 import pytest
 
 from e2e.agent_process import AgentProcess
-from e2e.kernel_maps import programs
+from e2e.kernel_maps import loaded_programs
+from e2e.nginx_server import NGINX
 from e2e.stage import Stage
 from otel_nginx_ebpf.kernel.system_call import bpf
 
@@ -95,15 +96,17 @@ def test_the_test_sees_a_private_stack() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--adopt-upstream-context", "--keep-errors", "--metrics-listen", "127.0.0.1:0")]
+    "options",
+    ["--pid {pid}", "--binary {binary} --adopt-upstream-context --keep-errors --metrics-listen 127.0.0.1:0"],
 )
 @pytest.mark.nginx(server="location / { return 200 ok; }")
-def test_uprobes_have_none(stage: Stage, tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_uprobes_have_none(stage: Stage, tmp_path: Path, options: str) -> None:
     pid = stage.site.nginx.pid
-    command = ["run", "--pid", str(pid), "--exporter", "line", "--output", "/dev/null", *options]
-    agent = AgentProcess(pid, tmp_path, command)
+    before = loaded_programs()
+    chosen = options.format(pid=pid, binary=NGINX).split()
+    agent = AgentProcess(pid, tmp_path, ["run", "--exporter", "line", "--output", "/dev/null", *chosen])
     found = []
-    for number in programs(agent):
+    for number in loaded_programs() - before:
         with closing(bpf(PROG_GET_FD_BY_ID, Words(number))) as program:
             found.append(has_private_stack(program))
     agent.stop()
