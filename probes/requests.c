@@ -123,6 +123,18 @@ int enter_ngx_http_send_header(struct pt_regs *ctx)
     return 0;
 }
 
+#define STRING_AT_MAX (RECORD_BYTES_MAX - STRING_BYTES_MAX - sizeof(struct string_header))
+
+/* A place in the record, `at` bytes from its beginning and at most STRING_AT_MAX, which it is: said once more to the verifier,
+ * where it is used. Kernels before 6.4 forget what they know of a number that clang has kept on the stack in between. */
+static __always_inline struct string_header *string_at(struct process *process, u64 at)
+{
+    u8 *place = process->record;
+    asm volatile("if %[at] <= %[max] goto +1\n\t%[at] = %[max]\n\t%[place] += %[at]"
+                 : [place] "+r"(place), [at] "+r"(at) : [max] "i"(STRING_AT_MAX));
+    return (struct string_header *)place;
+}
+
 /* Appends a string to the record. Its end is kept in the map's memory and not in a register: so all paths through here look
  * the same to the verifier afterwards, and it need not follow each combination of them. */
 static __always_inline void append_string(struct process *process, u8 kind, u8 attempt, u64 data, u64 whole_bytes, u64 limit)
@@ -131,12 +143,12 @@ static __always_inline void append_string(struct process *process, u8 kind, u8 a
         return;
     u64 at = process->record_bytes;
     u64 bytes = whole_bytes > limit ? limit : whole_bytes;
-    asm volatile("" : "+r"(at), "+r"(bytes)); /* keeps the bounds checks below where the verifier sees them */
-    if (bytes > STRING_BYTES_MAX || at > RECORD_BYTES_MAX - STRING_BYTES_MAX - sizeof(struct string_header)) {
+    asm volatile("" : "+r"(bytes)); /* keeps the bounds check below where the verifier sees it */
+    if (bytes > STRING_BYTES_MAX || at > STRING_AT_MAX) {
         count_loss(PARTIAL_STRING_CUT);
         return;
     }
-    struct string_header *header = (struct string_header *)(process->record + at);
+    struct string_header *header = string_at(process, at);
     *(u64 *)((u8 *)(header + 1) + ((bytes - 1) & (STRING_BYTES_MAX - 8))) = 0; /* what pads the string to 8 bytes */
     if (bpf_probe_read_user(header + 1, bytes, (void *)data) != 0) {
         count_loss(PARTIAL_STRING_READ_FAILED);
