@@ -144,10 +144,6 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         except Exception as error:
             raise _LoadError(f"the kernel program does not compile or its maps cannot be made: {error}") from error
 
-    processes = program["processes"]
-    for pid in request["pids"]:
-        processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())
-
     names = HANDED_OVER_MAPS + (DURATION_MAPS + HELD_MAPS if request["request_metrics"] else ())
     maps = [program[name.encode()].map_fd for name in names]
     probes: list[int] = []
@@ -156,6 +152,9 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         handlers[name] = program.load_func(name.encode(), bcc.BPF.RAW_TRACEPOINT).fd
         # Not BPF.attach_raw_tracepoint, which takes one handler for each.
         probes.append(_attach_raw_tracepoint(lib, handlers[name], tracepoint))
+    processes = program["processes"]
+    for pid in request["pids"]:
+        processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())  # which they see from now on
     if request["request_metrics"]:
         measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         program["measuring"][ctypes.c_int(0)] = ctypes.c_int(measure.fd)
