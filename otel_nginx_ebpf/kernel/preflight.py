@@ -15,6 +15,7 @@ from typing import Literal
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import loader_command
 from otel_nginx_ebpf.kernel.maps import create_map
+from otel_nginx_ebpf.kernel.release import release_numbers
 from otel_nginx_ebpf.kernel.uprobes import PERF_EVENTS_ADVICE, links_work
 
 State = Literal["ok", "note", "fail"]
@@ -56,8 +57,8 @@ def _read(path: Path) -> str | None:
 def kernel(release: str | None = None) -> Check:
     """The kernel's release; by default the running one's."""
     release = release or os.uname().release
-    numbers = re.match(r"(\d+)\.(\d+)", release)
-    if numbers and (int(numbers[1]), int(numbers[2])) < _RING_BUFFER_CAME_WITH:
+    numbers = release_numbers(release)
+    if numbers and numbers < _RING_BUFFER_CAME_WITH:
         advice = f"Linux {release} is too old: the BPF ring buffer came with 5.8; use a newer kernel"
         return Check("kernel", "fail", f"Linux {release}", advice)
     return Check("kernel", "ok", f"Linux {release}")

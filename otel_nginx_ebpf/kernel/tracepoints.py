@@ -1,19 +1,18 @@
 """Raw tracepoints, and which handlers of `probes/` they need."""
 
-import os
-import re
+from otel_nginx_ebpf.kernel.release import release_numbers
 
 _LEAVES_OUT_SINCE = (7, 0)
 
 
-def _leaves_out(release: str) -> bool:
+def _leaves_out(release: str | None) -> bool:
     """Whether a tracepoint's program may be preempted.
 
     Meanwhile it is left out for all others that come to the tracepoint on that processor, and counted in its
     `recursion_misses` (__bpf_trace_run() in kernel/trace/bpf_trace.c).
     """
-    numbers = re.match(r"(\d+)\.(\d+)", release)
-    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= _LEAVES_OUT_SINCE
+    numbers = release_numbers(release)
+    return numbers is not None and numbers >= _LEAVES_OUT_SINCE
 
 
 def handlers(*, system_calls: bool, release: str | None = None) -> dict[str, str]:
@@ -26,6 +25,6 @@ def handlers(*, system_calls: bool, release: str | None = None) -> dict[str, str
     chosen = {"sched_process_exit": "sched_process_exit"}
     if system_calls:
         chosen["sys_exit"] = "sys_exit"
-        if _leaves_out(release or os.uname().release):
+        if _leaves_out(release):
             chosen["sys_exit_missed"] = "sys_exit"
     return chosen
