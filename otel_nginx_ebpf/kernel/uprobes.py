@@ -69,11 +69,18 @@ def attach(program: int, executable: str, file_offset: int) -> int:
     return bpf(_BPF_LINK_CREATE, attribute)
 
 
+def load(instructions: bytes) -> int:
+    """A program of `ATTACH_TYPE`, of these instructions: its descriptor. Raises `OSError` where none may be loaded."""
+    attribute = _LoadAttribute(
+        _PROG_TYPE_KPROBE, len(instructions) // 8, instructions, b"GPL", expected_attach_type=ATTACH_TYPE
+    )
+    return bpf(_BPF_PROG_LOAD, attribute)
+
+
 @cache
 def links_work() -> bool:
     """Whether the kernel has links for uprobes; attaches none. Raises `OSError` where no program may be loaded."""
-    attribute = _LoadAttribute(_PROG_TYPE_KPROBE, 2, _PROGRAM, b"GPL", expected_attach_type=ATTACH_TYPE)
-    program = bpf(_BPF_PROG_LOAD, attribute)
+    program = load(_PROGRAM)
     try:
         # No file, which is EBADF to a kernel that comes so far.
         os.close(attach(program, "/", 0))

@@ -7,7 +7,6 @@ kernel/bpf/verifier.c). Nothing keeps a uprobe's program from being preempted by
 
 import ctypes
 import os
-import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,33 +19,24 @@ from e2e.agent_process import AgentProcess
 from e2e.kernel_maps import loaded_programs
 from e2e.nginx_server import NGINX
 from e2e.stage import Stage
+from otel_nginx_ebpf.kernel import uprobes
+from otel_nginx_ebpf.kernel.release import release_numbers
 from otel_nginx_ebpf.kernel.system_call import bpf
 
 # linux/bpf.h
-PROG_LOAD, PROG_GET_FD_BY_ID, OBJ_GET_INFO_BY_FD = 5, 13, 15
+PROG_GET_FD_BY_ID, OBJ_GET_INFO_BY_FD = 13, 15
 TYPE_KPROBE = 2
 """Of uprobes too."""
 INFO = struct.Struct("=II8sIIQ")
 """struct bpf_prog_info up to jited_prog_insns."""
 MACHINE_CODE_BYTES_MAX = 1 << 20
-RELEASE = tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
+RELEASE = release_numbers() or (0, 0)
 
 
 class Words(ctypes.Structure):
     """union bpf_attr, as the commands here have it."""
 
     _fields_ = (("first", ctypes.c_uint32), ("second", ctypes.c_uint32), ("third", ctypes.c_uint64))
-
-
-class Load(ctypes.Structure):
-    """union bpf_attr, the part for BPF_PROG_LOAD."""
-
-    _fields_ = (
-        ("kind", ctypes.c_uint32),
-        ("instructions_count", ctypes.c_uint32),
-        ("instructions", ctypes.c_void_p),
-        ("license", ctypes.c_char_p),
-    )
 
 
 @contextmanager
@@ -84,8 +74,7 @@ def load_with_large_stack() -> int:
             (0x95, 0x00, 0),  # exit
         )
     )
-    text = ctypes.create_string_buffer(instructions, len(instructions))
-    return bpf(PROG_LOAD, Load(TYPE_KPROBE, len(instructions) // 8, ctypes.addressof(text), b"GPL"))
+    return uprobes.load(instructions)
 
 
 @pytest.mark.skipif(RELEASE < (6, 13), reason="no program has a private stack before Linux 6.13")
