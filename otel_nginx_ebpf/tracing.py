@@ -152,6 +152,9 @@ class Tracing:
         silent = self._silent.get(instances[0].file_identity, frozenset())
         target, load_request = make_target(instances, self._settings, silent)
         attachment = Attachment(load_request)
+        for instance in instances:  # workers that began after they were listed; the kernel program finds later ones
+            with suppress(UserError):  # it has ended
+                attachment.add_processes(instance_of(instance.master_pid).pids)
         if attachment.refused:
             _log.warning(
                 "--propagate does nothing: the kernel does not take the program that writes to nginx's memory (%s; the "

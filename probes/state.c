@@ -177,6 +177,7 @@ struct attempt_key {
 
 BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
 BPF_ARRAY(new_processes, struct process, 1); /* all zero: too large for the stack */
+BPF_ARRAY(live, u32, 1); /* 1: every probe is attached. Before that no process is known, so that none is seen in part */
 BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
 BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("hash", struct attempt_key, struct attempt_state, attempts, ACTIVE_REQUESTS_MAX);
@@ -215,13 +216,18 @@ static __always_inline void add_process(u32 tgid)
     struct process *fresh = new_processes.lookup(&zero);
     if (!fresh)
         return;
-    if (processes.update(&tgid, fresh) != 0) {
-        count_loss(LOST_PROCESSES_FULL);
-        return;
-    }
+    processes.insert(&tgid, fresh);
     struct process *process = processes.lookup(&tgid);
-    if (process)
+    if (!process)
+        count_loss(LOST_PROCESSES_FULL);
+    else if (!process->known_since_ns)
         process->known_since_ns = bpf_ktime_get_ns();
+}
+
+static __always_inline bool is_live(void)
+{
+    u32 zero = 0, *all_attached = live.lookup(&zero);
+    return all_attached && *all_attached;
 }
 
 /* The process that hits a uprobe. NULL: it is not to be traced. */
@@ -229,7 +235,7 @@ static __always_inline struct process *probed_process(u32 tgid)
 {
     struct process *process = processes.lookup(&tgid);
 #if FOLLOW_ALL
-    if (!process && tgid) {
+    if (!process && tgid && is_live()) {
         add_process(tgid);
         process = processes.lookup(&tgid);
     }

@@ -54,7 +54,7 @@ class LoadRequest:
     tracepoints: dict[str, str]
     """The raw tracepoint of each handler, in the order in which they are to run."""
     pids: tuple[int, ...]
-    """Processes to trace from their first system call on."""
+    """Processes to trace from when all probes are attached."""
     request_metrics: bool = False
     """The program counts durations."""
 
@@ -152,9 +152,6 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         handlers[name] = program.load_func(name.encode(), bcc.BPF.RAW_TRACEPOINT).fd
         # Not BPF.attach_raw_tracepoint, which takes one handler for each.
         probes.append(_attach_raw_tracepoint(lib, handlers[name], tracepoint))
-    processes = program["processes"]
-    for pid in request["pids"]:
-        processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())  # which they see from now on
     if request["request_metrics"]:
         measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         program["measuring"][ctypes.c_int(0)] = ctypes.c_int(measure.fd)
@@ -173,6 +170,11 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         handlers[probe["handler"]] = handler.fd
         if probe["spared"] and uprobes.links_work():
             spared, spared_descriptors = probe, [probes.pop(), os.open(request["executable"], os.O_PATH)]
+    # All at once: what only a part of the probes had seen of a process would contradict the rest.
+    processes = program["processes"]
+    for pid in request["pids"]:
+        processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())
+    program["live"][ctypes.c_int(0)] = ctypes.c_uint(1)
     answer = {
         "maps": names,
         "probes": len(probes),
