@@ -72,6 +72,7 @@ _PEER = STRING_KINDS["STRING_PEER"]
 _UPSTREAM = STRING_KINDS["STRING_UPSTREAM"]
 _SUBREQUEST_URI = STRING_KINDS["STRING_SUBREQUEST_URI"]
 _TRACESTATE = STRING_KINDS["STRING_TRACESTATE"]
+_UNSEEN_PEER = STRING_KINDS["STRING_UNSEEN_PEER"]
 
 # `decode` below takes the structs apart in the order of their declaration; a test holds it to that.
 _unpack_request = REQUEST_RECORD.struct.unpack_from
@@ -89,6 +90,8 @@ _VARYING = frozenset({_URI, _USER_AGENT, _CLIENT_SOCKADDR, _TRACESTATE})
 _KEPT_SECTIONS = 1024
 _KEPT_SECTION_BYTES_MAX = 1024
 
+ENDINGS = {value: name.removeprefix("ENDED_").lower() for name, value in c_enum("ending").items() if value}
+OUTCOMES = {value: name.removeprefix("OUTCOME_").lower() for name, value in c_enum("outcome").items() if value}
 _KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("kept").items() if value}
 
 _WORKER_PID = struct.Struct("<I")
@@ -132,6 +135,10 @@ class Attempt:
     subrequest_uri: str | None
     span_id: int | None
     """Of the exchange, as the peer was told; several attempts may have been told the same. None: it was told none."""
+    outcome: str | None
+    """`incomplete`, `timeout`: the rest of the response did not come; `abandoned`: no fault of the peer."""
+    ends_with_read: bool
+    """The exchange ended with `last_read_mono_ns`, else with `ended_mono_ns`."""
 
 
 @dataclass(slots=True)
@@ -162,7 +169,11 @@ class Request:
     tls: bool
     multiplexed: bool
     attempts: tuple[Attempt, ...]
+    """In the order in which they began."""
     attempts_lost: int
+    """How many of the main request's are not among them for lack of room."""
+    unseen_peers: tuple[str, ...]
+    """Elements of $upstream_addr that are no attempts: not seen, or the upstream's name, as no peer was live."""
     method_bit: int
     """nginx's number of the method (ngx_http_request.h, NGX_HTTP_GET and so on)."""
     requests_seen: int | None
@@ -186,6 +197,10 @@ class Request:
     kept: str | None
     """Why a request that the sampler left out came all the same: `error`, `slow`."""
     trace_state: str | None
+    ending: str | None
+    """Why nginx gave the request or its response up: `timeout`, `client_closed_request`, … (`enum ending`)."""
+    ends_with_write: bool
+    """The request ended with `last_write_mono_ns`, else with `ended_mono_ns`."""
 
 
 def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int) -> int:
@@ -252,6 +267,9 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         connect_errno,
         subrequest,
         tls,
+        outcome,
+        ends_with_read,
+        _,
         span_id,
     ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
     return Attempt(
@@ -276,6 +294,8 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         string(_UPSTREAM + 256 * index),
         string(_SUBREQUEST_URI + 256 * index),
         span_id or None,
+        OUTCOMES.get(outcome),
+        ends_with_read != 0,
     )
 
 
@@ -323,6 +343,11 @@ def decode(raw: bytes) -> Request:
             trace_flags,
             kept,
             coarse_start,
+            ending,
+            ends_with_write,
+            _,
+            _,
+            _,
             trace_id_high,
             trace_id_low,
             parent_span_id,
@@ -365,6 +390,9 @@ def decode(raw: bytes) -> Request:
         multiplexed != 0,
         attempts,
         attempts_lost,
+        tuple([strings[key] for key in strings if key & 0xFF == _UNSEEN_PEER])
+        if upstream_states > attempts_count
+        else (),
         method_bit,
         requests_seen or None,
         string(_METHOD),
@@ -381,4 +409,6 @@ def decode(raw: bytes) -> Request:
         trace_flags,
         _KEPT.get(kept),
         _trace_state(strings) if _TRACESTATE in strings else None,
+        ENDINGS.get(ending),
+        ends_with_write != 0,
     )

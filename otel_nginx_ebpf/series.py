@@ -19,16 +19,18 @@ from opentelemetry.semconv.attributes import (
 from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURATION, HTTP_SERVER_REQUEST_DURATION
 
 from otel_nginx_ebpf.durations import OVERFLOW, Series
-from otel_nginx_ebpf.record import CStruct, Request, c_enum
+from otel_nginx_ebpf.record import ENDINGS, OUTCOMES, CStruct, Request, c_enum
 from otel_nginx_ebpf.sockaddr import parse_peer
 from otel_nginx_ebpf.spans import (
     HTTP_VERSIONS,
     NGINX_SERVER_NAME,
     NGINX_UPSTREAM_NAME,
+    exchange_error,
     exchange_times,
-    failure,
     is_answered,
     known_method,
+    server_error,
+    status_code,
 )
 
 _HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "metrics.h").read_text(encoding="utf-8")
@@ -70,33 +72,40 @@ def _series(metric: str, attributes: dict[str, str | int | None]) -> Series:
 
 
 def _server(
-    method: str | None, route: str | None, server_name: str | None, status: int, http_version: int, tls: bool
+    method: str | None,
+    route: str | None,
+    server_name: str | None,
+    status: int,
+    ending: str | None,
+    http_version: int,
+    tls: bool,
 ) -> Series:
     return _series(
         HTTP_SERVER_REQUEST_DURATION,
         {
             http_attributes.HTTP_REQUEST_METHOD: known_method(method) if method is not None else None,
-            http_attributes.HTTP_RESPONSE_STATUS_CODE: status,
+            http_attributes.HTTP_RESPONSE_STATUS_CODE: status_code(status),
             http_attributes.HTTP_ROUTE: route or None,
             url_attributes.URL_SCHEME: "https" if tls else "http",
             network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version)
             if method is not None
             else None,
-            error_attributes.ERROR_TYPE: str(status) if status >= 500 else None,
+            error_attributes.ERROR_TYPE: server_error(status, ending),
             NGINX_SERVER_NAME: server_name or None,
         },
     )
 
 
 def _client(
-    method: str | None, upstream: str | None, peer: str | None, answered: bool, status: int | None, connect_errno: int
+    method: str | None,
+    upstream: str | None,
+    peer: str | None,
+    answered: bool,
+    status: int | None,
+    connect_errno: int,
+    outcome: str | None,
 ) -> Series:
     address = parse_peer(peer) if peer else None
-    error = None
-    if not answered:
-        error = failure(connect_errno, status)
-    elif status is not None and status >= 400:
-        error = str(status)
     return _series(
         HTTP_CLIENT_REQUEST_DURATION,
         {
@@ -105,7 +114,7 @@ def _client(
             server_attributes.SERVER_ADDRESS: address.host if address else None,
             server_attributes.SERVER_PORT: (address.port or None) if address else None,
             NGINX_UPSTREAM_NAME: upstream or None,
-            error_attributes.ERROR_TYPE: error,
+            error_attributes.ERROR_TYPE: exchange_error(answered, connect_errno, status, outcome),
         },
     )
 
@@ -116,31 +125,43 @@ def _method(bit: int) -> str | None:
 
 def of_server_key(key: bytes, name_of: NameOf) -> Series:
     """Of a key of the kernel's map `server_durations`."""
-    tgid, method, location, server, http_version, status, tls, overflow = SERVER_KEY.struct.unpack(key)
+    tgid, method, location, server, http_version, ending, _, status, tls, overflow = SERVER_KEY.struct.unpack(key)
     if overflow:
         return Series(HTTP_SERVER_REQUEST_DURATION, OVERFLOW)
-    status = status or (9 if http_version == 9 else 0)  # as in `record`
-    return _server(_method(method), name_of(tgid, location), name_of(tgid, server), status, http_version, tls != 0)
+    names = name_of(tgid, location), name_of(tgid, server)
+    return _server(_method(method), *names, status, ENDINGS.get(ending), http_version, tls != 0)
 
 
 def of_client_key(key: bytes, name_of: NameOf) -> Series:
     """Of a key of the kernel's map `client_durations`."""
     head = CLIENT_KEY.size
-    tgid, method, upstream, status, connect_errno, no_header, overflow, peer_bytes, _ = CLIENT_KEY.struct.unpack(
+    tgid, method, upstream, status, connect_errno, no_header, overflow, peer_bytes, outcome = CLIENT_KEY.struct.unpack(
         key[:head]
     )
     if overflow:
         return Series(HTTP_CLIENT_REQUEST_DURATION, OVERFLOW)
     peer = key[head : head + peer_bytes].decode("utf-8", "backslashreplace")
     return _client(
-        _method(method), name_of(tgid, upstream), peer, not no_header and status != 0, status or None, connect_errno
+        _method(method),
+        name_of(tgid, upstream),
+        peer,
+        not no_header and status != 0,
+        status or None,
+        connect_errno,
+        OUTCOMES.get(outcome),
     )
 
 
 def of_request(request: Request) -> Series:
     """That its SERVER span's duration counts in."""
     return _server(
-        request.method, request.location, request.server_name, request.status, request.http_version, request.tls
+        request.method,
+        request.location,
+        request.server_name,
+        request.status,
+        request.ending,
+        request.http_version,
+        request.tls,
     )
 
 
@@ -154,5 +175,6 @@ def of_exchanges(request: Request) -> Iterator[tuple[Series, int, int]]:
             is_answered(attempt),
             attempt.status,
             attempt.connect_errno,
+            attempt.outcome,
         )
         yield series, start_mono_ns, end_mono_ns

@@ -56,7 +56,8 @@ BOUNDARIES: tuple[Boundary, ...] = (
         functions=("ngx_http_upstream_free_round_robin_peer",),
         arguments=1,
         required=False,
-        without="upstream connect and upstream exchange spans",
+        without="what nginx told its peers (--adopt-upstream-context)",
+        setting="adopt_upstream_context",
     ),
     Boundary(
         name="request body arrives",
@@ -64,6 +65,13 @@ BOUNDARIES: tuple[Boundary, ...] = (
         arguments=1,
         required=False,
         without="the body's part of downstream read on HTTP/2 and after 100 Continue",
+    ),
+    Boundary(
+        name="HTTP/2 body is wanted",
+        functions=("ngx_http_v2_read_request_body",),
+        arguments=1,
+        required=False,
+        without="downstream read spans of some HTTP/2 requests with a body",
     ),
     Boundary(
         name="HTTP/2 response begins",
@@ -87,3 +95,6 @@ BOUNDARIES: tuple[Boundary, ...] = (
 OBJECTS = ("ngx_http_core_module", "ngx_cached_time", "ngx_current_msec")
 """Exported objects that are read: the first one's ctx_index leads to location and server names, the others are nginx's
 clock."""
+
+ENDINGS = ("ngx_http_request_empty_handler", "ngx_http_discarded_request_body_handler", "ngx_exiting")
+"""Exported functions and objects that tell how a request ended. Without them no response is known to be incomplete."""

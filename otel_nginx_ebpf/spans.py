@@ -68,10 +68,15 @@ _SENSITIVE = re.compile(
     r"=[^&]*"
 )
 
-_SWITCHING_PROTOCOLS = 101
 _GATEWAY_TIMEOUT = 504
 HTTP_VERSIONS = {9: "0.9", 1000: "1.0", 1001: "1.1", 2000: "2", 3000: "3"}
-_TERMINATIONS = {408: "timeout", 499: "client_closed_request"}
+
+# Endings that are the server side's fault: a response that was not whole is an error, whatever its status (semantic
+# conventions, HTTP spans, Status).
+_FAULTS = frozenset({"upstream_incomplete", "upstream_timeout", "shutdown", "aborted"})
+
+# error.type of an exchange whose response had begun.
+_INCOMPLETE = {"incomplete": "incomplete_response", "timeout": "timeout"}
 
 # How far nginx's cached clock can lie behind when it notes that a response's header is complete.
 _HEADER_CLOCK_SLACK_NS = 10_000_000
@@ -158,10 +163,9 @@ class Sketcher(Generic[P]):
     def sketch(self, request: Request, new_id: Callable[[], int]) -> list[Sketch[P]]:
         """The SERVER span, then the others by start time. What did not happen, or was not seen, has none."""
         server_id = new_id()
-        broken_off = _termination(request)
         children = []
         last_end_mono_ns = request.created_mono_ns
-        for child in self._children(request, broken_off, new_id):
+        for child in self._children(request, new_id):
             start_mono_ns, end_mono_ns = child[0], child[1]
             if end_mono_ns > start_mono_ns:
                 children.append(child)
@@ -171,18 +175,21 @@ class Sketcher(Generic[P]):
         return [
             (
                 request.first_read_mono_ns or request.created_mono_ns,
-                _server_end_mono_ns(request, broken_off, last_end_mono_ns),
+                _server_end_mono_ns(request, last_end_mono_ns),
                 server_id,
-                self._server_parts(request, broken_off),
+                self._server_parts(request),
             ),
             *children,
         ]
 
-    def _server_parts(self, request: Request, broken_off: int) -> tuple[P, ...]:
+    def _server_parts(self, request: Request) -> tuple[P, ...]:
         attempts = request.attempts
-        no_live_peers = 0
-        if request.upstream_states and not request.attempts_lost:
-            no_live_peers = request.upstream_states - sum([not attempt.subrequest for attempt in attempts])
+        attempts_lost, no_live_peers = request.attempts_lost, 0
+        for peer in request.unseen_peers:
+            if parse_peer(peer) is None:  # the upstream's own name
+                no_live_peers += 1
+            else:
+                attempts_lost += 1
         parts = [
             self._server_part(
                 request.method,
@@ -194,9 +201,9 @@ class Sketcher(Generic[P]):
                 request.http_version,
                 request.status,
                 request.worker_pid,
-                broken_off,
+                request.ending,
                 len(attempts),
-                request.attempts_lost,
+                attempts_lost,
                 no_live_peers,
                 request.kept,
             ),
@@ -215,7 +222,7 @@ class Sketcher(Generic[P]):
             parts.append(self._cut_part(request.cut, "?" in (request.uri or "")))
         return tuple(parts)
 
-    def _children(self, request: Request, broken_off: int, new_id: Callable[[], int]) -> Iterator[Sketch[P]]:
+    def _children(self, request: Request, new_id: Callable[[], int]) -> Iterator[Sketch[P]]:
         # A request that one read brought whole is complete where nginx begins to work on it. One whose bytes had all
         # come before (pipelining) has no read.
         start_mono_ns = request.first_read_mono_ns
@@ -230,32 +237,29 @@ class Sketcher(Generic[P]):
             start_mono_ns = attempt.connect_start_mono_ns
             if start_mono_ns is not None:
                 connected = attempt.connect_ms is not None and attempt.connected_mono_ns is not None
-                error = None if connected else failure(attempt.connect_errno, attempt.status)
+                error = None if connected else failure(attempt.connect_errno, attempt.status, attempt.outcome)
                 end_mono_ns = (
                     attempt.connected_mono_ns if connected else attempt.connect_failed_mono_ns
                 ) or attempt.ended_mono_ns
                 part = self._connect_part(*_peer_facts(attempt, number), error)
                 yield start_mono_ns, end_mono_ns, new_id(), (part,)
             if has_exchange(attempt):
-                yield self._exchange(request, attempt, number, broken_off, new_id)
+                yield self._exchange(request, attempt, number, new_id)
 
         if request.first_write_mono_ns is not None and request.last_write_mono_ns is not None:
             yield request.first_write_mono_ns, request.last_write_mono_ns, new_id(), self._write_parts
 
-    def _exchange(
-        self, request: Request, attempt: Attempt, number: int, broken_off: int, new_id: Callable[[], int]
-    ) -> Sketch[P]:
+    def _exchange(self, request: Request, attempt: Attempt, number: int, new_id: Callable[[], int]) -> Sketch[P]:
         start_mono_ns = attempt.first_write_mono_ns
         assert start_mono_ns is not None
         answered = is_answered(attempt)
-        end_mono_ns = _exchange_end_mono_ns(attempt, broken_off != 0 and number == len(request.attempts))
         parts = [
             self._exchange_part(
                 *_peer_facts(attempt, number),
                 _is_reused(attempt),
                 None if attempt.subrequest else request.method,
                 answered,
-                None if answered else failure(attempt.connect_errno, attempt.status),
+                exchange_error(answered, attempt.connect_errno, attempt.status, attempt.outcome),
             ),
             self._response_size(attempt.received_bytes),
         ]
@@ -265,7 +269,8 @@ class Sketcher(Generic[P]):
             first_byte_ns = _time_to_first_byte_ns(attempt, start_mono_ns)
             if first_byte_ns is not None:
                 parts.append(self._first_byte(first_byte_ns))
-        return start_mono_ns, end_mono_ns, _exchange_id(request.attempts, number) or new_id(), tuple(parts)
+        span_id = _exchange_id(request.attempts, number) or new_id()
+        return start_mono_ns, _exchange_end_mono_ns(attempt), span_id, tuple(parts)
 
 
 @lru_cache
@@ -324,20 +329,13 @@ def build_trace(
     )
 
 
-def _termination(request: Request) -> int:
-    """The status with which nginx broke the request off, or 0.
+def _server_end_mono_ns(request: Request, last_child_mono_ns: int) -> int:
+    """The last response byte, or a child that ends later.
 
-    ngx_http_terminate_request sets the status where nothing was sent, but closes a request whose header had been read
-    with rc 0."""
-    if request.rc == 0 and request.sent_bytes == 0 and request.status in _TERMINATIONS:
-        return request.status
-    return request.rc
-
-
-def _server_end_mono_ns(request: Request, broken_off: int, last_child_mono_ns: int) -> int:
-    """The last response byte, or a child that ends later (a mirror's exchange). Where nothing was written, a tunnel was
-    opened, or nginx broke the request off, the request's own end."""
-    if request.last_write_mono_ns is None or broken_off or request.status == _SWITCHING_PROTOCOLS:
+    The request's own end where nginx went on afterwards (a mirror's exchange, post_action), gave the response up,
+    opened a tunnel, or wrote nothing.
+    """
+    if request.last_write_mono_ns is None or not request.ends_with_write:
         return request.ended_mono_ns
     return max(request.last_write_mono_ns, last_child_mono_ns)
 
@@ -368,18 +366,15 @@ def is_answered(attempt: Attempt) -> bool:
 
 def exchange_times(request: Request) -> Iterator[tuple[Attempt, int, int]]:
     """Of each attempt that has an exchange its start and end, CLOCK_MONOTONIC nanoseconds."""
-    broken_off = _termination(request) != 0
     for attempt in request.attempts:
         if attempt.first_write_mono_ns is not None and has_exchange(attempt):
-            last = attempt is request.attempts[-1]
-            yield attempt, attempt.first_write_mono_ns, _exchange_end_mono_ns(attempt, broken_off and last)
+            yield attempt, attempt.first_write_mono_ns, _exchange_end_mono_ns(attempt)
 
 
-def _exchange_end_mono_ns(attempt: Attempt, broken_off: bool) -> int:
-    end_mono_ns = attempt.last_read_mono_ns
-    if end_mono_ns is None or not is_answered(attempt) or broken_off or attempt.status == _SWITCHING_PROTOCOLS:
+def _exchange_end_mono_ns(attempt: Attempt) -> int:
+    if attempt.last_read_mono_ns is None or not attempt.ends_with_read:
         return attempt.ended_mono_ns
-    return end_mono_ns
+    return attempt.last_read_mono_ns
 
 
 def _is_reused(attempt: Attempt) -> bool | None:
@@ -403,11 +398,34 @@ def _time_to_first_byte_ns(attempt: Attempt, start_mono_ns: int) -> int | None:
     return attempt.first_read_mono_ns - start_mono_ns
 
 
-def failure(connect_errno: int, status: int | None) -> str:
-    """error.type of an attempt without a response."""
+def failure(connect_errno: int, status: int | None, outcome: str | None) -> str | None:
+    """error.type of an attempt without a response. None: nginx gave it up for no fault of the peer."""
     if connect_errno:
         return errno.errorcode.get(connect_errno, "_OTHER")
+    if outcome == "abandoned":
+        return None
     return "timeout" if status == _GATEWAY_TIMEOUT else "_OTHER"
+
+
+def exchange_error(answered: bool, connect_errno: int, status: int | None, outcome: str | None) -> str | None:
+    """error.type of an exchange: no response, a status from 400 on, or a response that did not come whole."""
+    if not answered:
+        return failure(connect_errno, status, outcome)
+    if status is not None and status >= 400:
+        return str(status)
+    return _INCOMPLETE.get(outcome or "")
+
+
+def server_error(status: int, ending: str | None) -> str | None:
+    """error.type of a SERVER span: a status from 500 on, or the server side's fault that the response was not whole."""
+    if status >= 500:
+        return str(status)
+    return ending if ending in _FAULTS else None
+
+
+def status_code(status: int) -> int | None:
+    """http.response.status_code. nginx logs 000 and 009 for requests that got no status line."""
+    return status if status >= 100 else None
 
 
 PeerFacts = tuple[int, str | None, str | None, int | None, str | None]
@@ -465,8 +483,6 @@ def _exchange_part(
         attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
     if answered and status is not None:
         attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = status
-        if status >= 400:
-            error = str(status)
     if error is not None:
         attributes[error_attributes.ERROR_TYPE] = error
     return Part(attributes, UPSTREAM_EXCHANGE, SpanKind.CLIENT, error)
@@ -511,7 +527,7 @@ def _server_part(
     http_version: int,
     status: int,
     worker_pid: int,
-    termination: int,
+    ending: str | None,
     attempts: int,
     attempts_lost: int,
     no_live_peers: int,
@@ -519,9 +535,10 @@ def _server_part(
 ) -> Part:
     attributes: dict[str, AttributeValue] = {
         url_attributes.URL_SCHEME: "https" if tls else "http",
-        http_attributes.HTTP_RESPONSE_STATUS_CODE: status,
         NGINX_WORKER_PID: worker_pid,
     }
+    if (code := status_code(status)) is not None:
+        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
     name = "HTTP"
     if method is not None:
         attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
@@ -537,11 +554,11 @@ def _server_part(
         name = f"{name} {location}"
     if server_name:
         attributes[NGINX_SERVER_NAME] = server_name
-    error = str(status) if status >= 500 else None
+    error = server_error(status, ending)
     if error is not None:
         attributes[error_attributes.ERROR_TYPE] = error
-    if termination in _TERMINATIONS:
-        attributes[NGINX_TERMINATION] = _TERMINATIONS[termination]
+    if ending is not None:
+        attributes[NGINX_TERMINATION] = ending
     if kept is not None:
         attributes[NGINX_SAMPLING_KEPT_FOR] = kept
 

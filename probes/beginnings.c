@@ -33,7 +33,7 @@ static __always_inline void beginning_spared(struct process *process)
 
 static __always_inline bool is_upstream(struct socket *socket)
 {
-    return socket->ready_ns || (socket->opened_ns && !socket->client);
+    return socket->ready_ns || socket->attempt_serial || (socket->opened_ns && !socket->client);
 }
 
 /* Where what comes to a running request is kept: with its beginning where a probe has marked that; else, of HTTP/1, with its
@@ -124,17 +124,34 @@ static __always_inline u64 coarse_start(struct process *process, u64 load_addres
     return 0;
 }
 
-/* Nothing was kept of the request while it ran. */
-#define ATTEMPTS_UNSEEN 0xffffffff
+/* Whether the server promised the stream, and no client asked for it: its number is even (RFC 9113, 5.1.1). */
+static __always_inline bool was_pushed(struct process *process)
+{
+    u64 node = 0, id = 0, stream = MEMBER(process->request, u64, ngx_http_request_s, stream);
+    return stream && bpf_probe_read_user(&node, sizeof(node), (void *)(stream + OFFSET_ngx_http_v2_stream_s__node)) == 0 && node
+        && bpf_probe_read_user(&id, sizeof(id), (void *)(node + OFFSET_ngx_http_v2_node_s__id)) == 0 && id && !(id & 1);
+}
 
-/* Fills in the record's times, and makes the socket ready for the connection's next request. False: the request is not to be
- * traced, which is counted. */
-static __always_inline bool take_times(struct process *process, struct request_key *key, struct active_request *active,
-                                       u64 load_address, u64 now)
+/* When the last of an HTTP/2 stream's own frames was written. 0: not known. */
+static __always_inline u64 last_frame_ns(struct process *process, struct socket_key *socket_key, struct socket *socket,
+                                         const struct active_request *active)
+{
+    if (!active->last_flush_ns) /* where its frames cannot be seen: unless something else was written since */
+        return socket->last_write_ns >= process->turn_began_ns ? socket->last_write_ns : 0;
+    if (active->last_flush_ns == socket->flush_began_ns)
+        return socket->last_write_ns > active->last_flush_ns ? socket->last_write_ns : 0;
+    struct flush_key key = {.tgid = socket_key->tgid, .fd = socket_key->fd, .began_ns = active->last_flush_ns};
+    u64 *ended_ns = flush_ends.lookup(&key);
+    return ended_ns ? *ended_ns : 0;
+}
+
+/* Fills in the record's times, and makes the client's socket, if it is known, ready for the connection's next request. False: the
+ * request is not to be traced, which is counted. */
+static __always_inline bool take_times(struct process *process, struct request_key *key, struct socket *socket,
+                                       struct active_request *active, u64 load_address, u64 now)
 {
     struct request_record *record = (struct request_record *)process->record;
     struct socket_key socket_key = {.tgid = key->tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
-    struct socket *socket = sockets.lookup(&socket_key);
     struct active_request *marked = active_requests.lookup(key);
     u64 told_ns = 0, told_first_read_ns = 0, told_read_ns = 0;
     bool known = false;
@@ -144,15 +161,15 @@ static __always_inline bool take_times(struct process *process, struct request_k
         active_requests.delete(key);
     } else if (!record->multiplexed && socket) {
         active->progress = socket->progress;
-    } else {
-        active->progress.attempts_lost = ATTEMPTS_UNSEEN;
     }
     if (socket) {
         record->accepted_ns = socket->opened_ns;
-        record->last_write_ns = socket->last_write_ns;
+        record->last_write_ns = record->multiplexed ? last_frame_ns(process, &socket_key, socket, active) : socket->last_write_ns;
     }
     if (record->multiplexed) {
         record->first_write_ns = active->first_write_ns;
+        if (was_pushed(process))
+            active->read_ns = 0;
     } else if (socket) {
         record->first_write_ns = socket->first_write_ns;
         record->last_read_ns = socket->request_read_ns;
@@ -174,7 +191,6 @@ static __always_inline bool take_times(struct process *process, struct request_k
         socket->first_read_ns = 0;
         socket->request_read_ns = 0;
         socket->first_write_ns = 0;
-        socket->written_bytes = 0;
         socket->progress = (struct request_progress){};
     }
 
@@ -204,6 +220,11 @@ static __always_inline bool take_times(struct process *process, struct request_k
         record->last_read_ns = active->progress.body_read_ns;
     if (record->last_read_ns <= active->created_ns)
         record->last_read_ns = 0;
+    if (active->progress.body_unseen && record->first_read_ns) { /* when the request was complete is not known */
+        active->created_ns = record->first_read_ns;
+        record->first_read_ns = 0;
+        record->last_read_ns = 0;
+    }
     /* HTTP/3 packets carry many streams' frames, and leave after the request's end (ngx_quic_push_handler). */
     if (record->last_write_ns <= active->created_ns || record->http_version == HTTP_VERSION_3)
         record->last_write_ns = 0;

@@ -5,21 +5,7 @@
  * older kernels follow. What it measures is what spans.py makes of the same record: change both.
  */
 
-/* $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
-static __always_inline u64 final_status(const struct request_record *record)
-{
-    if (record->err_status)
-        return record->err_status;
-    if (record->rc > 0 && (!record->out_status || !record->bytes_sent))
-        return record->rc;
-    return record->out_status;
-}
-
-#define SWITCHING_PROTOCOLS 101
-
 #if REQUEST_METRICS
-#define REQUEST_TIME_OUT 408
-#define CLIENT_CLOSED_REQUEST 499
 #define DURATION_BUCKETS 15
 
 struct durations {
@@ -32,13 +18,6 @@ BPF_TABLE("hash", struct server_series, struct durations, server_durations, SERI
 BPF_TABLE("hash", struct client_key, struct durations, client_durations, SERIES_MAX);
 BPF_TABLE("hash", struct duration_name_key, struct duration_name, duration_names, NAMES_MAX);
 BPF_PROG_ARRAY(measuring, 1);
-
-/* Keeps of an attempt what the record does not: its entry is gone when durations are counted. */
-static __always_inline void remember_attempt(struct process *process, u32 index, const struct attempt_state *ended)
-{
-    process->attempt_states[index] = ended->state;
-    process->attempt_upstreams[index] = ended->upstream;
-}
 
 /* Does not return, unless nothing measures. */
 static __always_inline void measure(struct pt_regs *ctx)
@@ -150,9 +129,10 @@ static __always_inline void measure_exchange(
     __builtin_memset(key, 0, sizeof(*key));
     key->series.tgid = ((struct request_record *)process->record)->worker_pid;
     key->series.method = process->method & ((u64)attempt->subrequest - 1);
-    key->series.upstream = process->attempt_upstreams[index];
+    key->series.upstream = process->upstream_configurations[index];
     key->series.status = attempt->status;
     key->series.connect_errno = attempt->connect_errno;
+    key->series.outcome = attempt->outcome;
     key->series.no_header = attempt->header_msec >> 63; /* all ones */
     bpf_probe_read_user(&peer_name, sizeof(u64), (void *)(process->attempt_states[index] + OFFSET_ngx_http_upstream_state_t__peer));
     bpf_probe_read_user(&peer, sizeof(peer), (void *)peer_name);
@@ -173,11 +153,6 @@ static __always_inline void ends_at(struct process *process, u64 begin_ns, u64 e
         process->last_end_ns = end_ns;
 }
 
-static __always_inline struct upstream_attempt *attempt_of(struct process *process, u32 index)
-{
-    return (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
-}
-
 static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt)
 {
     u64 end_ns = attempt->connect_failed_ns;
@@ -187,14 +162,11 @@ static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt
 }
 
 /* 0: there was no exchange. */
-static __always_inline u64 exchange_end_ns(const struct upstream_attempt *attempt, bool broken_off)
+static __always_inline u64 exchange_end_ns(const struct upstream_attempt *attempt)
 {
     if (attempt->connect_msec == -1ULL || !attempt->first_write_ns)
         return 0;
-    if (!attempt->last_read_ns || attempt->header_msec == -1ULL || !attempt->status || attempt->status == SWITCHING_PROTOCOLS
-        || broken_off)
-        return attempt->ended_ns;
-    return attempt->last_read_ns;
+    return attempt->ends_with_read ? attempt->last_read_ns : attempt->ended_ns;
 }
 
 /* The request whose record was just made. */
@@ -209,8 +181,6 @@ int measure_request(struct pt_regs *ctx)
     struct request_record *record = (struct request_record *)process->record;
     u64 status = final_status(record);
     u32 method = measured_method(process, record->method);
-    u64 broken_off = record->rc
-        || (!record->bytes_sent && (status == REQUEST_TIME_OUT || status == CLIENT_CLOSED_REQUEST));
 
     u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
     process->last_end_ns = record->last_read_ns > record->created_ns ? record->last_read_ns : record->created_ns;
@@ -219,7 +189,7 @@ int measure_request(struct pt_regs *ctx)
         struct upstream_attempt *attempt = attempt_of(process, i);
         if (attempt->connect_start_ns)
             ends_at(process, attempt->connect_start_ns, connect_end_ns(attempt));
-        process->exchange_end_ns[i] = exchange_end_ns(attempt, broken_off && i + 1 == record->attempts);
+        process->exchange_end_ns[i] = exchange_end_ns(attempt);
         ends_at(process, attempt->first_write_ns, process->exchange_end_ns[i]);
     }
     process->method = method;
@@ -230,14 +200,16 @@ int measure_request(struct pt_regs *ctx)
     }
 
     u64 end_ns = record->ended_ns;
-    if (record->last_write_ns && !broken_off && status != SWITCHING_PROTOCOLS)
+    if (record->ends_with_write)
         end_ns = record->last_write_ns > process->last_end_ns ? record->last_write_ns : process->last_end_ns;
     struct server_series series = {
         .tgid = tgid,
         .method = method,
-        .location = core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, loc_conf)),
+        .location = record->location_unknown ? 0
+            : core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, loc_conf)),
         .server = core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, srv_conf)),
         .http_version = record->http_version,
+        .ending = record->ending,
         .status = status,
         .tls = record->tls,
     };

@@ -43,7 +43,9 @@ struct server_series {
     __u32 method;             /* r->method; 0: the request line was not parsed */
     __u64 location;           /* ngx_http_core_loc_conf_t *; 0: not known */
     __u64 server;             /* ngx_http_core_srv_conf_t * */
-    __u32 http_version;       /* as in the record */
+    __u16 http_version;       /* as in the record, and so the ending */
+    __u8 ending;
+    __u8 reserved;
     __u16 status;
     __u8 tls;
     __u8 overflow;            /* 1: all that found no room, of any series of this worker */
@@ -58,7 +60,7 @@ struct client_series {
     __u8 no_header;           /* 1: nginx has no $upstream_header_time: the peer sent no response */
     __u8 overflow;
     __u8 peer_bytes;          /* of the PEER_BYTES_MAX that follow; 0: none, or it was longer */
-    __u8 reserved;
+    __u8 outcome;             /* as in the record's attempt */
 };
 
 /* Key of a configuration's name; the value is a u64 of how many bytes it has, then NAME_BYTES_MAX. */

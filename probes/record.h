@@ -25,6 +25,26 @@ enum string_kind {
     STRING_UPSTREAM = 10,     /* ngx_http_upstream_srv_conf_t.host: the upstream block's name */
     STRING_SUBREQUEST_URI = 11,
     STRING_TRACESTATE = 12,   /* never cut. `attempt` numbers the header's lines, from 0 */
+    STRING_UNSEEN_PEER = 13,  /* of an element of $upstream_addr that is none of the record's attempts */
+};
+
+/* How a request ended. */
+enum ending {
+    ENDED_WHOLE = 0,          /* as nginx wanted */
+    ENDED_TIMEOUT = 1,        /* the client took too long to send its request, or to take the response */
+    ENDED_CLIENT_CLOSED_REQUEST = 2,
+    ENDED_UPSTREAM_INCOMPLETE = 3, /* the response's rest did not come: the peer closed the connection */
+    ENDED_UPSTREAM_TIMEOUT = 4,    /* the same, and it did not */
+    ENDED_SHUTDOWN = 5,       /* worker_shutdown_timeout */
+    ENDED_ABORTED = 6,        /* nginx or a module gave the response up */
+};
+
+/* How an upstream attempt ended. */
+enum outcome {
+    OUTCOME_WHOLE = 0,
+    OUTCOME_INCOMPLETE = 1,   /* the peer closed the connection in the middle of its response */
+    OUTCOME_TIMEOUT = 2,      /* it stopped sending in the middle of it */
+    OUTCOME_ABANDONED = 3,    /* nginx gave it up, together with the request, for no fault of the peer */
 };
 
 /* Why a request that the sampler left out came all the same. */
@@ -88,16 +108,21 @@ struct request_record {
     __u64 err_status;         /* r->err_status, r->headers_out.status: as $status is decided */
     __u64 out_status;
     __u32 worker_pid;
-    __u32 upstream_states;    /* $upstream_addr's elements; more than the main request's attempts: no live peer */
+    __u32 upstream_states;    /* $upstream_addr's elements; each is one of the attempts, or a STRING_UNSEEN_PEER */
     __u8 tls;                 /* the client connection is encrypted */
     __u8 multiplexed;         /* a stream of HTTP/2 or HTTP/3: its socket is shared */
     __u8 attempts;
-    __u8 attempts_lost;
+    __u8 attempts_lost;       /* of the main request: the elements that are no attempts and do not fit in here */
     __u32 method;             /* r->method, a bit of NGX_HTTP_GET, …. Must agree with STRING_METHOD */
     __u32 requests_seen;      /* of this connection, since it was accepted: must agree with connection_requests; 0: unknown */
     __u8 trace_flags;         /* W3C trace-flags of the spans: bit 0, sampled, is what was decided here */
     __u8 kept;
-    __u16 coarse_start;       /* 1: created_ns is r->start_sec and r->start_msec, a millisecond off at most; first_read_ns is 0 */
+    __u8 coarse_start;        /* 1: created_ns is r->start_sec and r->start_msec, a millisecond off at most; first_read_ns is 0 */
+    __u8 ending;
+    __u8 ends_with_write;     /* 1: the request ended with last_write_ns; 0: with ended_ns */
+    __u8 location_unknown;    /* 1: its location is not the one that nginx ended it in (post_action) */
+    __u16 reserved;
+    __u32 reserved_too;
     __u64 trace_id_high;      /* the incoming context's, what nginx told its upstream, or random; never all 0 */
     __u64 trace_id_low;
     __u64 parent_span_id;     /* the incoming context's; 0: the trace begins here */
@@ -111,7 +136,7 @@ struct upstream_attempt {
     __u64 last_write_ns;
     __u64 first_read_ns;      /* first response byte */
     __u64 last_read_ns;       /* last response byte, or the end of file that ends the response */
-    __u64 ended_ns;           /* nginx gave the peer back to its balancer */
+    __u64 ended_ns;           /* nginx closed the connection, or kept it for another request */
     __u64 connect_msec;       /* nginx's own: ngx_http_upstream_state_t; all ones: none */
     __u64 header_msec;
     __u64 response_msec;
@@ -120,7 +145,10 @@ struct upstream_attempt {
     __u32 status;             /* 0: no response */
     __s32 connect_errno;
     __u32 subrequest;         /* made by a subrequest (auth_request, mirror, SSI, slice) */
-    __u32 tls;
+    __u8 tls;
+    __u8 outcome;
+    __u8 ends_with_read;      /* 1: the exchange ended with last_read_ns; 0: with ended_ns */
+    __u8 reserved;
     __u64 span_id;            /* of the exchange span, as the peer was told; attempts of one request may share it. 0: it was told none */
 };
 

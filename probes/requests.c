@@ -36,6 +36,32 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
     return 0;
 }
 
+/* ngx_http_v2_read_request_body(ngx_http_request_t *r): what came of a stream's body before it was wanted is about to be used */
+int enter_ngx_http_v2_read_request_body(struct pt_regs *ctx)
+{
+    u64 now;
+    u32 tgid;
+    struct process *process = entered(ctx, &tgid, &now);
+    struct request_key key = {.tgid = tgid};
+    if (!process || !read_pointer(&key.connection, PT_REGS_PARM1(ctx) + OFFSET_ngx_http_request_s__connection))
+        return 0;
+    struct active_request *active = active_requests.lookup(&key);
+    if (active)
+        active->body_wanted_ns = now;
+    return 0;
+}
+
+/* Whether nginx kept this part of a stream's body from before, so that the connection's last read did not bring it. */
+static __always_inline bool was_kept(struct process *process, struct request_key *key, struct socket *socket, s32 fd)
+{
+    struct active_request *active = active_requests.lookup(key);
+    if (!active || active->read_ns == socket->last_read_ns || active->created_ns >= process->turn_began_ns)
+        return false;
+    if (active->body_wanted_ns)
+        return socket->last_read_ns < active->body_wanted_ns;
+    return process->latest_read_fd != fd; /* HTTP/3 */
+}
+
 /* ngx_http_request_body_save_filter(ngx_http_request_t *r, ngx_chain_t *in): a part of a body, in any protocol */
 int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
 {
@@ -58,7 +84,11 @@ int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
     struct socket *socket = sockets.lookup(&socket_key);
     if (!socket)
         return 0;
-    progress->body_read_ns = socket->last_read_ns;
+    u64 stream = 0;
+    bpf_probe_read_user(&stream, sizeof(stream), (void *)(main_request + OFFSET_ngx_http_request_s__stream));
+    progress->body_unseen = (stream || socket->datagrams) && was_kept(process, &key, socket, socket_key.fd);
+    if (!progress->body_unseen)
+        progress->body_read_ns = socket->last_read_ns;
     return 0;
 }
 
@@ -83,6 +113,12 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
     bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(connection + OFFSET_ngx_connection_s__fd));
     struct socket *socket = sockets.lookup(&socket_key);
     u64 last_write_ns = socket ? socket->last_write_ns : 0;
+    if (socket) {
+        struct flush_key before = {.tgid = tgid, .fd = socket_key.fd, .began_ns = socket->flush_began_ns};
+        if (before.began_ns && last_write_ns > before.began_ns)
+            flush_ends.update(&before, &last_write_ns);
+        socket->flush_began_ns = now;
+    }
 
     for (int i = 0; i < FRAMES_MAX && frame; i++) {
         struct request_key key = {.tgid = tgid};
@@ -95,8 +131,11 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
             || !read_pointer(&key.connection, request + OFFSET_ngx_http_request_s__connection))
             return 0;
         struct active_request *active = active_requests.lookup(&key);
+        if (!active)
+            continue;
+        active->last_flush_ns = now;
         /* A call that finds the socket full writes nothing: the frame waits for a later one. */
-        if (active && (!active->first_write_ns || active->first_write_ns >= last_write_ns))
+        if (!active->first_write_ns || active->first_write_ns >= last_write_ns)
             active->first_write_ns = now;
     }
     return 0;
@@ -223,29 +262,14 @@ static __always_inline void append_request_strings(struct process *process)
     if (host)
         append_str_at(process, STRING_HOST, 0, host + OFFSET_ngx_table_elt_t__value, SHORT_STRING_BYTES_MAX);
     if (process->core_module_index_known) {
-        append_core_conf_name(process, STRING_LOCATION, MEMBER(process->request, u64, ngx_http_request_s, loc_conf),
-                              OFFSET_ngx_http_core_loc_conf_s__name);
+        if (!((struct request_record *)process->record)->location_unknown)
+            append_core_conf_name(process, STRING_LOCATION, MEMBER(process->request, u64, ngx_http_request_s, loc_conf),
+                                  OFFSET_ngx_http_core_loc_conf_s__name);
         append_core_conf_name(process, STRING_SERVER_NAME, MEMBER(process->request, u64, ngx_http_request_s, srv_conf),
                               OFFSET_ngx_http_core_srv_conf_t__server_name);
     }
     append_string(process, STRING_LOCAL_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, local_sockaddr),
                   local_length, SHORT_STRING_BYTES_MAX);
-}
-
-/* How many upstream states name a peer or, when there was no live one, the upstream itself. */
-static __always_inline u32 count_upstream_states(u64 states)
-{
-    u8 array[OFFSET_ngx_array_t__nelts + 8];
-    u32 named = 0;
-    if (!states || !read_memory(array, sizeof(array), states))
-        return 0;
-    u64 elements = MEMBER(array, u64, ngx_array_t, elts), count = MEMBER(array, u64, ngx_array_t, nelts), peer;
-    EACH(i, count, ATTEMPTS_MAX) {
-        if (!read_pointer(&peer, elements + i * SIZEOF_ngx_http_upstream_state_t + OFFSET_ngx_http_upstream_state_t__peer))
-            break;
-        named += peer != 0;
-    }
-    return named;
 }
 
 #if DETAIL_REQUEST
@@ -279,7 +303,6 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
     if (!upstream || bpf_probe_read_user(&last->state, sizeof(u64), (void *)(upstream + OFFSET_ngx_http_upstream_s__state)) != 0
         || !last->state
         || bpf_probe_read_user(&start_msec, sizeof(u64), (void *)(upstream + OFFSET_ngx_http_upstream_s__start_time)) != 0
-        || bpf_probe_read_user(&last->upstream, sizeof(u64), (void *)(upstream + OFFSET_ngx_http_upstream_s__upstream)) != 0
         || bpf_probe_read_user(&state.response_msec, sizeof(u64),
                                (void *)(last->state + OFFSET_ngx_http_upstream_state_t__response_time)) != 0
         || bpf_probe_read_user(&state.connect_msec, sizeof(u64),
@@ -292,6 +315,8 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
         *began_ns = start_ns;
     if (end_ns > now)
         end_ns = now;
+    last->upstream = upstream;
+    last->settled = 1;
     last->attempt.ended_ns = end_ns;
     if (state.connect_msec == -1ULL) {
         last->attempt.connect_start_ns = start_ns;
@@ -306,19 +331,37 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
 }
 #endif
 
-/* Copies one finished attempt into the record, with what nginx has noted of it by now. */
-static __always_inline bool take_attempt(struct process *process, struct attempt_key *key, u64 told_span_id)
+#if !DETAIL_REQUEST
+/* The request ends, and the attempt's connection is kept for another, or is closed only afterwards. */
+static __always_inline void settle_now(struct attempt_key *key, struct attempt_state *ended, u64 now)
+{
+    struct socket_key socket_key = {.tgid = key->tgid, .fd = ended->fd};
+    struct socket *socket = sockets.lookup(&socket_key);
+    if (!socket || socket->attempt_serial != ended->serial)
+        return;
+    settle(ended, socket, socket->last_read_ns ? socket->last_read_ns : now);
+}
+#endif
+
+/* Copies one attempt into the record, with what nginx has noted of it by now. */
+static __always_inline bool take_attempt(struct process *process, struct attempt_key *key, u64 told_span_id, u64 now)
 {
     struct attempt_state *ended = find_attempt(process, key);
     u32 index = key->index;
     if (!ended || index >= ATTEMPTS_MAX)
         return false;
-    struct upstream_attempt *attempt =
-        (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
+#if !DETAIL_REQUEST
+    if (!ended->settled)
+        settle_now(key, ended, now);
+#endif
+    struct upstream_attempt *attempt = attempt_of(process, index);
     *attempt = ended->attempt;
     attempt->span_id = told_span_id;
+    u64 configuration = 0;
+    bpf_probe_read_user(&configuration, sizeof(u64), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__upstream));
+    process->upstream_configurations[index] = configuration;
 #if REQUEST_METRICS
-    remember_attempt(process, index, ended);
+    process->attempt_states[index] = ended->state;
 #endif
     u8 *state = process->upstream_state;
     if (bpf_probe_read_user(state, SIZEOF_ngx_http_upstream_state_t, (void *)ended->state) != 0)
@@ -333,14 +376,18 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     attempt->bytes_sent = -1; /* before 1.15.8 */
 #endif
     attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
-#if ADOPT_UPSTREAM_CONTEXT
-    struct trace_context *told = &ended->told;
-    if (tells_something_new(process, told)) {
-        if (!process->told.valid)
-            process->told = *told;
-        if (told->trace_id_high == process->told.trace_id_high && told->trace_id_low == process->told.trace_id_low)
-            attempt->span_id = told->parent_span_id;
+    process->attempt_peers[index] = MEMBER(state, u64, ngx_http_upstream_state_t, peer);
+    attempt->outcome = outcome_of(ended, attempt);
+    if (!ended->request) {
+        process->seen_peers[slot(process->seen_peers_count)] = process->attempt_peers[index];
+        process->seen_peers_count++;
+        if (ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream))
+            process->main_outcome = attempt->outcome;
     }
+#if ADOPT_UPSTREAM_CONTEXT
+    u64 span_id = told_span_of(process, key->tgid, ended->state);
+    if (span_id)
+        attempt->span_id = span_id;
 #endif
     return true;
 }
@@ -348,20 +395,50 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
 static __always_inline void append_attempt_strings(struct process *process, struct attempt_key *key)
 {
     struct attempt_state *ended = find_attempt(process, key);
-    u64 peer = 0;
-    if (!ended)
+    u32 index = key->index;
+    if (!ended || index >= ATTEMPTS_MAX)
         return;
-    bpf_probe_read_user(&peer, sizeof(peer), (void *)(ended->state + OFFSET_ngx_http_upstream_state_t__peer));
-    append_str_at(process, STRING_PEER, key->index, peer, SHORT_STRING_BYTES_MAX);
-    if (ended->upstream)
-        append_str_at(process, STRING_UPSTREAM, key->index, ended->upstream + OFFSET_ngx_http_upstream_srv_conf_s__host,
-                           SHORT_STRING_BYTES_MAX);
+    append_str_at(process, STRING_PEER, index, process->attempt_peers[index], SHORT_STRING_BYTES_MAX);
+    u64 configuration = process->upstream_configurations[index];
+    if (configuration)
+        append_str_at(process, STRING_UPSTREAM, index, configuration + OFFSET_ngx_http_upstream_srv_conf_s__host,
+                      SHORT_STRING_BYTES_MAX);
     if (ended->request)
-        append_str_at(process, STRING_SUBREQUEST_URI, key->index, ended->request + OFFSET_ngx_http_request_s__uri,
-                           SHORT_STRING_BYTES_MAX);
+        append_str_at(process, STRING_SUBREQUEST_URI, index, ended->request + OFFSET_ngx_http_request_s__uri,
+                      SHORT_STRING_BYTES_MAX);
 #if !DETAIL_REQUEST
     attempts.delete(key);
 #endif
+}
+
+/* Holds $upstream_addr's elements against the attempts that were taken: both are in the order in which they began. Those that
+ * were not seen, or name the upstream itself as no peer was live, are noted in process->unseen_peers. */
+static __always_inline void find_unseen(struct process *process, struct request_record *record)
+{
+    u64 states = MEMBER(process->request, u64, ngx_http_request_s, upstream_states);
+    u8 array[OFFSET_ngx_array_t__nelts + 8];
+    process->unseen_peers_count = 0;
+    record->upstream_states = 0;
+    record->attempts_lost = 0;
+    if (!states || !read_memory(array, sizeof(array), states))
+        return;
+    u64 elements = MEMBER(array, u64, ngx_array_t, elts), count = MEMBER(array, u64, ngx_array_t, nelts), peer;
+    if (count > ATTEMPTS_MAX)
+        record->attempts_lost = count - ATTEMPTS_MAX > 255 ? 255 : count - ATTEMPTS_MAX;
+    process->next_seen = 0;
+    EACH(i, count, ATTEMPTS_MAX) {
+        if (!read_pointer(&peer, elements + i * SIZEOF_ngx_http_upstream_state_t + OFFSET_ngx_http_upstream_state_t__peer))
+            break;
+        if (!peer)
+            continue;
+        record->upstream_states++;
+        if (process->next_seen < process->seen_peers_count && process->seen_peers[slot(process->next_seen)] == peer) {
+            process->next_seen++;
+        } else {
+            process->unseen_peers[slot(process->unseen_peers_count)] = peer;
+            process->unseen_peers_count++;
+        }
+    }
 }
 
 static __always_inline void learn_core_module_index(struct process *process, u64 load_address)
@@ -374,23 +451,31 @@ static __always_inline void learn_core_module_index(struct process *process, u64
 /* Why a request that the sampler left out is sent all the same. KEPT_SAMPLED: it is not. */
 static __always_inline u8 keep(const struct request_record *record)
 {
-    u64 status = final_status(record);
-    if (KEEP_ERRORS && status >= 500)
+    if (KEEP_ERRORS && final_status(record) >= 500)
         return KEPT_ERROR;
     u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
-    bool written_last = record->last_write_ns && !record->rc && status != SWITCHING_PROTOCOLS;
-    u64 took_ns = (written_last ? record->last_write_ns : record->ended_ns) - began_ns;
+    u64 took_ns = (record->ends_with_write ? record->last_write_ns : record->ended_ns) - began_ns;
     return KEEP_SLOWER_THAN_NS && took_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
 }
 
-/* Forgets a request that the sampler left out. */
-static __always_inline void leave_out(struct attempt_key *attempt_key, u32 count)
+/* Forgets a request's attempts: their sockets find that out by themselves. */
+static __always_inline void forget_attempts(struct attempt_key *attempt_key, u32 count)
 {
     EACH(i, count, ATTEMPTS_TAKEN_MAX) {
         attempt_key->index = i;
         attempts.delete(attempt_key);
     }
-    count_loss(NOT_SAMPLED);
+}
+
+/* What the client said, where nginx has overwritten it: with HTTP/0.9, behind post_action and a peer that sent no header. */
+static __always_inline u64 asked_version(struct process *process, u64 http_version)
+{
+    struct ngx_str *protocol = (struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__http_protocol);
+    u64 text = 0;
+    if (http_version != 9 || protocol->len != sizeof(text)
+        || bpf_probe_read_user(&text, sizeof(text), (void *)protocol->data) != 0 || (text & 0xff00ffffffffffULL) != 0x2e002f50545448ULL)
+        return http_version;
+    return ((text >> 40 & 0xff) - '0') * 1000 + ((text >> 56) - '0');
 }
 
 /* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
@@ -418,13 +503,18 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         count_loss(LOST_READ_FAILED);
         return 0;
     }
+    /* nginx makes one for itself in a TLS handshake (ngx_http_ssl_certificate); a client's is counted when it is created. */
+    if (!MEMBER(process->connection, u64, ngx_connection_s, requests))
+        return 0;
     u64 load_address = ctx->ip - SITE_ngx_http_free_request;
     if (!process->core_module_index_known)
         learn_core_module_index(process, load_address);
 
     struct request_record *record = (struct request_record *)process->record;
     struct active_request active = {};
-    record->http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
+    u64 http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
+    record->http_version = asked_version(process, http_version);
+    record->location_unknown = record->http_version != http_version;
     record->multiplexed =
         MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || record->http_version == HTTP_VERSION_3;
 #ifdef OFFSET_ngx_connection_s__ssl
@@ -439,15 +529,22 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->last_write_ns = 0;
     record->requests_seen = 0;
     record->coarse_start = 0;
+    record->reserved = 0;
+    record->reserved_too = 0;
+    struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
+    struct socket *socket = NULL;
 #if DETAIL_REQUEST
     active.created_ns = monotonic_ns_of_start(process, load_address, now);
     if (!active.created_ns)
         return 0;
 #else
-    if (!take_times(process, &key, &active, load_address, now))
+    struct socket_key socket_key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
+    socket = sockets.lookup(&socket_key);
+    if (!take_times(process, &key, socket, &active, load_address, now)) {
+        forget_attempts(&attempt_key, active.progress.attempts);
         return 0;
+    }
 #endif
-    struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     struct request_trace *trace = &process->trace;
     u64 told_span_id = 0;
 #if PROPAGATE
@@ -462,7 +559,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     }
 #if !ADOPT_UPSTREAM_CONTEXT && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS && !REQUEST_METRICS
     if (!trace->sampled) {
-        leave_out(&attempt_key, active.progress.attempts);
+        forget_attempts(&attempt_key, active.progress.attempts);
+        count_loss(NOT_SAMPLED);
         return 0;
     }
 #endif
@@ -481,33 +579,31 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
     record->worker_pid = tgid;
-    record->upstream_states = count_upstream_states(MEMBER(process->request, u64, ngx_http_request_s, upstream_states));
-    asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
-#if DETAIL_REQUEST
-    active.progress.attempts_lost = record->upstream_states - (active.progress.attempts && record->upstream_states);
-#else
-    if (active.progress.attempts_lost == ATTEMPTS_UNSEEN)
-        active.progress.attempts_lost = record->upstream_states;
-#endif
-    record->attempts_lost = active.progress.attempts_lost > 255 ? 255 : active.progress.attempts_lost;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
 
 #if ADOPT_UPSTREAM_CONTEXT
     __builtin_memset(&process->told, 0, sizeof(process->told));
     process->client_span_id = read_client_span_id(process);
 #endif
+    process->seen_peers_count = 0;
+    process->main_outcome = OUTCOME_WHOLE;
     record->attempts = 0;
     u32 attempts_count = active.progress.attempts;
     EACH(i, attempts_count, ATTEMPTS_TAKEN_MAX) {
         attempt_key.index = i;
-        if (!take_attempt(process, &attempt_key, told_span_id)) {
+        if (!take_attempt(process, &attempt_key, told_span_id, now)) {
             count_loss(LOST_READ_FAILED);
             return 0;
         }
         record->attempts = i + 1;
     }
-    asm volatile("" ::: "memory"); /* the same */
+    asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
     u32 taken = record->attempts;
+    find_unseen(process, record);
+    record->ending = ending_of(process, socket, record, process->main_outcome, load_address);
+    record->ends_with_write = ends_with_write(process, socket, record, load_address);
+    EACH(i, taken, ATTEMPTS_TAKEN_MAX)
+        conclude(process, record, attempt_of(process, i));
 
 #if ADOPT_UPSTREAM_CONTEXT
     adopt_trace(process);
@@ -520,7 +616,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     if (!trace->sampled) {
         record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(record);
         if (record->kept == KEPT_SAMPLED) {
-            leave_out(&attempt_key, taken);
+            forget_attempts(&attempt_key, taken);
+            count_loss(NOT_SAMPLED);
 #if REQUEST_METRICS
             measure(ctx);
 #endif
@@ -534,6 +631,9 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         attempt_key.index = i;
         append_attempt_strings(process, &attempt_key);
     }
+    u64 unseen = process->unseen_peers_count;
+    EACH(i, unseen, ATTEMPTS_MAX)
+        append_str_at(process, STRING_UNSEEN_PEER, i, process->unseen_peers[i], SHORT_STRING_BYTES_MAX);
     u64 bytes = process->record_bytes;
     asm volatile("" : "+r"(bytes));
     if (bytes > RECORD_BYTES_MAX)

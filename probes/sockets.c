@@ -6,7 +6,12 @@
 #define SOL_SOCKET 1
 #define SO_ERROR 4
 #define MSG_PEEK 2
+#define EINTR 4
+#define EAGAIN 11
+#define EPIPE 32
+#define ECONNRESET 104
 #define EINPROGRESS 115
+#define EPOLL_CTL_ADD 1
 #define CLONE_THREAD 0x00010000
 
 static __always_inline struct socket *find_or_add_socket(struct socket_key *key)
@@ -29,60 +34,84 @@ static __always_inline void opened(struct socket_key *key, u64 now, u8 client)
         count_loss(PARTIAL_SOCKETS_FULL);
 }
 
-/* An upstream connection was found connected (or not): ngx_http_upstream_test_connect, called before a request is sent on
- * a new connection, after its TLS handshake, and before each request on a kept-alive one. */
-static __always_inline void connect_tested(struct socket_key *key, const struct syscall_entry *entry, u64 now)
-{
-    s32 error = 0;
+/* Why the request that a connection belongs to is wanted. */
+enum wanted {
+    NOT_WANTED,
+    WANTED_TO_CONNECT,
+    WANTED_TO_SEND,           /* it was announced: by getsockopt() */
+    WANTED_TO_WRITE,          /* it was not, and may be another exchange's first write */
+    WANTED_TO_READ,           /* an answer came on a connection that is older than the probes */
+};
 
-    if (entry->argument2 != SOL_SOCKET || entry->argument3 != SO_ERROR)
-        return;
-    struct socket *socket = find_or_add_socket(key);
-    if (!socket || socket->client)
-        return;
-    if (bpf_probe_read_user(&error, sizeof(error), (void *)entry->argument4) != 0)
-        return;
-    if (error) {
-        socket->connect_failed_ns = now;
-        socket->connect_errno = error;
-        return;
-    }
+/* An exchange begins on an upstream connection: what went before was the TLS handshake, or an earlier one's. */
+static __always_inline void exchange_begins(struct socket *socket, u64 now)
+{
     socket->ready_ns = now;
-    socket->first_read_ns = 0; /* what went before was the TLS handshake */
+    socket->first_read_ns = 0;
     socket->last_read_ns = 0;
     socket->first_write_ns = 0;
     socket->last_write_ns = 0;
 }
 
-static __always_inline void connected_at_once(struct process *process, struct socket_key *key, s64 result, u64 now)
+/* An upstream connection was found connected (or not): ngx_http_upstream_test_connect, called before a request is sent on
+ * a new connection, after its TLS handshake, and before each request on a kept-alive one. A client's is tested only where it is
+ * found to be closed (ngx_http_test_reading, ngx_http_upstream_check_broken_connection). */
+static __always_inline u32 connect_tested(struct socket_key *key, const struct syscall_entry *entry, u64 now)
 {
-    struct socket *socket = sockets.lookup(key);
-    if (!socket || result >= 0 || result == -EINPROGRESS)
-        return;
-    process->failed_connect_start_ns = socket->opened_ns;
-    process->failed_connect_ns = now;
-    process->failed_connect_errno = -result;
+    s32 error = 0;
+
+    if (entry->argument2 != SOL_SOCKET || entry->argument3 != SO_ERROR)
+        return NOT_WANTED;
+    struct socket *socket = find_or_add_socket(key);
+    if (!socket)
+        return NOT_WANTED;
+    if (socket->client) {
+        socket->peer_closed = 1;
+        return NOT_WANTED;
+    }
+    if (bpf_probe_read_user(&error, sizeof(error), (void *)entry->argument4) != 0)
+        return NOT_WANTED;
+    if (!error)
+        return WANTED_TO_SEND;
+    socket->connect_failed_ns = now;
+    socket->connect_errno = error;
+    return NOT_WANTED;
 }
 
-/* RFC 9113, 6: a frame's header, and the frames that a peer may send unasked, ahead of its answer. */
+static __always_inline u32 connected(struct socket_key *key, s64 result, u64 now)
+{
+    struct socket *socket = sockets.lookup(key);
+    if (!socket)
+        return NOT_WANTED;
+    if (result < 0 && result != -EINPROGRESS) {
+        socket->connect_failed_ns = now;
+        socket->connect_errno = -result;
+    }
+    return WANTED_TO_CONNECT;
+}
+
+/* RFC 9113, 6: a frame's header, and the frames that a peer may send ahead of its answer. */
 #define HTTP2_FRAME_HEADER_BYTES 9
+#define HTTP2_PRIORITY 2
 #define HTTP2_SETTINGS 4
 #define HTTP2_PING 6
+#define HTTP2_GOAWAY 7
 #define HTTP2_WINDOW_UPDATE 8
 #define HTTP2_FRAMES_MAX 8
 
-/* What a gRPC upstream sends of its own accord: nothing but frames of the connection (stream 0). No other protocol's answer
- * looks like that: HTTP/1 and memcached are text, and FastCGI's fourth byte is the request's number, 1. */
-static __always_inline bool are_connection_frames(u64 data, s64 bytes)
+/* What a gRPC upstream sends that is no answer: frames of the connection, and a stream's priority and window. No other
+ * protocol's answer looks like that: HTTP/1 and memcached are text, and FastCGI's fourth byte is the request's number, 1. */
+static __always_inline bool are_no_answer(u64 data, s64 bytes)
 {
     u8 frame[HTTP2_FRAME_HEADER_BYTES];
 
     for (int i = 0; i < HTTP2_FRAMES_MAX && bytes > 0; i++) {
         if (bytes < HTTP2_FRAME_HEADER_BYTES || bpf_probe_read_user(frame, sizeof(frame), (void *)data) != 0)
             return false;
-        if (frame[5] | frame[6] | frame[7] | frame[8])
-            return false;
-        if (frame[3] != HTTP2_SETTINGS && frame[3] != HTTP2_PING && frame[3] != HTTP2_WINDOW_UPDATE)
+        u8 type = frame[3];
+        if (type != HTTP2_PRIORITY && type != HTTP2_WINDOW_UPDATE
+            && ((type != HTTP2_SETTINGS && type != HTTP2_PING && type != HTTP2_GOAWAY)
+                || frame[5] | frame[6] | frame[7] | frame[8]))
             return false;
         u64 whole = HTTP2_FRAME_HEADER_BYTES + (frame[0] << 16 | frame[1] << 8 | frame[2]);
         data += whole;
@@ -91,40 +120,51 @@ static __always_inline bool are_connection_frames(u64 data, s64 bytes)
     return bytes <= 0;
 }
 
-/* The interim answer "HTTP/1.1 100 Continue"; a response's own header is always longer. */
+/* Over TLS, where it cannot be read, the interim answer "HTTP/1.1 100 Continue"; a response's own header is longer. */
 #define INTERIM_RESPONSE_BYTES_MAX 64
 
-/* Whether something was written, and on a client connection something of a response, not just an interim answer's few
- * bytes. Over TLS ngx_connection_s.sent counts them, and nothing of a handshake that ends only now, since its request came
- * as early data. */
+#define HTTP_1_1_SLASH 0x312e312f50545448ULL /* "HTTP/1.1" */
+
+/* Whether a client is sent an interim response (RFC 9110, 15.2): " 1xx", but " 101" */
+static __always_inline bool is_interim(u64 data)
+{
+    u64 text[2] = {};
+    return data && bpf_probe_read_user(text, sizeof(text), (void *)data) == 0 && text[0] == HTTP_1_1_SLASH
+        && (text[1] & 0xffff) == 0x3120 && (text[1] & 0xffffffff) != 0x31303120;
+}
+
+/* Whether something was written, and on a client connection something of a response. Over TLS ngx_connection_s.sent counts
+ * the bytes, and nothing of a handshake that ends only now, since its request came as early data. */
 static __always_inline bool has_begun_to_write(struct socket *socket)
 {
-    u64 sent = socket->written_bytes;
-    if (!socket->first_write_ns || is_upstream(socket))
+    u64 sent = 0;
+    if (!socket->first_write_ns || is_upstream(socket) || !socket->tls_connection
+        || bpf_probe_read_user(&sent, sizeof(sent), (void *)(socket->tls_connection + OFFSET_ngx_connection_s__sent)) != 0)
         return socket->first_write_ns != 0;
-    if (socket->tls_connection
-        && bpf_probe_read_user(&sent, sizeof(sent), (void *)(socket->tls_connection + OFFSET_ngx_connection_s__sent)) != 0)
-        return true;
     return sent > INTERIM_RESPONSE_BYTES_MAX;
 }
 
 /* What a read of a few KiB takes at most while nothing interrupts it: all else since the worker was last seen is no reading. */
 #define READ_NS_MAX 10000
 
-/* `data`: where the bytes are, or 0. */
-static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes, u64 began_ns, u64 now, bool datagrams)
+/* A read returned, or failed. `data`: where the bytes are, or 0. */
+static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes, u64 began_ns, u64 now, bool datagrams)
 {
-    struct socket *socket = find_or_add_socket(key);
+    struct socket *socket = bytes >= 0 ? find_or_add_socket(key) : sockets.lookup(key);
     if (!socket)
-        return;
-    socket->datagrams |= datagrams;
-    if (data && bytes > 0 && !socket->client && !socket->first_read_ns && are_connection_frames(data, bytes))
-        return;
-    if (bytes == 0) { /* end of file: of an upstream's answer, its end */
-        if (!socket->client && socket->first_read_ns)
+        return NOT_WANTED;
+    if (bytes <= 0) {
+        socket->peer_closed = 1;
+        if (bytes || socket->client || !socket->first_read_ns)
+            return NOT_WANTED;
+        struct attempt_state *attempt = attempt_on(key, socket);
+        if (attempt && !is_whole(attempt->upstream, false)) /* the end of file ends the answer; else it is seen late */
             socket->last_read_ns = now;
-        return;
+        return NOT_WANTED;
     }
+    socket->datagrams |= datagrams;
+    if (data && !socket->client && !socket->first_read_ns && are_no_answer(data, bytes))
+        return NOT_WANTED;
     if (!socket->first_read_ns) {
         socket->first_read_ns = now;
         socket->first_read_began_ns = began_ns + READ_NS_MAX > now ? began_ns : now - READ_NS_MAX;
@@ -133,17 +173,72 @@ static __always_inline void was_read(struct socket_key *key, u64 data, s64 bytes
     socket->last_read_ns = now;
     if (!has_begun_to_write(socket))
         socket->request_read_ns = now;
+    return !socket->client && socket->ready_ns && !socket->attempt_serial && socket->connection ? WANTED_TO_READ : NOT_WANTED;
 }
 
-static __always_inline void was_written(struct socket_key *key, s64 bytes, u64 began_ns, u64 now)
+static __always_inline void note_write(struct socket *socket, u64 began_ns, u64 now)
 {
-    struct socket *socket = find_or_add_socket(key);
-    if (!socket || bytes <= 0)
-        return;
     if (!has_begun_to_write(socket))
         socket->first_write_ns = began_ns;
     socket->last_write_ns = now;
-    socket->written_bytes += bytes;
+    socket->announced = 0;
+}
+
+/* A write returned. `data`: where the bytes are, or 0. */
+static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 began_ns, u64 now)
+{
+    struct socket *socket = find_or_add_socket(key);
+    if (!socket)
+        return NOT_WANTED;
+    if (!socket->client && socket->connection && !socket->announced
+        && (!socket->first_write_ns || socket->last_read_ns > socket->last_write_ns))
+        return WANTED_TO_WRITE;
+    if (!socket->first_write_ns && !socket->tls_connection && !is_upstream(socket) && is_interim(data))
+        return NOT_WANTED;
+    note_write(socket, began_ns, now);
+    return NOT_WANTED;
+}
+
+/* Finds the attempt that a connection serves, and begins what was waiting for that. */
+static __always_inline void look_for_attempt(
+    struct process *process, struct socket_key *key, u32 wanted, u64 began_ns, u64 now)
+{
+    struct owner owner = {};
+    struct socket *socket = sockets.lookup(key);
+    if (!socket)
+        return;
+    u64 serial = socket->attempt_serial, request = 0;
+    if (socket->connection)
+        request = wanted == WANTED_TO_CONNECT ? connecting_request(socket->connection) : sending_request(socket->connection);
+    else if (wanted == WANTED_TO_SEND)
+        process->wanted_until_ns = now + WANTED_NS;
+    if (is_owned_by(&owner, request, socket->connection))
+        begin_attempt(process, key, socket, &owner, now);
+#ifdef OFFSET_ngx_connection_s__ssl
+    u64 ssl = 0;
+    if (socket->connection && read_quietly(&ssl, socket->connection + OFFSET_ngx_connection_s__ssl))
+        socket->tls = ssl != 0;
+#endif
+    if (wanted == WANTED_TO_SEND) {
+        exchange_begins(socket, now);
+        socket->announced = 1;
+    }
+    if (wanted == WANTED_TO_WRITE) {
+        if (socket->attempt_serial != serial || (!socket->ready_ns && !socket->tls)) /* else a handshake */
+            exchange_begins(socket, began_ns);
+        note_write(socket, began_ns, now);
+    }
+}
+
+static __always_inline void was_closed(struct socket_key *key, u64 now)
+{
+    struct socket *socket = sockets.lookup(key);
+    if (!socket)
+        return;
+    struct attempt_state *attempt = attempt_on(key, socket);
+    if (attempt)
+        settle(attempt, socket, now);
+    sockets.delete(key);
 }
 
 /* nginx looks ahead into what a client sends only where TLS is spoken: its requests' beginnings are to be marked. */
@@ -169,8 +264,9 @@ static __always_inline int system_call_ended(
         process->last_event_ns = now;
     bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs));
     struct socket_key key = {.tgid = tgid, .fd = entry.argument1};
-
+    struct socket *socket;
     u64 data = 0;
+    u32 wanted = NOT_WANTED;
 
     switch (entry.number) {
     case SYS_recvfrom:
@@ -184,16 +280,27 @@ static __always_inline int system_call_ended(
     case SYS_read:
     case SYS_readv:
     case SYS_recvmsg:
-        if (result >= 0)
-            was_read(&key, data, result, began_ns, now, entry.number == SYS_recvmsg);
+        if (result != -EAGAIN && result != -EINTR)
+            wanted = was_read(&key, data, result, began_ns, now, entry.number == SYS_recvmsg);
+        if (worker && result > 0)
+            process->latest_read_fd = key.fd;
         break;
-    case SYS_write:
     case SYS_writev:
+    case SYS_write:
     case SYS_sendto:
     case SYS_sendmsg:
     case SYS_sendfile:
-        if (result > 0)
-            was_written(&key, result, began_ns, now);
+        if (result > 0) {
+            if (entry.number == SYS_writev)
+                bpf_probe_read_user(&data, sizeof(data), (void *)entry.argument2); /* the first part's address */
+            else if (entry.number == SYS_sendto)
+                data = entry.argument2;
+            wanted = was_written(&key, data, began_ns, now);
+        } else if (result == -EPIPE || result == -ECONNRESET) {
+            socket = sockets.lookup(&key);
+            if (socket)
+                socket->peer_closed = 1;
+        }
         break;
     case SYS_accept:
     case SYS_accept4:
@@ -206,14 +313,28 @@ static __always_inline int system_call_ended(
         if (result >= 0)
             opened(&key, now, 0);
         break;
+    case SYS_epoll_ctl:
+        key.fd = entry.argument3;
+        if (entry.argument2 == EPOLL_CTL_ADD && result == 0)
+            was_added(&key, entry.argument4);
+        break;
+    case SYS_epoll_wait:
+        if (worker)
+            turn_began(process, tgid, entry.argument2, result, now);
+        break;
     case SYS_connect:
-        connected_at_once(process, &key, result, now);
+        wanted = connected(&key, result, now);
         break;
     case SYS_getsockopt:
-        connect_tested(&key, &entry, now);
+        wanted = connect_tested(&key, &entry, now);
+        break;
+    case SYS_shutdown:
+        socket = sockets.lookup(&key);
+        if (socket)
+            socket->lingers = 1;
         break;
     case SYS_close:
-        sockets.delete(&key);
+        was_closed(&key, now);
         break;
 #if FOLLOW_FORKS
     case SYS_clone:
@@ -226,6 +347,8 @@ static __always_inline int system_call_ended(
         break;
 #endif
     }
+    if (wanted)
+        look_for_attempt(process, &key, wanted, began_ns, now);
     return 0;
 }
 

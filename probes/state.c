@@ -16,6 +16,7 @@
 
 #define PROCESSES_MAX 512
 #define SOCKETS_MAX 65536
+#define FLUSHES_MAX 16384
 
 /* Room for a bulk read of the struct; the largest of nginx 1.14-1.31 is 1,560 bytes. */
 #define REQUEST_BYTES_MAX 2048
@@ -56,11 +57,13 @@ struct request_trace {
 struct attempt_state {
     struct upstream_attempt attempt;
     u64 state;                /* ngx_http_upstream_state_t *; stays readable to the request's end: pools free nothing before */
-    u64 upstream;             /* ngx_http_upstream_srv_conf_t * */
+    u64 upstream;             /* ngx_http_upstream_t *; the same */
     u64 request;              /* the subrequest's ngx_http_request_t *, or 0 */
-#if ADOPT_UPSTREAM_CONTEXT
-    struct trace_context told;
-#endif
+    u64 serial;               /* its worker's number for it */
+    s32 fd;
+    u8 settled;               /* `attempt` has its times; else its socket has them */
+    u8 peer_closed;           /* end of file, or an error, before that */
+    u16 reserved;
 };
 
 #if REQUEST_METRICS
@@ -78,9 +81,10 @@ struct client_key {
 struct process {
     u64 known_since_ns;       /* its system calls are seen since then. The first member: the agent writes it (kernel/attachment.py) */
     u64 last_event_ns;        /* the worker's latest system call exit or probe hit: what comes next began no earlier */
-    u64 failed_connect_start_ns; /* a connect() that failed at once; nginx closes that socket before the attempt ends */
-    u64 failed_connect_ns;
-    u32 failed_connect_errno;
+    u64 turn_began_ns;        /* epoll_wait() returned last */
+    u64 wanted_until_ns;      /* a socket's ngx_connection_t is not known, and looked for among events */
+    u64 attempt_serial;       /* the latest attempt's */
+    s32 latest_read_fd;       /* what was read last in this turn; -1: nothing */
     u32 system_call_seen;     /* its latest one's end, by sys_exit */
     u32 core_module_index_known;
     u64 core_module_index;
@@ -101,9 +105,16 @@ struct process {
     struct request_trace trace;
     u64 found_at;
     struct attempt_state attempt;
+    u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
+    u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
+    u64 seen_peers[ATTEMPTS_MAX];              /* the main request's among them */
+    u64 unseen_peers[ATTEMPTS_MAX];
+    u64 seen_peers_count;
+    u64 unseen_peers_count;
+    u64 next_seen;
+    u64 main_outcome;                          /* enum outcome, of the main request's last attempt */
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];
-    u64 attempt_upstreams[ATTEMPTS_MAX];
     u64 exchange_end_ns[ATTEMPTS_MAX];
     u64 last_end_ns;
     u64 method;
@@ -118,7 +129,7 @@ struct process {
 struct request_progress {
     u64 body_read_ns;
     u32 attempts;
-    u32 attempts_lost;
+    u32 body_unseen;          /* of a stream: a part of its body came, and nothing says when */
 };
 
 struct socket {
@@ -132,12 +143,20 @@ struct socket {
     u64 request_read_ns;      /* the last read before the first write: of a client connection, the request's last bytes */
     u64 first_write_ns;
     u64 last_write_ns;
-    u64 written_bytes;        /* of a client connection, since its last request's end */
     u64 tls_connection;       /* of a client over TLS: the ngx_connection_t * of its last request; 0: had none */
     u32 connect_errno;
     u16 client;               /* 0: an upstream's, or a client's that is older than the probes, until its first request has ended */
-    u8 tls;                   /* of a client connection */
+    u8 tls;
     u8 datagrams;             /* HTTP/3's listening socket: recvmsg() is for nothing else */
+    u8 peer_closed;           /* end of file was read, or an error: the peer has gone */
+    u8 lingers;               /* of a client connection: nginx has shut its side, and waits for the client to end */
+    u8 announced;             /* of an upstream connection: nginx is about to send */
+    u8 reserved;
+    u32 attempt_index;        /* of an upstream connection: the attempt that it serves, or served last */
+    u64 attempt_serial;       /* 0: none */
+    u64 client_connection;    /* of that attempt's request: ngx_connection_t * */
+    u64 connection;           /* its own ngx_connection_t *; 0: not known */
+    u64 flush_began_ns;       /* of an HTTP/2 client connection: its frames were last to be sent */
     u64 requests;             /* that ended on this client connection */
     u64 next_began_ns;        /* the next one, whose first bytes had come with the last one's; 0: it did not */
     struct request_progress progress;
@@ -161,6 +180,8 @@ struct active_request {
     u64 created_ns;
     u64 read_ns;              /* the client socket's last read when the request was created; 0: none since an earlier one's end */
     u64 first_write_ns;       /* HTTP/2: its first frame was handed to the connection */
+    u64 last_flush_ns;        /* HTTP/2: its last one was */
+    u64 body_wanted_ns;       /* HTTP/2: nginx began to read its body */
     struct request_progress progress;
 #if PROPAGATE
     struct request_trace trace;
@@ -175,12 +196,20 @@ struct attempt_key {
     u64 connection;
 };
 
+/* When what an HTTP/2 connection had to send at a time was written. */
+struct flush_key {
+    u32 tgid;
+    s32 fd;
+    u64 began_ns;
+};
+
 BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
 BPF_ARRAY(new_processes, struct process, 1); /* all zero: too large for the stack */
 BPF_ARRAY(live, u32, 1); /* 1: every probe is attached. Before that no process is known, so that none is seen in part */
 BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
 BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("hash", struct attempt_key, struct attempt_state, attempts, ACTIVE_REQUESTS_MAX);
+BPF_TABLE("lru_hash", struct flush_key, u64, flush_ends, FLUSHES_MAX);
 BPF_F_TABLE("array", u32, u64, loss_counts, LOSS_CAUSES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, u64, beginnings, BEGINNINGS, BPF_F_MMAPABLE);
 BPF_RINGBUF_OUTPUT(records, RING_BUFFER_PAGES);
@@ -273,6 +302,13 @@ static __always_inline struct process *entered(struct pt_regs *ctx, u32 *tgid, u
  * with the smaller number, which the verifiers of older kernels cannot follow: it must not see both. */
 #define EACH(i, count, limit)                                                                                          \
     for (u32 i = 0; i < (limit) && ({ asm volatile("" : "+r"(count)); i < (count); }); i++)
+
+/* A place among ATTEMPTS_MAX, as the verifier sees it: clang would leave out what it can prove, and the verifier forget that. */
+static __always_inline u64 slot(u64 index)
+{
+    asm volatile("%[index] &= %[mask]" : [index] "+r"(index) : [mask] "i"(ATTEMPTS_MAX - 1));
+    return index;
+}
 
 /* Never 0, which is no id. */
 static __always_inline u64 random_id(void)

@@ -13,9 +13,12 @@
 #define SYS_recvfrom 45
 #define SYS_sendmsg 46
 #define SYS_recvmsg 47
+#define SYS_shutdown 48
 #define SYS_getsockopt 55
 #define SYS_clone 56
 #define SYS_fork 57
+#define SYS_epoll_wait 232
+#define SYS_epoll_ctl 233
 #define SYS_accept4 288
 
 /* The end of pt_regs from r10 on: number and arguments of a system call in one read. */

@@ -9,10 +9,12 @@ _SOURCES = (
     "state.c",
     "processes.c",
     "beginnings.c",
+    "attempts.c",
     "sockets.c",
     "contexts.c",
     "propagation.c",
-    "upstreams.c",
+    "adoption.c",
+    "endings.c",
     "metrics.c",
     "requests.c",
 )

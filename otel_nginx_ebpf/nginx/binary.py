@@ -83,7 +83,7 @@ class Binary:
             if segment["p_offset"] + segment["p_filesz"] > file_bytes or loaded_bytes > 2 * file_bytes:
                 raise ELFError("a segment passes the file's end, or many overlap")
             self._segments.append((segment["p_vaddr"], segment["p_filesz"], segment["p_offset"], segment.data()))
-        self._symbols: dict[str, int] = {}
+        self.symbols: dict[str, int] = {}
         symbol_bytes = 0
         for section in elf.iter_sections():
             if isinstance(section, SymbolTableSection):
@@ -92,15 +92,15 @@ class Binary:
                     raise ELFError("a damaged symbol table")
                 for symbol in section.iter_symbols():
                     if symbol["st_shndx"] != "SHN_UNDEF" and symbol.name.startswith("ngx_"):
-                        self._symbols[symbol.name] = symbol["st_value"]
+                        self.symbols[symbol.name] = symbol["st_value"]
         rodata = b"\0".join(data for _, _, _, data in self._segments)
         version = _VERSION.search(rodata)
-        if version is not None and not self._symbols:
+        if version is not None and not self.symbols:
             raise UserError(
                 f"{self.name} is nginx without a symbol to find its functions by: linked statically and stripped; "
                 "run a build that is linked dynamically, or one that is not stripped"
             )
-        if version is None or "ngx_http_core_module" not in self._symbols:
+        if version is None or "ngx_http_core_module" not in self.symbols:
             raise UserError(f"{self.name} is not an nginx with the http module: give nginx's own binary or process")
         self.version = (version[1] or version[2]).decode()
         signature = _SIGNATURE.search(rodata)
@@ -122,7 +122,7 @@ class Binary:
     def address(self, symbol: str) -> int:
         """The virtual address of an exported symbol. Raises `NoSiteError` when there is none."""
         try:
-            return self._symbols[symbol]
+            return self.symbols[symbol]
         except KeyError:
             raise NoSiteError(f"{symbol} is not exported") from None
 

@@ -85,8 +85,9 @@ def site(
 ) -> Iterator[Site]:
     """One nginx with a server for each selected scenario of the module, and one agent attached to it.
 
-    WORKERS, CONNECTIONS (a worker's), SITE_HTTP (text inside `http {}`) and AGENT_ENVIRONMENT are the module's, if it
-    has them. At its end the agent's whole output is compared with all access logs.
+    WORKERS, CONNECTIONS (a worker's), SITE_HTTP (text inside `http {}`), SITE_MAIN (text ahead of it) and
+    AGENT_ENVIRONMENT are the module's, if it has them. At its end the agent's whole output is compared with all access
+    logs.
     """
     module = request.node
     items = [item for item in request.session.items if item.getparent(pytest.Module) is module]
@@ -98,6 +99,7 @@ def site(
         upstream_addresses,
         workers=getattr(module.obj, "WORKERS", 1),
         http=getattr(module.obj, "SITE_HTTP", ""),
+        main=getattr(module.obj, "SITE_MAIN", ""),
         environment={**getattr(module.obj, "AGENT_ENVIRONMENT", EMPTY), **BEGINNINGS[beginnings]},
         connections=getattr(module.obj, "CONNECTIONS", 1024),
     )

@@ -28,6 +28,12 @@ URI_BYTES_MAX, USER_AGENT_BYTES_MAX = 4096, 1024
 """Longer ones are cut, and named in nginx.truncated_attributes."""
 
 
+GIVEN_UP = {"client_closed_request", "timeout"}
+"""nginx.termination where the client was the cause: no error of anyone's, also of a peer that had not answered yet."""
+FAULTS = {"upstream_incomplete", "upstream_timeout", "shutdown", "aborted"}
+"""nginx.termination where a response that had begun was not completed, which the access log does not show."""
+
+
 @dataclass(frozen=True)
 class LoggedAttempt:
     """One element of the `$upstream_*` lists, in nginx's text; `-` and empty mean none."""
@@ -89,7 +95,8 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("kind", server.kind, "SERVER")
     if not any(log[header] for header in ("http_traceparent", "http_b3", "http_x_b3_traceid")):
         yield from _differ("parent", server.parent_span_id, None)
-    yield from _differ("status", attributes.get("http.response.status_code"), status)
+    # 000 and 009: nothing that could be called a status was sent.
+    yield from _differ("status", attributes.get("http.response.status_code"), status if status >= 100 else None)
     yield from _differ("request size", attributes.get("http.request.size"), int(log["request_length"]))
     yield from _differ("response size", attributes.get("http.response.size"), int(log["bytes_sent"]))
     yield from _differ("connection", attributes.get("nginx.connection.id"), int(log["connection"]))
@@ -97,8 +104,14 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
         "connection requests", attributes.get("nginx.connection.requests"), int(log["connection_requests"])
     )
     yield from _differ("worker", attributes.get("nginx.worker.pid"), int(log["pid"]))
-    yield from _differ("error.type", attributes.get("error.type"), str(status) if status >= 500 else None)
-    yield from _differ("span status", server.status, "ERROR" if status >= 500 else "UNSET")
+    termination = attributes.get("nginx.termination")
+    if termination not in GIVEN_UP | FAULTS | {None}:
+        yield f"nginx.termination is {termination!r}"
+    if status == 499 and log["bytes_sent"] == "0":
+        yield from _differ("termination", termination, "client_closed_request")
+    error = str(status) if status >= 500 else termination if termination in FAULTS else None
+    yield from _differ("error.type", attributes.get("error.type"), error)
+    yield from _differ("span status", server.status, "ERROR" if error else "UNSET")
 
     # A request line that nginx could not read has no method, no version and no URI.
     method, route = log["request_method"], attributes.get("http.route")
@@ -161,8 +174,10 @@ def _check_attempt_numbers(trace: Trace) -> Iterator[str]:
         yield "an attempt has two spans of one name"
 
 
-def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iterator[str]:
-    """`logged` is None for a subrequest's attempt, which nginx's log does not show."""
+def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None, given_up: bool) -> Iterator[str]:
+    """`logged` is None for a subrequest's attempt, which nginx's log does not show.
+
+    `given_up`: it may have ended because the client did."""
     connect, exchange = attempt.connect, attempt.exchange
     for span in attempt.spans:
         peer = span.attributes.get("nginx.upstream.peer", "")
@@ -173,7 +188,7 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iter
         yield from _differ(f"{span.name} server address", traced, expected)
         if logged:
             yield from _differ(f"{span.name} peer", peer, logged.peer)
-    if connect and (connect.status == "ERROR") != (exchange is None):
+    if connect and (connect.status == "ERROR") != (exchange is None) and not given_up:
         yield f"connect is {connect.status}, {'with' if exchange else 'without'} an exchange"
     if logged and logged.connect_time == "-" and exchange:
         yield f"an exchange on a connection that nginx never had ready: {logged}"
@@ -183,7 +198,9 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None) -> Iter
         return
     yield from _differ("reused", exchange.attributes.get("nginx.upstream.connection.reused"), connect is None)
     status = exchange.attributes.get("http.response.status_code")
-    yield from _differ("exchange fails", exchange.status, "ERROR" if status is None or status >= 400 else "UNSET")
+    broken = exchange.error in ("timeout", "incomplete_response")
+    if not (given_up and status is None) and not broken:
+        yield from _differ("exchange fails", exchange.status, "ERROR" if status is None or status >= 400 else "UNSET")
     if logged:
         answered = logged.header_time != "-"
         yield from _differ("exchange status", status, int(logged.status) if answered else None)
@@ -211,8 +228,9 @@ def check_facts(trace: Trace, log: LogLine) -> list[str]:
     traced = [attempt.spans[0].attributes.get("nginx.upstream.peer") for attempt in traced_attempts(trace)]
     if traced != tried[:ATTEMPTS_MAX]:
         return [f"peers: trace says {traced}, nginx logged {log['upstream_addr']!r}"]
+    given_up = trace.server.attributes.get("nginx.termination") in GIVEN_UP
     for attempt, logged in pair_attempts(trace, log):
-        violations += _check_attempt(attempt, logged)
+        violations += _check_attempt(attempt, logged, given_up)
     for attempt in traced_attempts(trace, subrequests=True):
-        violations += _check_attempt(attempt, None)
+        violations += _check_attempt(attempt, None, given_up)
     return violations

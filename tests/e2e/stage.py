@@ -29,6 +29,7 @@ class Site:
         upstreams: dict[str, str],
         workers: int = 1,
         http: str = "",
+        main: str = "",
         environment: Mapping[str, str] = EMPTY,
         connections: int = 1024,
     ) -> None:
@@ -59,7 +60,7 @@ class Site:
         }
         self._scenarios = {each.name: each for each in scenarios}
         http = "\n".join([http, *(each.http_text(words) for each in scenarios)])
-        main = "\n".join(each.main_text(words) for each in scenarios)
+        main = "\n".join([main, *(each.main_text(words) for each in scenarios)])
         self.nginx = NginxServer(prefix, http, workers, main, connections=connections)
         self.logs = {each.name: AccessLog(prefix / "logs" / f"{each.identifier}.log") for each in scenarios}
         self.losses_max = 0

@@ -152,3 +152,19 @@ def test_streams_do_not_share_their_times(stage: Stage, tls: bool) -> None:
     assert body.named("downstream read")[0].seconds > 0.14
     assert body.server.seconds < 0.3
     assert static.server.seconds < 0.1
+
+
+@pytest.mark.nginx(listen=BOTH, server=SERVER, http=HTTP)
+@pytest.mark.parametrize("target", ["/large.bin", "/app?bytes=50000000"])
+def test_an_http2_stream_is_reset(stage: Stage, target: str) -> None:
+    connection = Http2Connection(stage.addresses["ipv4"], tls=False)
+    connection.start([Http2Request(target)])
+    assert connection.transport.socket.recv(20_000)
+    time.sleep(0.1)
+    connection.reset(1)
+    each = stage.exchange()
+    assert each.log["status"] == "200"
+    assert each.trace.server.attributes["nginx.termination"] == "client_closed_request"
+    assert [span.error for span in each.trace.spans] == [None] * len(each.trace.spans)
+    assert each.trace.server.seconds > 0.099
+    connection.close()

@@ -158,3 +158,17 @@ def test_tls_upstream_with_the_wrong_name(stage: Stage) -> None:
     each = stage.exchange()
     assert each.trace.outline() == ["downstream read", "upstream connect", "downstream write"]
     assert each.trace.named("upstream connect")[0].status == "ERROR"
+
+
+@VERSIONS
+@pytest.mark.nginx(
+    listen="listen @LISTEN@ ssl; ssl_certificate @CERTIFICATE@$is_args; ssl_certificate_key @KEY@$is_args;"
+    " ssl_protocols TLSv1.2 TLSv1.3;",
+    server="location / { return 200 ok; }",
+)
+def test_a_request_that_nginx_makes_in_the_handshake_is_none(stage: Stage, version: ssl.TLSVersion) -> None:
+    """ngx_http_ssl_certificate makes one for each variable in the names, here an empty one, and frees it unlogged."""
+    for _ in range(3):
+        with stage.connect(tls=trusting_tls(version)) as connection:
+            assert [connection.request("/").status for _ in range(2)] == [200, 200]
+    assert [each.trace.outline() for each in stage.exchanges(6)] == [READ_WRITE] * 6

@@ -39,6 +39,7 @@ def make_certificate(directory: Path) -> None:
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     files = ["-keyout", str(directory / "key.pem"), "-out", str(directory / "certificate.pem")]
     subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    (directory / "key.pem").chmod(0o644)  # workers read it where a variable names it
 
 
 class UpstreamProcess:

@@ -39,6 +39,7 @@ REQUEST = Request(
     multiplexed=False,
     attempts=(),
     attempts_lost=0,
+    unseen_peers=(),
     method_bit=2,
     requests_seen=3,
     method="GET",
@@ -55,6 +56,8 @@ REQUEST = Request(
     trace_flags=1,
     kept=None,
     trace_state=None,
+    ending=None,
+    ends_with_write=True,
 )
 
 ATTEMPT = Attempt(
@@ -79,6 +82,8 @@ ATTEMPT = Attempt(
     upstream="backend",
     subrequest_uri=None,
     span_id=None,
+    outcome=None,
+    ends_with_read=True,
 )
 
 
@@ -221,7 +226,9 @@ def test_a_failed_tls_handshake_is_a_failed_connect() -> None:
 
 
 def test_an_upstream_timeout_ends_the_exchange_with_the_attempt() -> None:
-    silent = replace(ATTEMPT, first_read_mono_ns=None, last_read_mono_ns=None, header_ms=None, status=504)
+    silent = replace(
+        ATTEMPT, first_read_mono_ns=None, last_read_mono_ns=None, header_ms=None, status=504, ends_with_read=False
+    )
     trace = build(replace(REQUEST, status=504, attempts=(silent,)))
     exchange = trace.spans[3]
     assert (exchange.name, exchange.end_unix_ns, exchange.error) == ("upstream exchange", OFFSET_NS + 4_100, "timeout")
@@ -240,7 +247,14 @@ def test_errors_are_the_servers_from_500_and_the_clients_from_400(
 
 def test_where_nothing_was_written_the_request_ends_when_nginx_ends_it() -> None:
     aborted = replace(
-        REQUEST, status=499, rc=499, first_write_mono_ns=None, last_write_mono_ns=None, ended_mono_ns=9_000
+        REQUEST,
+        status=499,
+        rc=499,
+        first_write_mono_ns=None,
+        last_write_mono_ns=None,
+        ended_mono_ns=9_000,
+        ending="client_closed_request",
+        ends_with_write=False,
     )
     server = build(aborted).spans[0]
     assert server.end_unix_ns == OFFSET_NS + 9_000
@@ -248,9 +262,8 @@ def test_where_nothing_was_written_the_request_ends_when_nginx_ends_it() -> None
 
 
 def test_a_tunnel_ends_when_nginx_ends_it() -> None:
-    tunnel = replace(
-        REQUEST, status=101, ended_mono_ns=9_000, attempts=(replace(ATTEMPT, status=101, ended_mono_ns=8_900),)
-    )
+    exchange = replace(ATTEMPT, status=101, ended_mono_ns=8_900, ends_with_read=False)
+    tunnel = replace(REQUEST, status=101, ended_mono_ns=9_000, attempts=(exchange,), ends_with_write=False)
     trace = build(tunnel)
     assert trace.spans[0].end_unix_ns == OFFSET_NS + 9_000
     assert trace.spans[3].end_unix_ns == OFFSET_NS + 8_900
@@ -272,9 +285,45 @@ def test_session_tickets_are_not_taken_for_the_response() -> None:
 
 
 def test_no_live_peer_is_said_where_no_attempt_could_be_made() -> None:
-    server = build(replace(REQUEST, status=502, upstream_states=1)).spans[0]
+    server = build(replace(REQUEST, status=502, upstream_states=1, unseen_peers=("backend",))).spans[0]
     assert server.attributes["nginx.upstream.no_live_peers"] == 1
-    assert "nginx.upstream.attempts" not in server.attributes
+    assert not {"nginx.upstream.attempts", "nginx.upstream.attempts_lost"} & server.attributes.keys()
+
+
+def test_a_peer_whose_attempt_was_not_seen_is_lost_and_not_called_dead() -> None:
+    request = replace(REQUEST, attempts=(ATTEMPT,), upstream_states=2, unseen_peers=("127.0.0.1:9001",))
+    server = build(request).spans[0]
+    assert (server.attributes["nginx.upstream.attempts"], server.attributes["nginx.upstream.attempts_lost"]) == (1, 1)
+    assert "nginx.upstream.no_live_peers" not in server.attributes
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ending", "client_error", "server_error"),
+    [
+        ("incomplete", "upstream_incomplete", "incomplete_response", "upstream_incomplete"),
+        ("timeout", "upstream_timeout", "timeout", "upstream_timeout"),
+        ("abandoned", "client_closed_request", None, None),
+        ("abandoned", "timeout", None, None),
+        ("abandoned", "shutdown", None, "shutdown"),
+    ],
+)
+def test_a_response_that_is_not_whole_is_an_error_of_who_is_at_fault(
+    outcome: str, ending: str, client_error: str | None, server_error: str | None
+) -> None:
+    attempt = replace(ATTEMPT, outcome=outcome, ends_with_read=False, ended_mono_ns=8_900)
+    trace = build(replace(REQUEST, attempts=(attempt,), ending=ending, ends_with_write=False, ended_mono_ns=9_000))
+    server, exchange = trace.spans[0], trace.spans[3]
+    assert (server.end_unix_ns, exchange.end_unix_ns) == (OFFSET_NS + 9_000, OFFSET_NS + 8_900)
+    assert (server.attributes["nginx.termination"], server.error, exchange.error) == (
+        ending,
+        server_error,
+        client_error,
+    )
+
+
+@pytest.mark.parametrize("status", [0, 9])
+def test_what_nginx_logs_for_no_status_is_no_status_code(status: int) -> None:
+    assert "http.response.status_code" not in build(replace(REQUEST, status=status)).spans[0].attributes
 
 
 @pytest.mark.parametrize(
@@ -371,17 +420,20 @@ def test_whatever_was_seen_no_span_is_empty_or_leaves_its_parent(
 
 
 def test_every_string_that_can_be_cut_has_an_attribute_to_name() -> None:
-    cut = tuple(STRING_KINDS.keys() - {"STRING_TRACESTATE"})  # sent whole or not at all
+    # The first is sent whole or not at all; the second is only counted.
+    cut = tuple(STRING_KINDS.keys() - {"STRING_TRACESTATE", "STRING_UNSEEN_PEER"})
     trace = build(replace(REQUEST, cut=cut))
     assert len(trace.spans[0].attributes["nginx.truncated_attributes"]) == len(cut)
 
 
-def test_a_client_that_left_while_nginx_worked_is_named_though_nginx_ends_with_rc_0() -> None:
-    """ngx_http_terminate_handler closes the request with 0; the status was set before."""
-    left = replace(REQUEST, status=499, rc=0, sent_bytes=0, first_write_mono_ns=None, last_write_mono_ns=None)
-    trace = build(replace(left, attempts=(replace(ATTEMPT, ended_mono_ns=6_050),)))
+def test_an_exchange_that_a_leaving_client_ended_is_no_error() -> None:
+    waiting = replace(
+        ATTEMPT, header_ms=None, status=None, outcome="abandoned", ends_with_read=False, ended_mono_ns=6_050
+    )
+    left = replace(REQUEST, status=499, sent_bytes=0, first_write_mono_ns=None, last_write_mono_ns=None)
+    trace = build(replace(left, attempts=(waiting,), ending="client_closed_request", ends_with_write=False))
     assert trace.spans[0].attributes["nginx.termination"] == "client_closed_request"
-    assert trace.spans[3].end_unix_ns == OFFSET_NS + 6_050
+    assert (trace.spans[3].end_unix_ns, trace.spans[3].error) == (OFFSET_NS + 6_050, None)
 
 
 def test_an_upstreams_own_499_is_no_termination() -> None:

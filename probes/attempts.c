@@ -1,0 +1,228 @@
+/*
+ * Upstream attempts, by who owns the connection: descriptor → ngx_connection_t → (sub)request, whichever balancer chose the peer.
+ *
+ * epoll_ctl(ADD) names a socket's ngx_connection_t, or, of one that is older than the probes, epoll_wait does. An attempt begins
+ * at connect(), where the connection's log tells which request nginx is at work for; on a kept-alive connection at
+ * getsockopt(SO_ERROR), which nginx asks just before it sends (Angie does not: there at the first write). By then c->data is the
+ * request. Either is believed only where r->upstream->peer.connection is the connection: that of a cosocket, a resolver or a
+ * stream's session is not. An attempt has its own ngx_http_upstream_state_t, by which it is told from the one before.
+ *
+ * Its times are its socket's until that is closed, serves the next attempt, or the request ends.
+ */
+
+/* How long epoll_wait's events are looked at for the connection of a socket that is older than the probes. */
+#define WANTED_NS (60 * 1000000000ULL)
+#define EVENTS_MAX 16
+
+/* struct epoll_event is packed on x86-64. */
+struct event {
+    u32 events;
+    u64 data;
+} __attribute__((packed));
+
+/* What a request's upstream says of an attempt that begins. */
+struct owner {
+    u64 request;
+    u64 main_request;
+    u64 client_connection;
+    u64 upstream;             /* ngx_http_upstream_t * */
+    u64 state;
+};
+
+static __always_inline bool read_quietly(u64 *value, u64 address)
+{
+    return bpf_probe_read_user(value, sizeof(*value), (void *)address) == 0;
+}
+
+/* Whether an attempt's state is the one that ngx_http_upstream_connect pushed last to r->upstream_states. */
+static __always_inline bool is_latest_state(u64 request, u64 state)
+{
+    u64 states = 0, elements = 0, count = 0;
+    return read_quietly(&states, request + OFFSET_ngx_http_request_s__upstream_states) && states
+        && read_quietly(&elements, states + OFFSET_ngx_array_t__elts) && read_quietly(&count, states + OFFSET_ngx_array_t__nelts)
+        && state == elements + (count - 1) * SIZEOF_ngx_http_upstream_state_t;
+}
+
+/* Whether `request` is one that tries an upstream peer over this connection just now. */
+static __always_inline bool is_owned_by(struct owner *owner, u64 request, u64 connection)
+{
+    struct {
+        u64 signature;
+        u64 connection;
+    } head = {};
+    u64 peer_connection = 0;
+    if (!request || bpf_probe_read_user(&head, sizeof(head), (void *)request) != 0 || (u32)head.signature != HTTP_MODULE
+        || !read_quietly(&owner->upstream, request + OFFSET_ngx_http_request_s__upstream) || !owner->upstream
+        || !read_quietly(&peer_connection, owner->upstream + OFFSET_ngx_http_upstream_s__peer + OFFSET_ngx_peer_connection_s__connection)
+        || peer_connection != connection
+        || !read_quietly(&owner->state, owner->upstream + OFFSET_ngx_http_upstream_s__state)
+        || !read_quietly(&owner->main_request, request + OFFSET_ngx_http_request_s__main))
+        return false;
+    if (!is_latest_state(request, owner->state)) {
+        count_loss(LOST_LAYOUT_MISMATCH);
+        return false;
+    }
+    owner->request = request;
+    owner->client_connection = head.connection;
+    return true;
+}
+
+/* The request that nginx is at work for while it connects: c->data is set only afterwards. 0: not known. */
+static __always_inline u64 connecting_request(u64 connection)
+{
+    u64 log = 0, log_ctx = 0, request = 0;
+    if (read_quietly(&log, connection + OFFSET_ngx_connection_s__log) && read_quietly(&log_ctx, log + OFFSET_ngx_log_s__data)
+        && log_ctx)
+        read_quietly(&request, log_ctx + OFFSET_ngx_http_log_ctx_t__current_request);
+    return request;
+}
+
+/* The request whose exchange a connection serves. 0: not known. */
+static __always_inline u64 sending_request(u64 connection)
+{
+    u64 request = 0;
+    read_quietly(&request, connection + OFFSET_ngx_connection_s__data);
+    return request;
+}
+
+/* The attempt whose times the socket has. NULL: none, or one of a request that has ended. */
+static __always_inline struct attempt_state *attempt_on(struct socket_key *key, struct socket *socket)
+{
+    if (!socket->attempt_serial)
+        return NULL;
+    struct attempt_key attempt_key = {.tgid = key->tgid, .index = socket->attempt_index, .connection = socket->client_connection};
+    struct attempt_state *attempt = attempts.lookup(&attempt_key);
+    return attempt && attempt->serial == socket->attempt_serial ? attempt : NULL;
+}
+
+/* Copies a socket's times to its attempt, which ended by then. */
+static __always_inline void settle(struct attempt_state *state, struct socket *socket, u64 ended_ns)
+{
+    struct upstream_attempt *attempt = &state->attempt;
+    attempt->connect_start_ns = socket->opened_ns;
+    attempt->connected_ns = socket->opened_ns ? socket->ready_ns : 0;
+    attempt->connect_failed_ns = socket->connect_failed_ns;
+    attempt->connect_errno = socket->connect_errno;
+    attempt->tls = socket->tls;
+    if (socket->ready_ns) {
+        attempt->first_write_ns = socket->first_write_ns;
+        attempt->last_write_ns = socket->last_write_ns;
+        attempt->first_read_ns = socket->first_read_ns;
+        attempt->last_read_ns = socket->last_read_ns;
+    }
+    attempt->ended_ns = ended_ns;
+    state->peer_closed = socket->peer_closed;
+    state->settled = 1;
+}
+
+static __always_inline void begin_attempt(
+    struct process *process, struct socket_key *key, struct socket *socket, struct owner *owner, u64 now)
+{
+    struct request_key request_key = {.tgid = key->tgid, .connection = owner->client_connection};
+    struct attempt_state *before = attempt_on(key, socket);
+    if (before && before->state == owner->state)
+        return;
+    if (before)
+        settle(before, socket, socket->last_read_ns ? socket->last_read_ns : now);
+    if (socket->attempt_serial) { /* kept alive since an earlier one, of this request or another */
+        socket->opened_ns = 0;
+        socket->ready_ns = 0;
+        socket->connect_failed_ns = 0;
+        socket->connect_errno = 0;
+        socket->attempt_serial = 0;
+    }
+    struct request_progress *progress = find_progress(&request_key, owner->main_request);
+    if (!progress)
+        return;
+    if (progress->attempts >= ATTEMPTS_MAX) {
+        count_loss(PARTIAL_ATTEMPTS_LIMIT);
+        return;
+    }
+    struct attempt_state *begun = &process->attempt;
+    __builtin_memset(begun, 0, sizeof(*begun));
+    begun->state = owner->state;
+    begun->upstream = owner->upstream;
+    begun->serial = ++process->attempt_serial;
+    begun->fd = key->fd;
+    if (owner->request != owner->main_request) {
+        begun->request = owner->request;
+        begun->attempt.subrequest = 1;
+    }
+    struct attempt_key attempt_key = {.tgid = key->tgid, .index = progress->attempts, .connection = owner->client_connection};
+    if (attempts.update(&attempt_key, begun) != 0) {
+        count_loss(PARTIAL_ATTEMPTS_FULL);
+        return;
+    }
+    socket->client_connection = owner->client_connection;
+    socket->attempt_index = progress->attempts;
+    socket->attempt_serial = begun->serial;
+    progress->attempts++;
+}
+
+/* epoll_ctl(epfd, op, fd, event) */
+static __always_inline void was_added(struct socket_key *key, u64 event_address)
+{
+    struct event event = {};
+    struct socket *socket = sockets.lookup(key);
+    if (socket && bpf_probe_read_user(&event, sizeof(event), (void *)event_address) == 0)
+        socket->connection = event.data & ~1ULL; /* the lowest bit is the event's instance */
+}
+
+/* Whether the event's data is a connection: the notify event's, a channel's or that of another library is not. */
+static __always_inline bool is_connection(u64 connection, s32 *fd)
+{
+    u64 read_event = 0, data = 0;
+    return connection && read_quietly(&read_event, connection + OFFSET_ngx_connection_s__read)
+        && read_quietly(&data, read_event + OFFSET_ngx_event_s__data) && data == connection
+        && bpf_probe_read_user(fd, sizeof(*fd), (void *)(connection + OFFSET_ngx_connection_s__fd)) == 0;
+}
+
+/* epoll_wait(epfd, events, maxevents, timeout) returned: a turn of nginx's event loop begins. */
+static __always_inline void turn_began(struct process *process, u32 tgid, u64 events, s64 count, u64 now)
+{
+    process->turn_began_ns = now;
+    process->latest_read_fd = -1;
+    if (now > process->wanted_until_ns)
+        return;
+    u64 wanted = count > 0 ? count : 0;
+    EACH(i, wanted, EVENTS_MAX) {
+        struct event event = {};
+        struct socket_key key = {.tgid = tgid};
+        bpf_probe_read_user(&event, sizeof(event), (void *)(events + i * sizeof(event)));
+        u64 connection = event.data & ~1ULL;
+        if (!is_connection(connection, &key.fd))
+            continue;
+        struct socket *socket = sockets.lookup(&key);
+        if (socket && !socket->connection)
+            socket->connection = connection;
+    }
+}
+
+/* The pipe's bit-fields lie in the word ahead of `allocated`: ngx_event_pipe.h. */
+#define PIPE_FLAGS (OFFSET_ngx_event_pipe_s__allocated - 8)
+#define PIPE_UPSTREAM_DONE (1 << 4)
+#define PIPE_UPSTREAM_ERROR (1 << 5)
+#define PIPE_UPSTREAM_EOF (1 << 6)
+
+#define UNTIL_EOF -1
+
+/* Whether a response that nginx passed on came whole, by what nginx still waits for: u->pipe where it buffers, else u->length.
+ * `eof`: the peer has closed the connection. */
+static __always_inline bool is_whole(u64 upstream, bool eof)
+{
+    u64 pipe = 0;
+    s64 pipe_length = UNTIL_EOF, length = 0;
+    u32 flags = 0;
+    if (bpf_probe_read_user(&length, sizeof(length), (void *)(upstream + OFFSET_ngx_http_upstream_s__length)) != 0
+        || !read_quietly(&pipe, upstream + OFFSET_ngx_http_upstream_s__pipe))
+        return true;
+    if (pipe
+        && (bpf_probe_read_user(&flags, sizeof(flags), (void *)(pipe + PIPE_FLAGS)) != 0
+            || bpf_probe_read_user(&pipe_length, sizeof(pipe_length), (void *)(pipe + OFFSET_ngx_event_pipe_s__length)) != 0))
+        return true;
+    if (!length || !pipe_length || flags & PIPE_UPSTREAM_DONE)
+        return true;
+    if (flags & PIPE_UPSTREAM_ERROR)
+        return false;
+    return length == UNTIL_EOF && pipe_length == UNTIL_EOF && (eof || flags & PIPE_UPSTREAM_EOF);
+}

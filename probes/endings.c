@@ -1,0 +1,127 @@
+/* How a request ended: whole, or given up, by whom, and with its last byte or later. */
+
+#define SWITCHING_PROTOCOLS 101
+#define REQUEST_TIME_OUT 408
+#define CLIENT_CLOSED_REQUEST 499
+
+/* $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
+static __always_inline u64 final_status(const struct request_record *record)
+{
+    if (record->err_status)
+        return record->err_status;
+    if (record->rc > 0 && (!record->out_status || !record->bytes_sent))
+        return record->rc;
+    return record->out_status;
+}
+
+static __always_inline bool is_handler(u64 handler, u64 load_address, u64 function)
+{
+    return function && handler == load_address + function;
+}
+
+/* Whether nginx finalized the request as it should (ngx_http_finalize_request), and did not terminate it. */
+static __always_inline bool was_finalized(struct process *process, u64 load_address)
+{
+    return !ADDRESS_ngx_http_request_empty_handler
+        || is_handler(MEMBER(process->request, u64, ngx_http_request_s, write_event_handler), load_address,
+                      ADDRESS_ngx_http_request_empty_handler);
+}
+
+/* Whether nginx waited, after the response, for the client to end its request (lingering_close, ngx_http_discard_request_body). */
+static __always_inline bool has_lingered(struct process *process, struct socket *socket, u64 load_address)
+{
+    return socket->lingers
+        || is_handler(MEMBER(process->request, u64, ngx_http_request_s, read_event_handler), load_address,
+                      ADDRESS_ngx_http_discarded_request_body_handler);
+}
+
+#define EVENT_TIMEDOUT (1 << 10) /* of the bit-fields behind ngx_event_s.data: write, accept, instance, … */
+
+static __always_inline bool write_timed_out(struct process *process)
+{
+    u32 flags = 0;
+    u64 event = MEMBER(process->connection, u64, ngx_connection_s, write);
+    return bpf_probe_read_user(&flags, sizeof(flags), (void *)(event + OFFSET_ngx_event_s__data + 8)) == 0 && flags & EVENT_TIMEDOUT;
+}
+
+static __always_inline bool is_exiting(u64 load_address)
+{
+    u32 exiting = 0;
+    return ADDRESS_ngx_exiting && bpf_probe_read_user(&exiting, sizeof(exiting), (void *)(load_address + ADDRESS_ngx_exiting)) == 0
+        && exiting;
+}
+
+/* A stream that its client resets ends while nginx reads that. */
+static __always_inline bool is_read_from(struct process *process, struct socket *socket, s32 fd, u64 since_ns)
+{
+    return process->latest_read_fd == fd && socket->last_read_ns > since_ns;
+}
+
+/* `outcome`: of the main request's last attempt. */
+static __always_inline u8 ending_of(
+    struct process *process, struct socket *socket, const struct request_record *record, u8 outcome, u64 load_address)
+{
+    u64 status = final_status(record);
+    bool unsent = record->rc || !record->bytes_sent;
+    if (unsent && status == REQUEST_TIME_OUT)
+        return ENDED_TIMEOUT;
+    if (unsent && status == CLIENT_CLOSED_REQUEST)
+        return ENDED_CLIENT_CLOSED_REQUEST;
+    if (was_finalized(process, load_address))
+        return outcome == OUTCOME_INCOMPLETE ? ENDED_UPSTREAM_INCOMPLETE
+            : outcome == OUTCOME_TIMEOUT     ? ENDED_UPSTREAM_TIMEOUT
+                                             : ENDED_WHOLE;
+    if (status == SWITCHING_PROTOCOLS)
+        return ENDED_WHOLE;
+    if (write_timed_out(process))
+        return ENDED_TIMEOUT;
+    if (socket && socket->peer_closed)
+        return ENDED_CLIENT_CLOSED_REQUEST;
+    if (!socket || !record->bytes_sent)
+        return ENDED_WHOLE; /* no response was begun: `return 444` */
+    if (record->multiplexed
+        && is_read_from(process, socket, MEMBER(process->connection, s32, ngx_connection_s, fd), record->created_ns))
+        return ENDED_CLIENT_CLOSED_REQUEST;
+    if (outcome == OUTCOME_INCOMPLETE)
+        return ENDED_UPSTREAM_INCOMPLETE;
+    return is_exiting(load_address) ? ENDED_SHUTDOWN : ENDED_ABORTED;
+}
+
+/* Whether the request ended with its last response byte: nothing kept nginx busy with it afterwards. */
+static __always_inline bool ends_with_write(
+    struct process *process, struct socket *socket, const struct request_record *record, u64 load_address)
+{
+    return socket && record->last_write_ns && record->ending == ENDED_WHOLE && !record->rc
+        && final_status(record) != SWITCHING_PROTOCOLS
+        && (record->last_write_ns >= process->turn_began_ns || has_lingered(process, socket, load_address));
+}
+
+static __always_inline struct upstream_attempt *attempt_of(struct process *process, u32 index)
+{
+    return (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
+}
+
+/* An attempt's outcome, where it was the last that its request made. */
+static __always_inline u8 outcome_of(const struct attempt_state *ended, const struct upstream_attempt *attempt)
+{
+    u64 state = 0;
+    if (attempt->header_msec == -1ULL || !attempt->status || attempt->status == SWITCHING_PROTOCOLS
+        || bpf_probe_read_user(&state, sizeof(state), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__state)) != 0
+        || state != ended->state || is_whole(ended->upstream, ended->peer_closed || attempt->tls))
+        return OUTCOME_WHOLE;
+    return ended->peer_closed ? OUTCOME_INCOMPLETE : OUTCOME_TIMEOUT;
+}
+
+/* What the request's end says of an attempt's: whose fault it was, and when its exchange ended. */
+static __always_inline void conclude(struct process *process, const struct request_record *record, struct upstream_attempt *attempt)
+{
+    bool answered = attempt->header_msec != -1ULL && attempt->status;
+    bool given_up = record->ending == ENDED_CLIENT_CLOSED_REQUEST || record->ending == ENDED_TIMEOUT
+        || record->ending == ENDED_SHUTDOWN || record->ending == ENDED_ABORTED;
+    if (given_up
+        && (answered ? attempt->outcome == OUTCOME_TIMEOUT
+                     : !attempt->connect_errno && attempt->ended_ns >= process->turn_began_ns))
+        attempt->outcome = OUTCOME_ABANDONED;
+    attempt->ends_with_read = answered && attempt->last_read_ns && attempt->outcome == OUTCOME_WHOLE
+        && attempt->status != SWITCHING_PROTOCOLS;
+}
