@@ -77,7 +77,7 @@ class DebianBuild:
 
 @dataclass(frozen=True)
 class CompiledBuild:
-    """nginx from a Debian release's source package, compiled here, with this machine's compiler and libraries."""
+    """nginx as its authors released it, compiled here, with this machine's compiler and libraries."""
 
     name: str
     compiler: str
@@ -87,7 +87,6 @@ class CompiledBuild:
     compatible: bool = True
     """`--with-compat`: one layout for all builds of a version."""
     stripped: bool = False
-    suite: str = "trixie"
 
     @property
     def description(self) -> str:
@@ -96,12 +95,10 @@ class CompiledBuild:
         return f"compiled with {flags}{compatible}{', stripped' if self.stripped else ''}"
 
     def make(self, directory: Path) -> None:
-        with tempfile.TemporaryDirectory() as name:
-            download(self.suite, Path(name), "source", "nginx")
-            (archive,) = Path(name).glob("*.orig.tar.?z")
-            subprocess.run(["tar", "--extract", "--no-same-owner", "--file", archive], cwd=directory, check=True)
-        (source,) = directory.glob("nginx-*")
-        configure = ["./configure", f"--with-cc-opt={self.compiler}", f"--with-ld-opt={self.linker}", *OPTIONS]
+        source = unpack_source(directory)
+        configure = ["./configure", f"--with-cc-opt={self.compiler}", f"--with-ld-opt={self.linker}"]
+        known = subprocess.run(["./configure", "--help"], cwd=source, capture_output=True, text=True).stdout
+        configure += [option for option in OPTIONS if option.partition("=")[0] in known]
         configure += ["--with-compat"] if self.compatible else []
         with (directory / "build.log").open("wb") as log:
             for command in (configure, ["make", f"-j{os.cpu_count()}"]):
@@ -132,6 +129,9 @@ class StrippedBuild:
         subprocess.run(["strip", "--strip-all", "-o", directory / "nginx", obtain(self.original) / "nginx"], check=True)
         write_script(directory / "start", RUN_AS_IT_IS)
 
+
+# The Debian releases whose source package of nginx may be compiled, the preferred one first.
+SOURCES = ("trixie", "bookworm", "sid")
 
 # What the scenarios use, and a path that nginx would otherwise look for below --prefix before it reads its arguments.
 OPTIONS = (
@@ -205,6 +205,30 @@ def obtain(build: Build) -> Path:
     return directory
 
 
+def unpack_source(directory: Path) -> Path:
+    """Unpacks nginx's own release and returns its directory.
+
+    It takes the release of the first Debian suite whose tarball the mirror serves, and none of Debian's patches: on any
+    day a mirror may lack a file of the newest package.
+
+    Raises:
+        BuildError: the mirror serves none of the tarballs.
+    """
+    problems = []
+    for suite in SOURCES:
+        with tempfile.TemporaryDirectory() as name:
+            try:
+                download(suite, Path(name), "source", "--tar-only", "nginx")
+            except BuildError as error:
+                problems.append(f"{suite}: {error}")
+                continue
+            (archive,) = Path(name).glob("*.orig.tar.?z")
+            subprocess.run(["tar", "--extract", "--no-same-owner", "--file", archive], cwd=directory, check=True)
+        (source,) = directory.glob("nginx-*")
+        return source
+    raise BuildError("\n".join(problems))
+
+
 def download(suite: str, directory: Path, *command: str) -> None:
     """Puts into `directory` what apt fetches for `command` on a machine of that release with nothing installed.
 
@@ -212,12 +236,18 @@ def download(suite: str, directory: Path, *command: str) -> None:
         BuildError: apt cannot.
     """
     (directory / "partial").mkdir()
-    run_apt([*apt_flags(suite), f"--option=Dir::Cache::archives={directory}", "--download-only", *command], directory)
+    flags = apt_flags(suite)
+    fetch = [*flags, f"--option=Dir::Cache::archives={directory}", "--download-only", *command]
+    try:
+        run_apt(fetch, directory)
+    except BuildError:  # the lists may be older than what the mirror serves by now
+        run_apt([*flags, "update"], directory)
+        run_apt(fetch, directory)
 
 
 @functools.cache
 def apt_flags(suite: str) -> tuple[str, ...]:
-    """For an apt with sources, lists and state of its own, up to date: the machine's are not touched."""
+    """Options for an apt whose sources, lists and state are its own and up to date; the machine's are not touched."""
     apt = CACHE / "apt" / suite
     (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
     (apt / "nothing-installed").touch()
