@@ -1,8 +1,8 @@
-"""The nginx builds that the end-to-end scenarios run against: those of four Debian releases, and some with other flags.
+"""The nginx builds that the end-to-end scenarios run against: of four Debian releases, with other flags, and of forks.
 
 `obtain` puts a build into `.cache/nginx-builds/NAME/`, once:
 
-    nginx   the executable
+    nginx   the executable; a fork whose executable has another name has a link with that name
     start   runs it with the given arguments; the process id of `start` becomes nginx's
 """
 
@@ -16,6 +16,8 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from matrix.forks import ANGIE, FREENGINX, OPENRESTY, TENGINE, Fork
 
 CACHE = Path(__file__).parents[2] / ".cache" / "nginx-builds"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -38,7 +40,7 @@ exec unshare --mount sh -c '
 
 RUN_AS_IT_IS = """\
 #!/bin/sh
-exec "$(dirname "$0")/nginx" "$@"
+exec "$(readlink -f "$(dirname "$0")/nginx")" "$@"
 """
 
 
@@ -87,29 +89,43 @@ class CompiledBuild:
     compatible: bool = True
     """`--with-compat`: one layout for all builds of a version."""
     stripped: bool = False
+    options: tuple[str, ...] = ()
+    """More options of `configure`."""
+    without: tuple[str, ...] = ()
+    """Options that are left out."""
+    fork: Fork | None = None
 
     @property
     def description(self) -> str:
         flags = f"`{self.compiler}`" + (f", linked with `{self.linker}`" if self.linker else "")
         compatible = "" if self.compatible else ", without `--with-compat`"
-        return f"compiled with {flags}{compatible}{', stripped' if self.stripped else ''}"
+        options = f", with `{' '.join(self.options)}`" if self.options else ""
+        fork = f", with the names and the struct layout of {self.fork.name}" if self.fork else ""
+        return f"compiled with {flags}{compatible}{options}{fork}{', stripped' if self.stripped else ''}"
 
     def make(self, directory: Path) -> None:
         source = unpack_source(directory)
-        configure = ["./configure", f"--with-cc-opt={self.compiler}", f"--with-ld-opt={self.linker}"]
+        without = self.without
+        if self.fork:
+            try:
+                self.fork.apply(source)
+            except ValueError as error:
+                raise BuildError(f"{self.name}: {error}") from None
+            without += self.fork.without
+        configure = ["./configure", f"--with-cc-opt={self.compiler}", f"--with-ld-opt={self.linker}", *self.options]
         known = subprocess.run(["./configure", "--help"], cwd=source, capture_output=True, text=True).stdout
-        configure += [option for option in OPTIONS if option.partition("=")[0] in known]
+        configure += [option for option in OPTIONS if option.partition("=")[0] in known and option not in without]
         configure += ["--with-compat"] if self.compatible else []
         with (directory / "build.log").open("wb") as log:
             for command in (configure, ["make", f"-j{os.cpu_count()}"]):
                 if subprocess.run(command, cwd=source, stdout=log, stderr=subprocess.STDOUT).returncode:
                     raise BuildError(f"{self.name}: `{shlex.join(command)}` failed; see {log.name}")
-        binary = directory / "nginx"
+        binary = directory / (self.fork.executable if self.fork else "nginx")
         (source / "objs/nginx").rename(binary)
         if self.stripped:
             subprocess.run(["strip", "--strip-all", binary], check=True)
         shutil.rmtree(source)
-        write_script(directory / "start", RUN_AS_IT_IS)
+        run_as_it_is(binary)
 
 
 @dataclass(frozen=True)
@@ -118,16 +134,17 @@ class StrippedBuild:
 
     name: str
     original: CompiledBuild
-    refusal: str = field(repr=False)
-    """What the program must say, as this build is out of its reach."""
+    refusal: str = field(default="", repr=False)
+    """What the program must say where this build is out of its reach."""
 
     @property
     def description(self) -> str:
         return f"{self.original.name}, stripped"
 
     def make(self, directory: Path) -> None:
-        subprocess.run(["strip", "--strip-all", "-o", directory / "nginx", obtain(self.original) / "nginx"], check=True)
-        write_script(directory / "start", RUN_AS_IT_IS)
+        original = (obtain(self.original) / "nginx").resolve()
+        subprocess.run(["strip", "--strip-all", "-o", directory / original.name, original], check=True)
+        run_as_it_is(directory / original.name)
 
 
 # The Debian releases whose source package of nginx may be compiled, the preferred one first.
@@ -166,6 +183,9 @@ Build = DebianBuild | CompiledBuild | StrippedBuild
 
 STATIC = CompiledBuild("static", "-O2", "-static")
 NO_COMPAT = CompiledBuild("no-compat", "-g -O2", compatible=False)
+NO_PCRE = CompiledBuild("no-pcre", "-g -O2", options=("--without-pcre", "--without-http_rewrite_module"))
+NO_CACHE = CompiledBuild("no-cache", "-g -O2", options=("--without-http-cache",), without=("--with-http_slice_module",))
+FORKS = tuple(CompiledBuild(fork.name.lower(), "-g -O2", fork=fork) for fork in (TENGINE, ANGIE, FREENGINX, OPENRESTY))
 
 BUILDS: tuple[Build, ...] = (
     DebianBuild("debian-11", "bullseye"),
@@ -178,8 +198,14 @@ BUILDS: tuple[Build, ...] = (
     CompiledBuild("no-pie", "-O2 -fno-pie", "-no-pie", stripped=True),
     STATIC,
     NO_COMPAT,
+    NO_PCRE,
+    NO_CACHE,
+    *FORKS,
     StrippedBuild("static-stripped", STATIC, refusal="symbol"),
     StrippedBuild("no-compat-stripped", NO_COMPAT, refusal="--with-compat"),
+    StrippedBuild("no-pcre-stripped", NO_PCRE),
+    StrippedBuild("no-cache-stripped", NO_CACHE),
+    *(StrippedBuild(f"{each.name}-stripped", each, refusal=each.fork.name) for each in FORKS if each.fork),
 )
 
 
@@ -289,6 +315,12 @@ def mirror() -> str:
     if not listed:
         raise BuildError("apt knows no Debian mirror here: run `apt-get update` on a Debian machine")
     return listed[0]
+
+
+def run_as_it_is(binary: Path) -> None:
+    if binary.name != "nginx":
+        binary.with_name("nginx").symlink_to(binary.name)
+    write_script(binary.with_name("start"), RUN_AS_IT_IS)
 
 
 def write_script(path: Path, text: str) -> None:

@@ -165,7 +165,7 @@ def run(build: Build, selection: Sequence[str]) -> Column:
     try:
         directory = obtain(build)
         number = ".".join(map(str, nginx_version(directory / "start")))
-        if isinstance(build, StrippedBuild):
+        if isinstance(build, StrippedBuild) and build.refusal:
             column = Column(build, number, refusal=check_refusal(directory, build.refusal))
         else:
             column = Column(build, number, results=run_scenarios(build, directory, selection))
