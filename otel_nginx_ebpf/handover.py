@@ -1,14 +1,12 @@
 """What only the user who starts the program may open: opened, and handed to the process that emits, as descriptors."""
 
 import os
-import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from otel_nginx_ebpf import privileges, seccomp
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.messages import complain
 from otel_nginx_ebpf.privileges import Account
 from otel_nginx_ebpf.settings import Settings
 
@@ -20,7 +18,7 @@ _FILE_VARIABLES = [
 
 
 # What it imports later, and, of the packages beside it, the trusted certificates of HTTP.
-_PROGRAM_FILES = (__file__, sysconfig.get_path("purelib"))
+_PROGRAM_FILES = (__file__, sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +68,13 @@ def make_handover(settings: Settings, output: int | None) -> Handover:
         UserError: The user, the directory or a file is not usable.
     """
     account = privileges.account(settings.user)
-    if account and not all(privileges.can_read(account, path) for path in _PROGRAM_FILES):
-        problem = f"user {account.name} cannot read the program's own files below {sys.prefix} and {_PROGRAM_FILES[0]}"
-        if settings.user:
-            raise UserError(f"--user: {problem}; install it where that user can read it")
-        complain(f"the emitter goes on as root, without capabilities: {problem}")
-        account = None
+    closed = [path for path in _PROGRAM_FILES if account and not privileges.can_read(account, path)]
+    if account and closed:
+        raise UserError(
+            f"user {account.name}, who is to read requests and send traces, cannot read the program's own files, "
+            f"such as {closed[0]}: put the program where that user can, below /opt for example; or say --user root "
+            "(OTEL_NGINX_EBPF_USER): it is root then, without capabilities"
+        )
     if account and settings.queue_dir and not settings.queue_dir.exists():
         try:
             settings.queue_dir.mkdir(mode=0o700, parents=True)

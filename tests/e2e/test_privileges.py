@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,9 +17,12 @@ import psutil
 import pytest
 from unit.otlp_receiver import GrpcReceiver
 
+import otel_nginx_ebpf
 from e2e.agent_process import PROGRAM, AgentProcess
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import AccessLog, NginxServer, free_ports, wait_until
+
+PACKAGE = Path(otel_nginx_ebpf.__file__).parent
 
 NGINX_HTTP = """server {
     listen 127.0.0.1:@PORT@;
@@ -262,6 +266,27 @@ def test_another_user(site: Site, start_agent: StartAgent, tmp_path: Path) -> No
     agent.stop()
     done = subprocess.run([PROGRAM, *arguments, "--user", "no-such"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (2, "otel-nginx-ebpf: --user no-such: there is no such user\n")
+
+
+def test_a_program_that_the_emitter_s_user_cannot_read(site: Site, tmp_path: Path) -> None:
+    """A clone in root's home, say: refused before tracing starts; `--user root` asks for root."""
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    shutil.copytree(PACKAGE, home / PACKAGE.name)
+    program = [sys.executable, "-P", "-m", PACKAGE.name, "run", "--pid", str(site.nginx.pid), "--exporter", "line"]
+    environment = {**os.environ, "PYTHONPATH": str(home)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "ready" not in done.stderr
+    assert (
+        f"user nobody, who is to read requests and send traces, cannot read the program's own files, such as {home}"
+        in (done.stderr)
+    )
+    process = subprocess.Popen([*program, "--user", "root"], env=environment, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("ready")
+    process.terminate()
+    assert process.communicate(timeout=60)[1].endswith("received 0, exported 0, lost 0\n")
 
 
 def test_a_queue_directory_that_the_emitter_may_not_enter(tmp_path: Path) -> None:
