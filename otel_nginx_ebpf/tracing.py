@@ -3,12 +3,11 @@
 import itertools
 import logging
 import os
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
-from otel_nginx_ebpf import health, silence
+from otel_nginx_ebpf import health, messages, silence
 from otel_nginx_ebpf.channel import Kind, SupervisorEnd
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel import preflight
@@ -174,7 +173,7 @@ class Tracing:
             target=str(target),
             layout_source=target.layout_source,
         )
-        print(target.ready_line(traced.instances), file=sys.stderr, flush=True)
+        messages.say(target.ready_line(traced.instances))
 
     def _refuse(self, identity: FileIdentity, reason: str) -> None:
         self._refused[identity] = reason
