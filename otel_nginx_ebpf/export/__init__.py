@@ -1,5 +1,6 @@
 """Exporters: what can be done with a finished trace."""
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -97,8 +98,9 @@ class _Measured:
         self.take = exporter.take
 
     def shutdown(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
         self._exporter.shutdown(timeout_s)
-        self._metrics.shutdown()
+        self._metrics.shutdown(deadline_s - time.monotonic())
 
 
 def make_exporter(

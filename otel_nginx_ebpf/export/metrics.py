@@ -23,7 +23,8 @@ from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.settings import Settings
 from otel_nginx_ebpf.stats import Stats
 
-_END_S = 5.0
+# How long sending what was measured last may take, at least and at most.
+_END_MIN_S, _END_MAX_S = 1.0, 5.0
 _SECONDS = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 
 
@@ -46,15 +47,16 @@ class Metrics:
         own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__})
         attributes = OTELResourceDetector().detect().attributes
         said = Resource({name: value for name, value in attributes.items() if name != SERVICE_NAME})
-        self._provider = MeterProvider(readers, own.merge(said))
+        self._provider = MeterProvider(readers, own.merge(said), shutdown_on_exit=False)
         _measure(self._provider, stats)
 
-    def shutdown(self) -> None:
+    def shutdown(self, timeout_s: float = _END_MAX_S) -> None:
         """Sends what was measured last, for a few seconds at most."""
+        timeout_s = min(max(timeout_s, _END_MIN_S), _END_MAX_S)
         # In a thread: the SDK's exporter has no time limit of its own for a collector that does not answer.
-        last = threading.Thread(target=self._provider.shutdown, kwargs={"timeout_millis": _END_S * 1e3}, daemon=True)
+        last = threading.Thread(target=self._provider.shutdown, kwargs={"timeout_millis": timeout_s * 1e3}, daemon=True)
         last.start()
-        last.join(_END_S)
+        last.join(timeout_s)
 
 
 # A message of so many points has some 2 MiB at most; a collector's gRPC server takes 4 by default.

@@ -195,6 +195,7 @@ class OtlpExporter:
         self._changed.notify_all()
 
     def shutdown(self, timeout_s: float) -> None:
+        self._sender.hasten()
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -234,10 +235,18 @@ class OtlpExporter:
             if answer.delivered or not answer.retry:
                 retry_s = _RETRY_FIRST_S
             else:
-                with self._changed:
-                    wait_s = answer.wait_s or retry_s * random.uniform(0.8, 1.2)
-                    self._changed.wait_for(lambda: self._abandoned, wait_s)
+                self._pause(answer.wait_s, retry_s)
                 retry_s = min(retry_s * 2, _RETRY_MAX_S)
+
+    def _pause(self, asked_s: float, retry_s: float) -> None:
+        """Before the next try. At the end it is short, so that a collector which comes back is noticed in time."""
+        with self._changed:
+            if asked_s:
+                self._changed.wait_for(lambda: self._abandoned, asked_s)
+            else:
+                self._changed.wait_for(lambda: self._closing, retry_s * random.uniform(0.8, 1.2))
+                if self._closing:
+                    self._changed.wait_for(lambda: self._abandoned, _RETRY_FIRST_S)
 
     def _next_message(self) -> _Message | None:
         """The oldest message, left in the queue; waits until one is full or has waited long enough. None at the end."""

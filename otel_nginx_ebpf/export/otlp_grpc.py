@@ -98,6 +98,9 @@ class GrpcSender(OTLPSpanExporter):
     def _count_data(self, data: Any) -> int:
         return 0
 
+    def hasten(self) -> None:
+        self._shutdown_in_progress.set()
+
     def send(self, message: bytes) -> Answer:
         self.response = self.refusal = None
         if self.export(cast(Any, message)) is SpanExportResult.SUCCESS:

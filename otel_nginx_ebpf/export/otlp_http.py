@@ -51,6 +51,9 @@ class HttpSender(OTLPSpanExporter):
         self.result: BaseHTTPResult | None = None
         self._client._transport = _Transport(self._client._transport, self)
 
+    def hasten(self) -> None:
+        self._client._shutdown_event.set()
+
     def send(self, message: bytes) -> Answer:
         self.result = None
         self._client.export(message)

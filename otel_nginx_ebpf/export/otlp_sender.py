@@ -36,6 +36,9 @@ class Sender(Protocol):
     def send(self, message: bytes) -> Answer:
         """Sends an ExportTraceServiceRequest, for as long as $OTEL_EXPORTER_OTLP_TIMEOUT says, retries included."""
 
+    def hasten(self) -> None:
+        """From now on a `send` is one try; ends the pause of one in another thread."""
+
     def shutdown(self) -> None:
         """Ends a `send` in another thread, too."""
 

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
@@ -40,10 +41,11 @@ class Subject:
         host: str = "127.0.0.1",
         queue: int = 1000,
         batch: int = SPANS,
+        timeout_s: int = 1,
     ) -> None:
         self.patch = pytest.MonkeyPatch()
         self.patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"{scheme}://{host}:{port}")
-        self.patch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+        self.patch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", str(timeout_s))
         self.stats = Stats()
         self.offered = 0
         self.exporter = OtlpExporter(
@@ -283,6 +285,23 @@ def test_a_connection_whose_other_end_falls_silent(
         finally:
             proxy.close()
     assert sorted(set(receiver.trace_ids)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("protocol", "kind"), PROTOCOLS)
+def test_a_collector_that_comes_back_at_the_end(protocol: str, kind: type[GrpcReceiver | HttpReceiver]) -> None:
+    """After an outage of some seconds the pauses between two tries are long; at the end they are not."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with subject(protocol, port, timeout_s=30) as sender:
+        sender.offer(2)
+        time.sleep(3.5)  # in the middle of a pause of 4 s
+        with ThreadPoolExecutor(1) as ending:
+            began_s = time.monotonic()
+            ended = ending.submit(sender.end, 10)
+            with kind(port) as receiver:
+                assert ended.result() == {}
+                assert time.monotonic() - began_s < 2
+                assert receiver.trace_ids == [1, 2]
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
