@@ -140,9 +140,13 @@ class Emitter:
         self._fullest = 0.0
         """Ring buffer since it was last noted, 0 to 1."""
         self._attached = self._ending = False
+        self._grace_s: float | None = None
 
-    def run(self, take: Take, at_once: int) -> None:
+    def run(self, take: Take, at_once: int) -> float | None:
         """Gives every record to `take`, so many at once, until the supervisor ends it; then drains.
+
+        Returns:
+            For how many seconds to deliver; None where the supervisor is gone and could not say.
 
         Raises:
             NothingTracedError: There was nothing to read at any time.
@@ -175,6 +179,7 @@ class Emitter:
             self._note_counters()
         if not self._attached:
             raise NothingTracedError
+        return self._grace_s
 
     def _heed(self, message: Message) -> None:
         values = message.values
@@ -205,6 +210,7 @@ class Emitter:
             self._counts.lose_unread(values["cause"], values["count"])
         elif message.what == "end":
             self._ending = True
+            self._grace_s = values["grace_s"]
 
     def _add_durations(self, source: _Source) -> None:
         if source.durations is None:

@@ -55,14 +55,14 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
     stats = Stats()
     kept = Counts(counts, stats)
 
-    def work(exporter: "Exporter") -> None:
+    def work(exporter: "Exporter") -> float | None:
         kept.settle()
         ring_buffer_bytes = settings.ring_buffer_mib << 20
         reader = emitter.Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes)
-        reader.run(emitter.exporting(exporter, stats), exporter.at_once)
+        return reader.run(emitter.exporting(exporter, stats), exporter.at_once)
 
     with suppress(emitter.NothingTracedError):
-        return _deliver(settings, stats, work, handed.output)
+        return _deliver(settings, stats, work, handed.output, live=True)
     return 0
 
 
@@ -99,9 +99,7 @@ def replay(settings: Settings, path: Path) -> int:
         frames = with_progress(frames, path)
     # A file can wait until the collector has taken what is queued; a running nginx cannot.
     output = handover.open_output(settings)
-    return _deliver(
-        settings, stats, lambda exporter: emitter.replay(frames, exporter, stats), output, wait_for_room=True
-    )
+    return _deliver(settings, stats, lambda exporter: emitter.replay(frames, exporter, stats), output, live=False)
 
 
 def report(settings: Settings, capture: Path, output: Path) -> int:
@@ -136,24 +134,27 @@ def report(settings: Settings, capture: Path, output: Path) -> int:
 def _deliver(
     settings: Settings,
     stats: Stats,
-    work: Callable[["Exporter"], None],
+    work: Callable[["Exporter"], float | None],
     output: int | None,
     *,
-    wait_for_room: bool = False,
+    live: bool,
 ) -> int:
     """Runs `work` with an exporter, then delivers what the exporter still holds and prints the counts.
 
+    `work` returns for how many seconds to deliver, or None for as many as `settings` say.
+
     Returns:
-        1 where the input was damaged, 130 where `work` was interrupted, else 0.
+        1 where the input was damaged, 130 where it was interrupted, else 0.
     """
     from otel_nginx_ebpf.capture import CaptureError
     from otel_nginx_ebpf.export import make_exporter
     from otel_nginx_ebpf.export.resource import make_resource
 
-    exporter = make_exporter(settings, stats, make_resource(), output, wait_for_room=wait_for_room)
+    exporter = make_exporter(settings, stats, make_resource(), output, wait_for_room=not live)
     code = 0
+    grace_s = None
     try:
-        work(exporter)
+        grace_s = work(exporter)
     except BrokenPipeError:
         forget_stdout()
     except CaptureError as error:
@@ -161,8 +162,13 @@ def _deliver(
         code = 1
     except KeyboardInterrupt:
         code = INTERRUPTED
+        if live:  # The user has asked for the end before.
+            grace_s = 0
     finally:
-        exporter.shutdown(settings.grace_seconds)
+        try:
+            exporter.shutdown(settings.grace_seconds if grace_s is None else grace_s)
+        except KeyboardInterrupt:
+            code = INTERRUPTED
         if stats.received or sys.exception() is None:
             complain(stats.summary())
     return code

@@ -17,11 +17,14 @@ from types import FrameType
 
 from otel_nginx_ebpf import entry, privileges
 from otel_nginx_ebpf.channel import EmitterGoneError, Kind, SupervisorEnd, make_channel
+from otel_nginx_ebpf.counts import Counts
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.handover import Handover
 from otel_nginx_ebpf.kernel.uprobes import links_work
+from otel_nginx_ebpf.messages import complain
 from otel_nginx_ebpf.privileges import Capability
 from otel_nginx_ebpf.settings import Settings
+from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.tracing import TICK_S, Tracing
 
 _log = logging.getLogger(__name__)
@@ -32,8 +35,9 @@ _SWEEP_S = 1.0
 # How long the emitter has to stop when its time for delivering is over.
 _STOPPING_S = 15.0
 
-# How long it takes from the end of its channel to its own.
-_EXIT_S = 5.0
+# Signals that come so soon after each other are one wish: `timeout` sends two, and so do wrappers that pass on a Ctrl-C
+# which has reached this process as well.
+_ONE_WISH_S = 0.5
 
 # How long before another emitter is started: twice as long each time, unless one has lived for a while.
 _RESTART_FIRST_S = 1.0
@@ -56,14 +60,14 @@ its counts, the last two as descriptors."""
 
 
 @contextmanager
-def _signals_received() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM as they come, instead of what they do outside.
+def _signals_received() -> Iterator[list[float]]:
+    """When SIGINT and SIGTERM came (time.monotonic()), instead of what they do outside.
 
     Not a threading.Event: set() in a handler that interrupts the main thread's wait() can block for ever."""
-    received: list[int] = []
+    received: list[float] = []
 
     def receive(signal_number: int, frame: FrameType | None) -> None:
-        received.append(signal_number)
+        received.append(time.monotonic())
 
     before = {number: signal.signal(number, receive) for number in entry.ENDING}
     try:
@@ -142,7 +146,7 @@ class _Run:
         self._abandoned: list[tuple[int, ...]] = []
         """What a killed emitter has not read."""
 
-    def once(self, stop: list[int]) -> int | None:
+    def once(self, stop: list[float]) -> int | None:
         """Traces with a new emitter until a signal comes, or it ends. The exit code; None when it was killed."""
         process, channel = self._start()
         with contextlib.closing(channel):
@@ -154,8 +158,9 @@ class _Run:
                 self._abandoned += tracing.abandon()
                 return self._ended(process, str(error), stop)
             except UserError:
-                with contextlib.suppress(EmitterGoneError):
-                    self._end(process, channel, tracing, stop)
+                code = self._end(process, channel, tracing, stop)
+                if stop:  # A service's end is told to the planner and the loader, too.
+                    return code
                 raise
             finally:
                 tracing.end()
@@ -170,7 +175,7 @@ class _Run:
             )
         return process, ours
 
-    def _trace(self, channel: SupervisorEnd, tracing: Tracing, stop: list[int]) -> None:
+    def _trace(self, channel: SupervisorEnd, tracing: Tracing, stop: list[float]) -> None:
         begun = False
         while not begun and not stop:
             begun = any(report.kind is Kind.BEGUN for report in channel.reports(TICK_S))
@@ -178,7 +183,8 @@ class _Run:
             channel.tell("abandoned", self._abandoned[-1])
             for descriptor in self._abandoned.pop():
                 os.close(descriptor)
-        tracing.begin()
+        if not stop:
+            tracing.begin()
         next_sweep_s = time.monotonic() + _SWEEP_S
         while not stop:
             tracing.serve(TICK_S)
@@ -187,41 +193,73 @@ class _Run:
                 next_sweep_s = time.monotonic() + _SWEEP_S
 
     def _end(
-        self, process: "subprocess.Popen[bytes]", channel: SupervisorEnd, tracing: Tracing, stop: list[int]
+        self, process: "subprocess.Popen[bytes]", channel: SupervisorEnd, tracing: Tracing, stop: list[float]
     ) -> int:
         """Detaches, and answers the emitter until it has delivered what it has. The exit code."""
         tracing.detach()
-        deadline_s = time.monotonic() + self._settings.grace_seconds + _STOPPING_S
-        asked = len(stop)
+        serve: Callable[[float], None] = tracing.serve
         try:
-            channel.tell("end")
-            while time.monotonic() < deadline_s:
-                tracing.serve(TICK_S)
-                if len(stop) > max(asked, 1):  # the user is in a hurry
-                    process.send_signal(signal.SIGINT)
-                    asked = len(stop)
+            grace_s = self._settings.grace_seconds - (time.monotonic() - stop[0] if stop else 0)
+            channel.tell("end", grace_s=max(grace_s, 0))
         except EmitterGoneError:
-            pass
-        _make_sure(process)
-        return process.returncode if process.returncode >= 0 else _LOST
+            channel.close()  # which says it, too
+            serve = time.sleep
+        self._wait_for(process, stop, serve)
+        return self._code(process, stop)
 
-    def _ended(self, process: "subprocess.Popen[bytes]", why: str, stop: list[int]) -> int | None:
+    def _ended(self, process: "subprocess.Popen[bytes]", why: str, stop: list[float]) -> int | None:
         """What has become of an emitter whose channel has ended; `why` where it did not end by itself."""
         if why:
             process.kill()
-        _make_sure(process)
+        self._wait_for(process, stop)  # Without its output, it still delivers to the collector.
         code = process.returncode
-        if code in _ENDED:
-            return code
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-        _log.error("the emitter %s%s; detached; what it had not delivered is lost", how, why and f" ({why})")
-        return _LOST if stop else None
+        if stop or code in _ENDED:
+            return self._code(process, stop, why)
+        _log.error("the emitter %s; detached; what it had not delivered is lost", _how(code, why))
+        return None
+
+    def _wait_for(
+        self, process: "subprocess.Popen[bytes]", stop: list[float], serve: Callable[[float], None] = time.sleep
+    ) -> None:
+        """Until the emitter has delivered what it has and ended, or its time for that is over.
+
+        Args:
+            process: The emitter's.
+            stop: Its signals go on coming.
+            serve: Called again and again with seconds to take; raises `EmitterGoneError` where it makes no more sense.
+        """
+        deadline_s = time.monotonic() + self._settings.grace_seconds + _STOPPING_S
+        hurried = False
+        while process.poll() is None and time.monotonic() < deadline_s:
+            try:
+                serve(TICK_S)
+            except EmitterGoneError:  # it has read all, and delivers
+                serve = time.sleep
+            if stop and not hurried and stop[-1] - stop[0] > _ONE_WISH_S:  # the user is in a hurry
+                process.send_signal(signal.SIGINT)
+                hurried = True
+        _make_sure(process)
+
+    def _code(self, process: "subprocess.Popen[bytes]", stop: list[float], why: str = "") -> int:
+        """The program's exit code, once the emitter has ended and no other follows."""
+        code: int = process.returncode
+        if code >= 0:
+            return 0 if stop and code == entry.INTERRUPTED else code
+        _log.error("the emitter %s; what it had not delivered is lost", _how(code, why))
+        stats = Stats()
+        Counts(self._counts, stats).settle()
+        complain(stats.summary())
+        return _LOST
+
+
+def _how(code: int, why: str) -> str:
+    """How an emitter has ended, from its exit code."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+    return how + (f" ({why})" if why else "")
 
 
 def _make_sure(process: "subprocess.Popen[bytes]") -> None:
     """That it has ended."""
-    try:
-        process.wait(_EXIT_S)
-    except subprocess.TimeoutExpired:
+    if process.poll() is None:
         process.kill()
-        process.wait()
+    process.wait()
