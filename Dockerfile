@@ -33,6 +33,8 @@ COPY --from=build /opt/otel-nginx-ebpf /opt/otel-nginx-ebpf
 LABEL org.opencontainers.image.title="otel-nginx-ebpf" \
     org.opencontainers.image.description="OpenTelemetry traces of an unmodified, running nginx, by eBPF" \
     org.opencontainers.image.licenses="Apache-2.0"
+# Those who stop a container wait 10 s by default, and then kill it.
+ENV OTEL_NGINX_EBPF_GRACE_SECONDS=9
 ENTRYPOINT ["/opt/otel-nginx-ebpf/bin/otel-nginx-ebpf"]
 # A sidecar may be there before its nginx.
 CMD ["run", "--wait"]

@@ -75,9 +75,9 @@ class Container:
         """By the check that the image declares."""
         return self._podman.run("healthcheck", "run", self.name, check=False).returncode == 0
 
-    def stop(self) -> int:
-        """As SIGTERM does; the exit code."""
-        self._podman.run("stop", "--time=20", self.name)
+    def stop(self, seconds: int | None = 20) -> int:
+        """As SIGTERM does; the exit code. None: as long as podman waits by default."""
+        self._podman.run("stop", *([] if seconds is None else [f"--time={seconds}"]), self.name)
         return int(self.inspect(".State.ExitCode"))
 
     def wait_until_it_says(self, text: str, seconds: float = 30) -> None:

@@ -129,6 +129,17 @@ def test_traces_arrive(
     assert exchange.start_unix_ns <= back.server.start_unix_ns <= back.server.end_unix_ns <= exchange.end_unix_ns
 
 
+def test_stopped_without_a_collector(podman: Podman, nginx: Container, ports: dict[str, int], tmp_path: Path) -> None:
+    """Within the ten seconds that `podman stop` and `docker stop` give by default, all is counted."""
+    (absent,) = free_ports(1)
+    options = [*_least(tmp_path), f"--env=OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:{absent}"]
+    with Container(podman, "otel-nginx-ebpf", options=[*options, f"--pid=container:{nginx.name}"]) as sidecar:
+        sidecar.wait_until_it_says("ready: nginx 1.22.1 (pid 1), 2 workers")
+        assert _get(ports["BACK"], "/counted") == b"hello"
+        assert sidecar.stop(seconds=None) == 0
+        assert "received 1, exported 0, lost 1 (lost_export_failed 1)" in sidecar.output()
+
+
 def test_without_rights_it_says_which(podman: Podman, nginx: Container) -> None:
     with Container(podman, "otel-nginx-ebpf", options=[f"--pid=container:{nginx.name}"]) as sidecar:
         wait_until(lambda: not sidecar.is_running(), "the program to end")
