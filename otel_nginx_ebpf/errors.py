@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Says what happened, to what, and the next step."""
+
+
+class TemporaryError(UserError):
+    """What may pass: a process has ended, the kernel is busy, memory or descriptors are short."""

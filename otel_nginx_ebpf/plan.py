@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 
 from otel_nginx_ebpf import messages, planning, sampling, sites
-from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.errors import TemporaryError, UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
 from otel_nginx_ebpf.kernel.program import program_text
 from otel_nginx_ebpf.kernel.tracepoints import handlers
@@ -174,6 +174,9 @@ def main() -> None:
         plan = make_plan(instances, settings, silent)
     except UserError as error:
         planning.write_error(sys.stdout.buffer, error)
+        return
+    except OSError as error:  # the process has ended, or memory or descriptors are short
+        planning.write_error(sys.stdout.buffer, TemporaryError(f"{instances[0].executable}: {error.strerror}"))
         return
     for missing in plan.missing:
         _log.warning("%s: no %s: %s", plan.target, missing.boundary.without, missing.reason)

@@ -2,12 +2,13 @@
 
 import json
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
-from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.errors import TemporaryError, UserError
 from otel_nginx_ebpf.nginx.processes import Instance
 from otel_nginx_ebpf.settings import Settings
 
@@ -48,6 +49,7 @@ def make_target(
 
     Raises:
         UserError: The binary, its layout or a required site cannot be used.
+        TemporaryError: It could not be looked at.
     """
     done = subprocess.run(
         [sys.executable, "-P", "-m", "otel_nginx_ebpf.plan"],
@@ -59,10 +61,12 @@ def make_target(
     )
     about, newline, load_request = done.stdout.partition(b"\n")
     if not newline:
-        raise UserError(f"{instances[0].executable}: its planner ended without an answer (status {done.returncode})")
+        # By its limits it ends for what the binary is; other signals are not about that.
+        kind = TemporaryError if done.returncode < 0 and done.returncode != -signal.SIGXCPU else UserError
+        raise kind(f"{instances[0].executable}: its planner ended without an answer (status {done.returncode})")
     answer = json.loads(about)
     if "error" in answer:
-        raise UserError(answer["error"])
+        raise (TemporaryError if answer["temporary"] else UserError)(answer["error"])
     return Target(**answer), load_request
 
 
@@ -73,4 +77,5 @@ def write_answer(file: BinaryIO, target: Target, load_request: bytes) -> None:
 
 def write_error(file: BinaryIO, error: UserError) -> None:
     """Of a binary that is none to trace."""
-    file.write(json.dumps({"error": str(error)}).encode() + b"\n")
+    temporary = isinstance(error, TemporaryError)
+    file.write(json.dumps({"error": str(error), "temporary": temporary}).encode() + b"\n")

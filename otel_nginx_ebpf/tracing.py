@@ -4,12 +4,12 @@ import itertools
 import logging
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from otel_nginx_ebpf import health, messages, silence
+from otel_nginx_ebpf.attaching import Attaching
 from otel_nginx_ebpf.channel import Kind, SupervisorEnd
-from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.errors import TemporaryError, UserError
 from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.attachment import Attachment
 from otel_nginx_ebpf.nginx.processes import FileIdentity, Instance, Watch, instance_of
@@ -111,11 +111,10 @@ class Tracing:
         """Detached since the last sweep; the emitter may still ask of their processes."""
         self._refused: dict[FileIdentity, str] = {}
         self._silent: dict[FileIdentity, frozenset[str]] = {}
-        self._attaching: dict[FileIdentity, Future[_TracedBinary]] = {}
+        self._attaching = Attaching(self._attach)
         self._guard = Guard(settings)
         self._paused: dict[FileIdentity, list[Instance]] = {}
         """Detached from for a while, as a limit was passed."""
-        self._attacher = ThreadPoolExecutor(1, thread_name_prefix="attach")
         self._marker: int | None = None
         """Tells the health check that there need be no probes."""
 
@@ -132,20 +131,29 @@ class Tracing:
         instances = find_instances(self._settings, self._watch)
         if not instances:
             _log.warning("no nginx runs yet; waiting for one")
-        named = bool(self._settings.pid or self._settings.binary)
         groups = by_binary(instances)
+        # Of several that were found, one that cannot be traced does not keep the others from it.
+        must = bool(self._settings.pid or self._settings.binary) or len(groups) == 1
         for group in groups:
-            future = self._attacher.submit(self._attach, group)
-            while not future.done():
+            attempt = self._attaching.attempt(group)
+            while not attempt.done():
                 self.serve(TICK_S)
             try:
-                self._went_live(future.result())
+                self._went_live(attempt.result())
+            except TemporaryError as error:
+                run = any(instance.is_running for instance in group)
+                if self._settings.pid and not run:
+                    raise UserError(f"--pid {group[0].master_pid}: it has ended") from error
+                if must and run:
+                    raise
+                self._attaching.postpone(group, error)
             except UserError as error:
-                # Of several that were found, one that cannot be traced does not keep the others from it.
-                if named or len(groups) == 1:
+                if must:
                     raise
                 self._refuse(group[0].file_identity, str(error))
         self._require_something()
+        if instances and not self._traced and not any(instance.is_running for instance in instances):
+            _log.warning("every nginx that was found has ended; waiting for another")
 
     def _attach(self, instances: tuple[Instance, ...]) -> _TracedBinary:
         silent = self._silent.get(instances[0].file_identity, frozenset())
@@ -193,13 +201,14 @@ class Tracing:
         else:
             for instance in self._watch.new_instances():
                 self._found(instance)
-        for identity, future in list(self._attaching.items()):
-            if future.done():
-                del self._attaching[identity]
-                try:
-                    self._went_live(future.result())
-                except UserError as error:
-                    self._refuse(identity, str(error))
+        for instances, outcome in self._attaching.ended():
+            if isinstance(outcome, UserError):
+                self._refuse(instances[0].file_identity, str(outcome))
+                continue
+            self._went_live(outcome)
+            for instance in instances:  # some were found while it was attached
+                if instance.is_running:
+                    self._found(instance)
         for traced in list(self._traced.values()):
             if lost := traced.attachment.forget_dead_processes():
                 self._emitter.tell("lost", cause="lost_worker_gone", count=lost)
@@ -232,7 +241,7 @@ class Tracing:
             with suppress(UserError):  # it has ended since
                 if masters:
                     instances = tuple(map(instance_of, sorted(masters)))
-                    self._attaching[identity] = self._attacher.submit(self._attach, instances)
+                    self._attaching.want(*instances)
 
     def _find_new_workers(self) -> None:
         """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
@@ -249,8 +258,8 @@ class Tracing:
             self._traced[identity].add(instance)
         elif identity in self._paused:
             self._paused[identity].append(instance)
-        elif identity not in self._refused and identity not in self._attaching:
-            self._attaching[identity] = self._attacher.submit(self._attach, (instance,))
+        elif identity not in self._refused:
+            self._attaching.want(instance)
 
     def serve(self, timeout_s: float) -> None:
         """Does what the emitter asks for; waits for that, for so long.
@@ -295,7 +304,7 @@ class Tracing:
         _log.warning("%s is never called in %s", function, traced.target)
         self._retire(traced)
         if instances := tuple(instance for instance in traced.instances if instance.is_running):
-            self._attaching[traced.identity] = self._attacher.submit(self._attach, instances)
+            self._attaching.want(*instances)
 
     def _retire(self, traced: _TracedBinary) -> None:
         """Detaches from a binary; its ring buffer is read once more."""
@@ -326,11 +335,7 @@ class Tracing:
 
     def _attachments(self) -> list[Attachment]:
         """All of them, with no more to come."""
-        self._attacher.shutdown(cancel_futures=True)
-        ended = [future for future in self._attaching.values() if future.done() and not future.cancelled()]
-        late = [future.result() for future in ended if future.exception() is None]
-        found = [traced.attachment for traced in (*self._traced.values(), *self._retired, *late)]
-        self._attaching.clear()
+        found = [traced.attachment for traced in (*self._traced.values(), *self._retired, *self._attaching.end())]
         self._traced.clear()
         self._retired.clear()
         return found

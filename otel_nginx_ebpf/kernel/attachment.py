@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.errors import TemporaryError
 from otel_nginx_ebpf.kernel.beginnings import BeginningsProbe
 from otel_nginx_ebpf.kernel.loader import HELD_MAPS, READABLE_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
@@ -39,16 +39,16 @@ def _load(request: bytes) -> tuple[list[int], dict[str, Any]]:
         _, messages = loader.communicate(request)
         message, descriptors, _, _ = socket.recv_fds(ours, 65536, _DESCRIPTORS_MAX)
     if not message:
-        raise UserError(
+        raise TemporaryError(
             f"the loader ended without an answer (status {loader.returncode}): {_last_lines(messages) or 'no message'}"
         )
     answer = json.loads(message)
     if "error" in answer:
-        raise UserError(f"{answer['error']}\n{_last_lines(messages)}".strip())
+        raise TemporaryError(f"{answer['error']}\n{_last_lines(messages)}".strip())
     if len(descriptors) != len(answer["maps"]) + answer["probes"] + len(answer["handlers"]) + 2 * bool(
         answer["spared"]
     ):
-        raise UserError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
+        raise TemporaryError("the loader's descriptors did not all arrive: raise the limit of open files (ulimit -n)")
     return descriptors, answer
 
 
@@ -60,7 +60,7 @@ class Attachment:
     """Live probes. Close it to detach them; nginx goes on as before.
 
     Raises:
-        UserError: BCC is missing, or the kernel refused the program or a probe.
+        TemporaryError: BCC is missing, or the kernel refused the program or a probe: not the binary's fault.
     """
 
     def __init__(self, request: bytes) -> None:

@@ -13,7 +13,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection, SymbolTableSection
 
-from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.errors import TemporaryError, UserError
 
 _VERSION = re.compile(rb"\0nginx version: nginx/([0-9.]+)|\0nginx/([0-9]+\.[0-9]+\.[0-9]+)[ \0]")
 _SIGNATURE = re.compile(rb"\0(\d,\d,\d,[01]{34,})\0")
@@ -65,7 +65,7 @@ class Binary:
             with path.open("rb") as file:
                 self._read(ELFFile(file), os.fstat(file.fileno()).st_size)
         except OSError as error:
-            raise UserError(f"cannot read {self.name}: {error.strerror}") from error
+            raise TemporaryError(f"cannot read {self.name}: {error.strerror}") from error
         except UserError:
             raise
         except Exception as error:  # pyelftools raises whatever it stumbles over in a damaged file

@@ -9,8 +9,9 @@ import psutil
 
 from otel_nginx_ebpf.errors import UserError
 
-FileIdentity = tuple[int, int]
-"""Device and inode of an executable: what is the same program, whatever path or container it is seen through."""
+FileIdentity = tuple[int, int, int]
+"""Device, inode and time of the last change of an executable: what is the same program, whatever path or container it
+is seen through. Without the time a new file might be taken for a deleted one, whose inode it has."""
 
 # A process is examined this often: nginx gives itself its title a moment after it has begun.
 _EXAMINATIONS = 3
@@ -59,7 +60,7 @@ def pid_namespace(pid: int | None = None) -> tuple[int, int]:
 def file_identity(pid: int) -> FileIdentity:
     """Raises `OSError` when the process is gone or may not be looked at."""
     status = os.stat(f"/proc/{pid}/exe")
-    return status.st_dev, status.st_ino
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def title(pid: int) -> str:
@@ -149,9 +150,33 @@ class Watch:
         return _distinct(found)
 
     def _wanted(self, pid: int) -> bool:
-        if not self._binaries:
-            return title(pid).startswith("nginx: ") or _name(pid) == "nginx"
-        return any(_runs(pid, path) for path in self._binaries)
+        if title(pid).startswith("nginx: ") and not self._binaries:
+            return True
+        named = any(_runs(pid, path) for path in self._binaries) if self._binaries else _name(pid) == "nginx"
+        return named and not is_brief(_arguments(pid))
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def is_brief(arguments: list[str]) -> bool:
+    """Whether an nginx that was started so only tests, tells or signals, and ends (ngx_get_options)."""
+    following = iter(arguments[1:])
+    for argument in following:
+        options = argument.removeprefix("-")
+        while options:
+            option, options = options[0], options[1:]
+            if option in "?hvVtTs":
+                return True
+            if option in "pceg":  # takes the rest, or the next one
+                if not options:
+                    next(following, None)
+                break
+    return False
 
 
 def _name(pid: int) -> str:
