@@ -93,7 +93,7 @@ class Plan:
                 writes=boundary.writes,
                 spared=boundary.spared and not settings.propagate,
             )
-            for boundary, site in self.chosen
+            for boundary, site in sorted(self.chosen, key=lambda each: each[1] is end)
         )
         return LoadRequest(
             text,

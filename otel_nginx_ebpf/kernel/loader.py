@@ -51,6 +51,7 @@ class LoadRequest:
     text: str
     executable: str
     probes: tuple[ProbeRequest, ...]
+    """In the order of attaching; they are detached in the other one. The last is the one that tells of a request."""
     tracepoints: dict[str, str]
     """The raw tracepoint of each handler, in the order in which they are to run."""
     pids: tuple[int, ...]
@@ -184,7 +185,9 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "process_bytes": ctypes.sizeof(processes.Leaf),
         "socket_bytes": ctypes.sizeof(program["sockets"].Leaf),
     }
-    return answer, [*maps, *probes, *handlers.values(), *spared_descriptors]
+    # A process that is killed closes its descriptors in this order, and `Attachment.detach` does: what is left of the
+    # probes tells of no request.
+    return answer, [*maps, *reversed(probes), *handlers.values(), *spared_descriptors]
 
 
 def _tell_version() -> dict[str, str]:
