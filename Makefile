@@ -19,7 +19,7 @@ PACKAGES += buildah debootstrap netavark podman runc
 BENCH ?= all
 SECONDS ?= 60
 
-.PHONY: help setup demo test image matrix soak vm bench counts fuzz check clean
+.PHONY: help setup demo test image matrix soak attach vm bench counts fuzz check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ counts: bench ## the part of it that does not depend on the machine's load: inst
 
 soak: setup ## ten minutes at 5,000 requests/s with the collector down: memory and losses; SOAK="--minutes 60"
 	@PYTHONPATH=tests $(BIN)/python -m soak.run $(SOAK)
+
+attach: setup ## attach to a busy nginx twenty times each: under traffic, during reloads, on a busy machine; ten minutes
+	@OTEL_NGINX_EBPF_TEST_ATTACHES=20 $(BIN)/pytest tests/e2e/test_attach_under_traffic.py
 
 vm: setup ## scenarios and --propagate under other kernels, in qemu: KERNEL=5.10, 6.1, 6.12 or newest; by default all
 	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86

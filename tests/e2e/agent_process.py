@@ -82,6 +82,7 @@ class AgentProcess:
         arguments: Sequence[str | Path] = (),
         environment: Mapping[str, str] = EMPTY,
         program: Path = PROGRAM,
+        ready_s: float = 30,
     ) -> None:
         self.output = directory / "traces.jsonl"
         default = ["run", "--pid", str(nginx_pid), "--exporter", "json", "--output", self.output]
@@ -98,7 +99,7 @@ class AgentProcess:
         self._read_bytes = 0
         self.traces: list[Trace] = []
         try:
-            wait_until(self._is_ready, "the agent's `ready` line", 30)
+            wait_until(self._is_ready, "the agent's `ready` line", ready_s)
         except BaseException:
             self.kill()
             sys.stderr.write(self.stderr())

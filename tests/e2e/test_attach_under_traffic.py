@@ -1,0 +1,185 @@
+"""Attaching to an nginx that works, and detaching from it, while clients of every kind go on.
+
+`make attach` makes twenty attempts each.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from e2e.agent_process import AgentProcess, Trace
+from e2e.nginx_server import LogLine, wait_until
+from e2e.oracle import check_facts
+from e2e.stage import Key, Stage, key_of_log, key_of_trace
+from e2e.timing import Lags, Slack
+from e2e.traffic import Traffic
+
+WORKERS = 2
+ATTACHES_IN_CI = 4
+ATTACHES = int(os.environ.get("OTEL_NGINX_EBPF_TEST_ATTACHES", ATTACHES_IN_CI))
+AT_ONCE = 2
+BUSY = 10
+READY_S = 120
+WHILE_S = 1.5
+
+LISTEN = """
+    listen @LISTEN@;
+    listen @LISTEN_ANYTHING@ ssl http2;
+    ssl_certificate @CERTIFICATE@;
+    ssl_certificate_key @KEY@;
+"""
+HTTP = "upstream @NAME@ { server @UP@; keepalive 8; }"
+SERVER = """
+    location / { return 200 ok; }
+    location /app { proxy_pass http://@NAME@; proxy_http_version 1.1; proxy_set_header Connection ''; }
+"""
+under_traffic = pytest.mark.nginx(listen=LISTEN, http=HTTP, server=SERVER)
+
+# Clients, upstream, agents and attaching share the processors with nginx.
+CROWDED = Slack(late_max_ms=400, median_max_ms=20)
+OVERLOADED = Slack(late_max_ms=2000, median_max_ms=200)
+
+
+@dataclass
+class Attached:
+    """What one agent saw, from its attach in the middle of traffic to its detach in the middle of traffic."""
+
+    ready_s: float
+    """Unix time, as the other."""
+    asked_to_end_s: float
+    traces: dict[Key, Trace]
+    said: str
+
+
+def attach(pid: int, directory: Path) -> Attached:
+    directory.mkdir()
+    agent = AgentProcess(pid, directory, ready_s=READY_S)
+    try:
+        ready_s = time.time()
+        wait_until(lambda: len(agent.poll()) >= 200 and time.time() > ready_s + WHILE_S, "traces", 60)
+        asked_to_end_s = time.time()
+        agent.stop()
+    finally:
+        agent.kill()
+    traces = {key_of_trace(trace): trace for trace in agent.traces}
+    assert len(traces) == len(agent.traces), "two traces of one request"
+    return Attached(ready_s, asked_to_end_s, traces, agent.stderr())
+
+
+def attach_again_and_again(
+    stage: Stage, directory: Path, meanwhile: Callable[[], None] = lambda: None, count: int = ATTACHES
+) -> list[Attached]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        attached: list[Future[Attached]] = [
+            pool.submit(attach, stage.site.nginx.pid, directory / str(number)) for number in range(count)
+        ]
+        while not all(each.done() for each in attached):
+            meanwhile()
+            time.sleep(0.1)
+    return [each.result() for each in attached]
+
+
+@contextmanager
+def traffic(stage: Stage, reloads: bool = False) -> Iterator[Traffic]:
+    made = Traffic(stage.addresses["ipv4"], stage.addresses["anything"], reloads)
+    try:
+        wait_until(lambda: len(stage.log.poll()) >= 200, "traffic", 30)
+        yield made
+    finally:
+        made.close()
+
+
+def began_s(line: LogLine) -> float:
+    return float(line["msec"]) - float(line["request_time"])
+
+
+def check(stage: Stage, attached: list[Attached], slack: Slack, losses_max: int = 0) -> None:
+    """Each request between `ready` and the signal to end has a trace, and no trace is wrong."""
+    lines = {key_of_log(line): line for line in stage.log.lines}
+    assert len(lines) == len(stage.log.lines)
+    for each in attached:
+        # nginx's clock may be behind: a request that it says has ended just before has perhaps ended just after.
+        wanted = {
+            key
+            for key, line in lines.items()
+            if began_s(line) >= each.ready_s and float(line["msec"]) <= each.asked_to_end_s - 0.2
+        }
+        kinds = {lines[key]["request_uri"].rpartition("/")[0] for key in wanted}
+        assert kinds >= {"/keep-alive", "/tls", "/app/kept", "/app/slow", "/app/h2", "/h2", "/pipelined"}, kinds
+        missing = [lines[key] for key in wanted - each.traces.keys()]
+        assert not missing, f"{len(missing)} of {len(wanted)} requests have no trace: {missing[0]}"
+        assert each.traces.keys() <= lines.keys(), "a trace of no request"
+        wrong = [
+            f"{began_s(lines[key]) - each.ready_s:+.3f} s from ready: {violations}\n  {lines[key]}\n  {trace}"
+            for key, trace in each.traces.items()
+            if (violations := check_facts(trace, lines[key]))
+        ]
+        assert not wrong, f"{len(wrong)} of {len(each.traces)} are wrong:\n" + "\n".join(wrong[:5])
+        stage.lags = Lags()
+        stage.match([lines[key] for key in each.traces], lambda each=each: list(each.traces.values()), slack)  # type: ignore[misc]
+        count = len(each.traces)
+        told = re.search(rf"^otel-nginx-ebpf: received {count}, exported {count}, lost (\d+)", each.said, re.MULTILINE)
+        assert told, each.said
+        assert int(told[1]) <= losses_max, each.said
+        assert not re.search("contradict|does not look|detached|never called|Traceback", each.said), each.said
+
+
+@under_traffic
+def test_attach_and_detach(stage: Stage, tmp_path: Path) -> None:
+    """No request fails, and nginx has nothing to say."""
+    said = stage.site.nginx.error_log.read_text()
+    with traffic(stage) as clients:
+        attached = attach_again_and_again(stage, tmp_path)
+        answered = clients.stop()
+    stage.lines(answered)
+    check(stage, attached, CROWDED)
+    assert stage.site.nginx.error_log.read_text() == said
+
+
+@under_traffic
+def test_reload_during_the_attach(stage: Stage, tmp_path: Path) -> None:
+    """Old workers finish what they have, while new ones take what comes; what they take and never answer is counted."""
+    stage.site.losses_max = 100
+    with traffic(stage, reloads=True) as clients:
+        attached = attach_again_and_again(stage, tmp_path, stage.site.nginx.reload)
+        clients.stop()
+    wait_for_the_log(stage)
+    # Where a worker that ends has more to read it lingers, and logs after that.
+    check(stage, attached, replace(CROWDED, end_early=True), stage.site.losses_max)
+
+
+def wait_for_the_log(stage: Stage) -> None:
+    """Until no worker that is shutting down can write a line any more."""
+    count = -1
+
+    def still() -> bool:
+        nonlocal count
+        before, count = count, len(stage.log.poll())
+        time.sleep(0.5)
+        return before == count
+
+    wait_until(still, "the last log lines", 20)
+
+
+@under_traffic
+def test_on_a_busy_machine(stage: Stage, tmp_path: Path) -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
+    try:
+        with traffic(stage) as clients:
+            attached = attach_again_and_again(stage, tmp_path, count=ATTACHES if ATTACHES > ATTACHES_IN_CI else 2)
+            answered = clients.stop()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    stage.lines(answered)
+    check(stage, attached, OVERLOADED)
