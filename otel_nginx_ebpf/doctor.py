@@ -15,7 +15,7 @@ from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.preflight import Check, State
 from otel_nginx_ebpf.nginx.binary import Binary, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
-from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, pid_namespace, title
+from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, is_master, pid_namespace, title
 from otel_nginx_ebpf.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.settings import Settings
@@ -143,11 +143,11 @@ def _find(settings: Settings) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
 def _hidden() -> Iterator[str]:
     """Of each process that calls itself an nginx master but may not be looked at."""
     for pid in psutil.pids():
-        if (name := title(pid)).startswith("nginx: master process"):
+        if is_master(pid):
             try:
                 file_identity(pid)
             except PermissionError:
-                yield f"pid {pid} ({name}): not allowed to look at it; run as root or with CAP_SYS_PTRACE"
+                yield f"pid {pid} ({title(pid)}): not allowed to look at it; run as root or with CAP_SYS_PTRACE"
             except OSError:
                 continue
 

@@ -13,6 +13,10 @@ FileIdentity = tuple[int, int, int]
 """Device, inode and time of the last change of an executable: what is the same program, whatever path or container it
 is seen through. Without the time a new file might be taken for a deleted one, whose inode it has."""
 
+# What distributions call the executables of nginx and its forks, and how these begin their processes' titles.
+_NAMES = {"angie", "freenginx", "nginx", "openresty", "tengine"}
+_TITLES = ("nginx: ", "angie: ")
+
 # A process is examined this often: nginx gives itself its title a moment after it has begun.
 _EXAMINATIONS = 3
 
@@ -36,7 +40,7 @@ class Instance:
     @property
     def workers(self) -> int:
         """How many processes serve requests."""
-        return sum(title(pid).startswith("nginx: worker process") for pid in self.pids[1:]) or 1
+        return sum(_has_role(pid, "worker process") for pid in self.pids[1:]) or 1
 
     @property
     def is_running(self) -> bool:
@@ -83,14 +87,21 @@ def _instance(pid: int) -> Instance:
     master = psutil.Process(pid)
     identity = file_identity(pid)
     # A worker's parent is its master; a master's own, after an upgrade on the fly (USR2), is another instance's.
-    while not _is_master(master) and (parent := master.parent()) is not None and _same_file(parent.pid, identity):
+    while not is_master(master.pid) and (parent := master.parent()) is not None and _same_file(parent.pid, identity):
         master = parent
-    children = [child.pid for child in master.children() if _same_file(child.pid, identity) and not _is_master(child)]
+    children = [
+        child.pid for child in master.children() if _same_file(child.pid, identity) and not is_master(child.pid)
+    ]
     return Instance((master.pid, *sorted(children)), identity)
 
 
-def _is_master(process: psutil.Process) -> bool:
-    return title(process.pid).startswith("nginx: master process")
+def is_master(pid: int) -> bool:
+    """Whether a process calls itself a master of nginx or of a fork."""
+    return _has_role(pid, "master process")
+
+
+def _has_role(pid: int, role: str) -> bool:
+    return title(pid).startswith(tuple(program + role for program in _TITLES))
 
 
 def _distinct(pids: Iterable[int]) -> tuple[Instance, ...]:
@@ -150,9 +161,9 @@ class Watch:
         return _distinct(found)
 
     def _wanted(self, pid: int) -> bool:
-        if title(pid).startswith("nginx: ") and not self._binaries:
+        if title(pid).startswith(_TITLES) and not self._binaries:
             return True
-        named = any(_runs(pid, path) for path in self._binaries) if self._binaries else _name(pid) == "nginx"
+        named = any(_runs(pid, path) for path in self._binaries) if self._binaries else _name(pid) in _NAMES
         return named and not is_brief(_arguments(pid))
 
 
