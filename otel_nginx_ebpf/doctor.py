@@ -77,6 +77,8 @@ class NginxReport:
 
     state: State
     path: str | None
+    product: str | None
+    """nginx, or the fork of it."""
     version: str | None
     build_id: str | None
     flags: dict[str, bool]
@@ -159,7 +161,7 @@ def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
     try:
         binary = Binary(instances[0].executable)
     except UserError as error:
-        return NginxReport("fail", None, None, None, {}, running, None, (), (str(error),))
+        return NginxReport("fail", None, None, None, None, {}, running, None, (), (str(error),))
     problems: list[str] = []
     layout: Layout | None = None
     try:
@@ -172,6 +174,7 @@ def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
     return NginxReport(
         state="fail" if problems else "note" if noted else "ok",
         path=binary.name,
+        product=binary.product,
         version=binary.version,
         build_id=binary.build_id or None,
         flags=_flags(binary),
@@ -210,7 +213,7 @@ def render(report: Report) -> RenderableType:
         _row(system, check.state, check.name, check.found, check.advice)
     parts.append(system)
     for nginx in report.nginx:
-        name = f"nginx {nginx.version} {nginx.path}" if nginx.version else "nginx"
+        name = f"{nginx.product} {nginx.version} {nginx.path}" if nginx.version else "nginx"
         parts += [Text(), Text(printable(name), style="bold", overflow="fold"), _nginx_table(nginx)]
     if report.problems:
         nowhere = _table()

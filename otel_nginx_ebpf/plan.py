@@ -55,6 +55,7 @@ class Plan:
         """What those who read the records need to know of it."""
         return planning.Target(
             name=self.binary.name,
+            product=self.binary.product,
             version=self.binary.version,
             layout_source=self.layout.source,
             sites=[str(site) for _, site in self.chosen],
@@ -138,7 +139,7 @@ def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: froze
 def no_site(binary: Binary, boundary: sites.Boundary, reason: str) -> str:
     """What to tell the user of a required boundary that has no site."""
     return (
-        f"{binary.name} (nginx {binary.version}) has no usable probe site for “{boundary.name}”: {reason}; "
+        f"{binary.name} ({binary}) has no usable probe site for “{boundary.name}”: {reason}; "
         "a build that exports its functions (linked with -Wl,-E) is needed"
     )
 

@@ -18,6 +18,9 @@ class Target:
     """An nginx binary that can be traced, as far as it concerns those who read its records."""
 
     name: str
+    """The binary's path."""
+    product: str
+    """nginx, or the fork of it."""
     version: str
     layout_source: str
     sites: list[str]
@@ -25,14 +28,19 @@ class Target:
     """The function that marks a boundary, by the boundary's name."""
 
     def __str__(self) -> str:
-        return f"nginx {self.version} ({self.name})"
+        return f"{self.product} {self.version} ({self.name})"
+
+    @property
+    def service_version(self) -> str:
+        """nginx's release; of a fork with its name, as its `-v` says it, such as `Angie/1.12.1`."""
+        return self.version if self.product == "nginx" else f"{self.product}/{self.version}"
 
     def ready_line(self, instances: tuple[Instance, ...]) -> str:
-        """What says that probes are live: names nginx version, workers, probe sites and layout source."""
+        """What says that probes are live: names product, version, workers, probe sites and layout source."""
         workers = sum(instance.workers for instance in instances)
         masters = ", ".join(str(instance.master_pid) for instance in instances)
         return (
-            f"ready: nginx {self.version} (pid {masters}), {workers} worker{'s' if workers != 1 else ''}, "
+            f"ready: {self.product} {self.version} (pid {masters}), {workers} worker{'s' if workers != 1 else ''}, "
             f"sites {', '.join(self.sites)}, layout {self.layout_source}"
         )
 

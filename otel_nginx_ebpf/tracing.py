@@ -75,7 +75,7 @@ class _TracedBinary:
         return self.instances[0].file_identity
 
     def add(self, instance: Instance) -> None:
-        attributes = instance_attributes(instance, self.target.version)
+        attributes = instance_attributes(instance, self.target.service_version)
         self.instances = tuple({each.master_pid: each for each in (*self.instances, instance)}.values())
         self._resource_of |= dict.fromkeys(instance.pids, attributes)
 
@@ -95,7 +95,7 @@ class _TracedBinary:
         if instance.file_identity != self.identity:
             return {}
         known_master = self._resource_of.get(instance.master_pid)
-        return known_master or instance_attributes(instance, self.target.version)
+        return known_master or instance_attributes(instance, self.target.service_version)
 
 
 class Tracing:

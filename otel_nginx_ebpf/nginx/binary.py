@@ -14,9 +14,18 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection, SymbolTableSection
 
 from otel_nginx_ebpf.errors import TemporaryError, UserError
+from otel_nginx_ebpf.nginx.signature import Signature
 
-_VERSION = re.compile(rb"\0nginx version: nginx/([0-9.]+)|\0nginx/([0-9]+\.[0-9]+\.[0-9]+)[ \0]")
-_SIGNATURE = re.compile(rb"\0(\d,\d,\d,[01]{34,})\0")
+NGINX = "nginx"
+
+# What `-v`, the error log's first line and the Server header say (NGINX_VER, ANGIE_VER, TENGINE_VER): a product and its
+# release. A fork may say nginx's as well. Names that are not known count only in `-v`.
+_IDENTITY = re.compile(
+    rb"\0(?:nginx version: ([\w.-]{1,64})|(?:\w{1,64} version: |Server: )?(nginx|Angie|freenginx|openresty|Tengine))"
+    rb"/([0-9]+(?:\.[0-9]+)+)(?=[ \r\n\0])"
+)
+# Angie's begins with its name.
+_SIGNATURE = re.compile(rb"\0(?:\w+,)?\d,\d,\d,([01]{34,})\0")
 _CONFIGURE = re.compile(rb"configure arguments:([^\0\n]*)")
 
 # The longest prologue seen before a usable instruction is 11 bytes; what comes later has lost its arguments.
@@ -94,20 +103,11 @@ class Binary:
                     if symbol["st_shndx"] != "SHN_UNDEF" and symbol.name.startswith("ngx_"):
                         self.symbols[symbol.name] = symbol["st_value"]
         rodata = b"\0".join(data for _, _, _, data in self._segments)
-        version = _VERSION.search(rodata)
-        if version is not None and not self.symbols:
-            raise UserError(
-                f"{self.name} is nginx without a symbol to find its functions by: linked statically and stripped; "
-                "run a build that is linked dynamically, or one that is not stripped"
-            )
-        if version is None or "ngx_http_core_module" not in self.symbols:
-            raise UserError(f"{self.name} is not an nginx with the http module: give nginx's own binary or process")
-        self.version = (version[1] or version[2]).decode()
+        self.product, self.version = self._identity(rodata)
         signature = _SIGNATURE.search(rodata)
         configure = _CONFIGURE.search(rodata)
         self.configure_arguments = configure[1].decode("utf-8", "replace").strip() if configure else ""
-        self.with_compat = signature is not None and signature[1].endswith(b"1")
-        """Whether modules of other builds fit (`--with-compat`): the last flag of NGX_MODULE_SIGNATURE."""
+        self.signature = Signature(signature[1].decode() if signature else "")
         self.build_id = next(
             (
                 note["n_desc"]
@@ -118,6 +118,46 @@ class Binary:
             ),
             "",
         )
+
+    def _identity(self, rodata: bytes) -> tuple[str, str]:
+        """The product and its release: nginx, or what was made of nginx.
+
+        Raises:
+            UserError: It is none of these, or one whose functions cannot be found.
+        """
+        said = {(match[1] or match[2]).decode(): match[3].decode() for match in _IDENTITY.finditer(rodata)}
+        product = next((product for product in said if product != NGINX), NGINX)
+        if product in said and not self.symbols:
+            raise UserError(
+                f"{self.name} is {product} without a symbol to find its functions by: linked statically and stripped; "
+                "run a build that is linked dynamically, or one that is not stripped"
+            )
+        if "ngx_http_core_module" not in self.symbols:
+            raise UserError(f"{self.name} is not an nginx with the http module: give nginx's own binary or process")
+        if product not in said:
+            raise UserError(
+                f"{self.name} is made of nginx's sources but does not say which release it is; "
+                "run a build whose -v prints its name and version, such as nginx/1.28.0"
+            )
+        return product, said[product]
+
+    @property
+    def is_fork(self) -> bool:
+        """Whether it is made of nginx's sources and not nginx: then its structs may differ from nginx's."""
+        return self.product != NGINX
+
+    @property
+    def release(self) -> str:
+        """What a catalogue of layouts calls it, such as `1.22.1` or `angie-1.12.1`."""
+        return f"{self.product.lower()}-{self.version}" if self.is_fork else self.version
+
+    @property
+    def with_compat(self) -> bool:
+        """Whether modules of other builds fit (`--with-compat`)."""
+        return self.signature.with_compat
+
+    def __str__(self) -> str:
+        return f"{self.product} {self.version}"
 
     def address(self, symbol: str) -> int:
         """The virtual address of an exported symbol. Raises `NoSiteError` when there is none."""

@@ -19,12 +19,14 @@ from otel_nginx_ebpf.nginx.dwarf import SIZEOF, Structs
 ABOUT = (
     "Byte offsets of nginx struct members on x86-64 Linux, for builds configured --with-compat; sizeof is the struct's "
     "size, offsets of nested structs are relative to that struct. A number holds for all releases listed; otherwise "
-    "each entry holds from the release it names to the next entry, in the list's order, and null: not known."
+    "each entry holds from the release it names to the next entry, in the list's order, and null: not known. A "
+    "fork's releases have the fork's name first, such as angie-1.12.1."
 )
 
 PATH_VARIABLE = PREFIX + "CATALOGUE"
 
-_RELEASE = r"^[0-9]{1,4}\.[0-9]{1,4}\.[0-9]{1,4}$"
+# nginx's have three numbers, OpenResty's four: nginx's three and its own.
+_RELEASE = r"^(?:[a-z0-9_.-]{1,64}-)?[0-9]{1,4}(?:\.[0-9]{1,4}){1,3}$"
 
 _Offset = int | None
 
@@ -41,7 +43,7 @@ class _File(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Layouts by exact release, such as `1.22.1`, in the order of versions."""
+    """Layouts by exact release, such as `1.22.1` or `angie-1.12.1`: nginx's, then each fork's, in order of version."""
 
     layouts: Mapping[str, Structs] = field(default_factory=dict)
 
@@ -57,15 +59,18 @@ class Catalogue:
         return members
 
     def last_before(self, release: str) -> str | None:
-        """The newest known release that is older."""
-        return max((known for known in self.layouts if _key(known) < _key(release)), key=_key, default=None)
+        """The newest known release of the same product that is older."""
+        older = (
+            known for known in self.layouts if _product(known) == _product(release) and _key(known) < _key(release)
+        )
+        return max(older, key=_key, default=None)
 
     def before_in_branch(self, release: str) -> str | None:
         """The newest known release that is older and of the same branch, such as 1.26.3 for 1.26.5."""
-        if not re.match(_RELEASE, release):
+        if not is_release(release):
             return None
         last = self.last_before(release)
-        return last if last is not None and _key(last)[:2] == _key(release)[:2] else None
+        return last if last is not None and _branch(last) == _branch(release) else None
 
     def filled_from(self, other: "Catalogue") -> "Catalogue":
         """With the releases and members that only the other one has."""
@@ -79,8 +84,7 @@ class Catalogue:
     def text(self) -> str:
         """The JSON file's text: one line a member, and a branch's releases together."""
         branches = [
-            "  " + ", ".join(f'"{release}"' for release in group)
-            for _, group in groupby(self.layouts, key=lambda release: _key(release)[:2])
+            "  " + ", ".join(f'"{release}"' for release in group) for _, group in groupby(self.layouts, key=_branch)
         ]
         structs = [
             f'  "{struct}": {{\n'
@@ -199,8 +203,25 @@ def _filled(layout: Structs, other: Structs) -> Structs:
     return {struct: other.get(struct, {}) | layout.get(struct, {}) for struct in sorted(layout.keys() | other.keys())}
 
 
-def _key(release: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in release.split("."))
+def is_release(text: str) -> bool:
+    """Whether a catalogue can have it."""
+    return re.match(_RELEASE, text) is not None
+
+
+def _product(release: str) -> str:
+    """What a release is of; empty for nginx itself."""
+    return release.rpartition("-")[0]
+
+
+def _key(release: str) -> tuple[str, tuple[int, ...]]:
+    product, _, version = release.rpartition("-")
+    return product, tuple(int(number) for number in version.split("."))
+
+
+def _branch(release: str) -> tuple[str, tuple[int, ...]]:
+    """All but the last number, which counts the releases with the same features."""
+    product, version = _key(release)
+    return product, version[:-1]
 
 
 def _sorted(releases: Iterable[str]) -> list[str]:

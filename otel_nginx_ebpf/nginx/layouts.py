@@ -18,6 +18,9 @@ _DEBUG_SYMBOLS = (
     "install its debug symbols (Debian: nginx-dbgsym or nginx-core-dbgsym; nginx.org: nginx-dbg or nginx-debuginfo), "
     "or set DEBUGINFOD_URLS to a server that has them"
 )
+_DEBUG_SYMBOLS_OF_FORK = (
+    "install its debug symbols, run a build that is not stripped, or set DEBUGINFOD_URLS to a server that has them"
+)
 
 # nginx's largest has 1.5 KB. A container's debug information may say anything, and BPF maps get members of these sizes.
 _STRUCT_BYTES_MAX = 16 << 10
@@ -41,16 +44,17 @@ class Layout:
 
     structs: Structs
     source: str
-    """For people: `DWARF`, `debug file PATH`, `debuginfod`, `catalogue 1.22.1`, `catalogue 1.26.3 (assumed)`."""
+    """For people: `DWARF`, `debug file PATH`, `debuginfod`, `catalogue 1.22.1`, `catalogue 1.26.3 (assumed)`,
+    `catalogue 1.28.0 without PCRE`."""
     assumed: bool = False
     """Whether it is that of an older release of the same branch: to be believed only once nginx's memory agrees."""
 
 
 def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
-    """The layout of a binary: by its debug information, else by its exact release.
+    """The layout of a binary: by its debug information, else by its exact release and what its options take out of it.
 
     Stable branches receive changes that move members, so a release stands for itself only. The newest known one of a
-    branch also stands, assumed, for those that come after it.
+    branch also stands, assumed, for those that come after it. nginx's layouts stand for no fork.
 
     Args:
         binary: May be a /proc/PID/exe, whose debug files are then looked for in the process's root directory as well.
@@ -65,25 +69,63 @@ def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
     if measured is not None:
         _compare(binary, measured, known)
         return measured
-    if not binary.with_compat:
+    reason = _unlike_others(binary)
+    if reason and (binary.is_fork or not binary.signature.tells_layout):
         raise UserError(
-            f"{binary.name} (nginx {binary.version}) was configured without --with-compat, so that its options decide "
-            f"about its struct layout, and its debug information was not found: {_DEBUG_SYMBOLS}"
+            f"{binary.name} ({binary}) {reason}, so that its release does not tell its struct layout, and its debug "
+            f"information was not found: {_debug_symbols(binary)}"
         )
-    assumed = binary.version not in known.layouts
-    release = known.before_in_branch(binary.version) if assumed else binary.version
+    assumed = binary.release not in known.layouts
+    release = known.before_in_branch(binary.release) if assumed else binary.release
     if release is None:
+        fork = ", and need not be nginx's" if binary.is_fork else ""
         raise UserError(
-            f"the struct layout of nginx {binary.version} ({binary.name}) is not known, nor that of an earlier release "
-            f"of its branch, and its debug information was not found: {_DEBUG_SYMBOLS}; or add the release from a "
-            "build that has them with `otel-nginx-ebpf layouts add BINARY`"
+            f"the struct layout of {binary} ({binary.name}) is not known{fork}, nor that of an earlier release "
+            f"of its branch, and its debug information was not found: {_debug_symbols(binary)}; "
+            "or add the release from a build that has them with `otel-nginx-ebpf layouts add BINARY`"
         )
     structs = {
         struct: {member: offset for member, offset in offsets.items() if member in members[struct]}
         for struct, offsets in known.layouts[release].items()
         if struct in members
     }
-    return Layout(structs, f"catalogue {release}{' (assumed)' if assumed else ''}", assumed)
+    if lacking := _lacking(structs, members):
+        raise UserError(
+            f"the struct layout of {release} that is known does not have {', '.join(lacking)}: "
+            "add the release again with `otel-nginx-ebpf layouts add BINARY`"
+        )
+    lacks = f" without {' and '.join(binary.signature.lacks)}" if binary.signature.lacks else ""
+    source = f"catalogue {release}{lacks}{' (assumed)' if assumed else ''}"
+    return Layout(binary.signature.layout(structs), source, assumed)
+
+
+def _debug_symbols(binary: Binary) -> str:
+    """The next step for a binary whose debug information was not found."""
+    return _DEBUG_SYMBOLS_OF_FORK if binary.is_fork else _DEBUG_SYMBOLS
+
+
+def _unlike_others(binary: Binary) -> str:
+    """Why a build does not have the layout of other builds of its release; empty where it has."""
+    signature = binary.signature
+    if not signature.is_understood:
+        return "has no module signature that this program understands"
+    if not signature.with_compat:
+        return "was configured without --with-compat"
+    if signature.contradicts_itself:
+        return "has a module signature without some of what --with-compat brings about"
+    return f"was configured without {' and '.join(signature.lacks)}" if signature.lacks else ""
+
+
+def _lacking(structs: Structs, members: Mapping[str, set[str]]) -> list[str]:
+    """Which members a layout lacks of those that every build has."""
+    return [
+        f"{struct}.{member}"
+        for struct in sorted(members)
+        for member in sorted(members[struct])
+        if member not in structs.get(struct, {})
+        and not struct.startswith(_OPTIONAL_STRUCTS)
+        and (struct, member) not in _OPTIONAL_MEMBERS
+    ]
 
 
 def _measured(binary: Binary, members: Mapping[str, set[str]]) -> Layout | None:
@@ -94,14 +136,7 @@ def _measured(binary: Binary, members: Mapping[str, set[str]]) -> Layout | None:
         except DwarfError as error:
             _log.warning("%s: the layout is not taken from %s: %s", binary.name, file.source, error)
             continue
-        lacking = [
-            f"{struct}.{member}"
-            for struct in sorted(members)
-            for member in sorted(members[struct])
-            if member not in structs.get(struct, {})
-            and not struct.startswith(_OPTIONAL_STRUCTS)
-            and (struct, member) not in _OPTIONAL_MEMBERS
-        ]
+        lacking = _lacking(structs, members)
         oversized = [struct for struct, offsets in structs.items() if offsets.get(SIZEOF, 0) > _STRUCT_BYTES_MAX]
         if not lacking and not oversized:
             return Layout(structs, file.source)
@@ -116,13 +151,13 @@ def _measured(binary: Binary, members: Mapping[str, set[str]]) -> Layout | None:
 
 def _compare(binary: Binary, measured: Layout, known: Catalogue) -> None:
     """Says so where a build is not like its release; what the build says of itself holds."""
-    if binary.with_compat and binary.version in known.layouts:
-        contradictions = catalogue.contradictions(known.layouts[binary.version], measured.structs)
+    if binary.with_compat and not binary.signature.lacks and binary.release in known.layouts:
+        contradictions = catalogue.contradictions(known.layouts[binary.release], measured.structs)
         if contradictions:
             _log.warning(
-                "%s is not laid out as nginx %s is, says its debug information (%s), which is believed: %s",
+                "%s is not laid out as %s is, says its debug information (%s), which is believed: %s",
                 binary.name,
-                binary.version,
+                binary,
                 measured.source,
                 "; ".join(contradictions),
             )
@@ -146,32 +181,33 @@ def add_release(path: Path, target: Path, shipped: Catalogue | None = None) -> l
     binary = Binary(path)
     own = catalogue.load(target)
     known = (catalogue.shipped() if shipped is None else shipped).filled_from(own)
-    if not binary.with_compat:
+    if reason := _unlike_others(binary):
         raise UserError(
-            f"{binary.name} was configured without --with-compat: its layout is that of no other build; "
-            "it is traced by its own debug information"
+            f"{binary.name} {reason}: its layout is not that of other builds; it is traced by its own debug information"
         )
+    if not catalogue.is_release(binary.release):
+        raise UserError(f"{binary.name} is {binary}: not a release that a catalogue of layouts can name")
     measured = _measured(binary, catalogue.shipped().members())
     if measured is None:
-        raise UserError(f"the debug information of {binary.name} was not found: {_DEBUG_SYMBOLS}")
-    before = known.layouts.get(binary.version, {})
+        raise UserError(f"the debug information of {binary.name} was not found: {_debug_symbols(binary)}")
+    release = binary.release
+    before = known.layouts.get(release, {})
     if contradictions := catalogue.contradictions(before, measured.structs):
         raise UserError(
-            f"{binary.name} is not laid out as nginx {binary.version} is known to be, so it is not added: "
+            f"{binary.name} is not laid out as {binary} is known to be, so it is not added: "
             f"{'; '.join(contradictions)}; it is traced by its own debug information"
         )
-    added = Catalogue({binary.version: measured.structs})
+    added = Catalogue({release: measured.structs})
     new = known.filled_from(added)
     if new == known:
-        return [f"nginx {binary.version} is known already, and {binary.name} agrees ({measured.source})"]
+        return [f"{binary} is known already, and {binary.name} agrees ({measured.source})"]
     _write(target, own.filled_from(added))
-    nearest = binary.version if before else known.last_before(binary.version) or next(iter(known.layouts))
-    changes = catalogue.differences(known.layouts[nearest], new.layouts[binary.version])
-    return [
-        f"nginx {binary.version} added to {target}, from {binary.name} ({measured.source})",
-        f"differences to what was known of {nearest}:",
-        *(f"  {line}" for line in changes or ["none"]),
-    ]
+    lines = [f"{binary} added to {target}, from {binary.name} ({measured.source})"]
+    nearest = release if before else known.last_before(release)
+    if nearest is not None:
+        changes = catalogue.differences(known.layouts[nearest], new.layouts[release])
+        lines += [f"differences to what was known of {nearest}:", *(f"  {line}" for line in changes or ["none"])]
+    return lines
 
 
 def _write(path: Path, content: Catalogue) -> None:
@@ -191,7 +227,9 @@ def list_releases(path: Path) -> list[str]:
         UserError: The user's catalogue at `path` cannot be read.
     """
     places = {"shipped": catalogue.shipped(), str(path): catalogue.load(path)}
+    releases = catalogue.known(path).layouts
+    width = max(map(len, releases)) + 3
     return [
-        f"{release:<10}{', '.join(place for place, held in places.items() if release in held.layouts)}"
-        for release in catalogue.known(path).layouts
+        f"{release:<{width}}{', '.join(place for place, held in places.items() if release in held.layouts)}"
+        for release in releases
     ]

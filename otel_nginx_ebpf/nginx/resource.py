@@ -42,7 +42,7 @@ def instance_attributes(instance: Instance, version: str) -> dict[str, str | int
 
     Args:
         instance: The nginx.
-        version: Its release.
+        version: Its release, with its name where it is a fork.
     """
     pid = instance.master_pid
     attributes: dict[str, str | int] = {

@@ -37,6 +37,7 @@ ABSENT = BoundaryReport(
 NGINX = NginxReport(
     state="note",
     path="/usr/sbin/nginx",
+    product="nginx",
     version="1.26.4",
     build_id="51887fc9f6f3ec3ee6e0b7feab62a32795d03124",
     flags={"--with-compat": True, "--with-http_v3_module": False},
@@ -132,7 +133,7 @@ def test_the_keys_of_json() -> None:
     assert list(told["system"]["uprobes"]) == ["name", "state", "found", "advice"]
     (nginx,) = told["nginx"]
     assert list(nginx) == [
-        *("state", "path", "version", "build_id", "flags", "instances", "layout", "boundaries", "problems")
+        *("state", "path", "product", "version", "build_id", "flags", "instances", "layout", "boundaries", "problems")
     ]
     assert nginx["instances"][1] == {"pid": 80, "workers": 1, "pids": [80], "shares_pid_namespace": False}
     assert nginx["boundaries"][0] == {

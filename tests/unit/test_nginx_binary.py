@@ -17,7 +17,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
 from otel_nginx_ebpf.nginx.layouts import layout_for
 from otel_nginx_ebpf.sites import BOUNDARIES, Boundary
-from unit.c_compiler import DebugInfo, compile_object
+from unit.nginx_structs import configure, measure
 
 NGINX = Path("/usr/sbin/nginx")
 # Debian's nginx-dev: the sources that the package was built from, configured as it was.
@@ -72,24 +72,14 @@ def test_a_function_that_is_not_exported_has_no_site(binary: Binary) -> None:
         binary.site("ngx_no_such_function", 1)
 
 
-@pytest.fixture(scope="module")
-def configured_sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Debian's nginx sources after a `./configure --with-compat`."""
+def test_the_layout_is_what_the_compiler_makes_of_nginx_sources(
+    binary: Binary, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     sources = tmp_path_factory.mktemp("nginx") / "src"
     shutil.copytree(NGINX_SOURCES, sources)
-    options = ["--with-compat", "--with-threads", "--with-http_ssl_module", "--with-http_v2_module"]
-    subprocess.run(["sh", "./configure", *options], cwd=sources, check=True, capture_output=True)
-    return sources
-
-
-def test_the_layout_is_what_the_compiler_makes_of_nginx_sources(binary: Binary, configured_sources: Path) -> None:
+    configure(sources)
     layout = layout_for(binary).structs
-    folders = ("objs", "src/core", "src/event", "src/event/modules", "src/os/unix", "src/http", "src/http/modules")
-    include = [configured_sources / folder for folder in (*folders, "src/http/v2")]
-    headers = "".join(f"#include <ngx_{name}.h>\n" for name in ("config", "core", "event", "http"))
-    uses = "".join(f"{name if name.endswith('_t') else 'struct ' + name} *used_{name};\n" for name in layout)
-    compiled = DebugInfo(compile_object(headers + uses, include))
-    measured = {struct: compiled.offsets(struct) | {"sizeof": compiled.size(struct)} for struct in layout}
+    measured, _ = measure(sources, layout)
     for struct, members in layout.items():
         assert {member: measured[struct][member] for member in members} == members, struct
 
@@ -166,6 +156,64 @@ def test_tables_that_would_take_all_time_or_memory_are_refused(
     with pytest.raises(UserError, match=r"damaged|overlap|Too small e_shentsize"):
         Binary(path)
     assert time.thread_time() - before_s < 20
+
+
+def renamed(path: Path, *changes: tuple[bytes, bytes]) -> Path:
+    """Debian's nginx with other texts in the same places."""
+    raw = NGINX.read_bytes()
+    for old, new in changes:
+        assert old in raw
+        raw = raw.replace(old, new.ljust(len(old), b"\0"))
+    path.write_bytes(raw)
+    return path
+
+
+SAYS = (b"nginx version: nginx/1.22.1", b"\0nginx/1.22.1", b"Server: nginx/1.22.1")
+
+
+@pytest.mark.parametrize(
+    ("texts", "product", "version", "release"),
+    [
+        (SAYS, "nginx", "1.22.1", "1.22.1"),
+        (
+            (b"Angie version: Angie/1.12.1", b"\0Angie/1.12.1", b"Server: Angie/1.12.1"),
+            "Angie",
+            "1.12.1",
+            "angie-1.12.1",
+        ),
+        # Angie's -V tells nginx's release as well, Tengine's error log nginx's instead.
+        ((SAYS[0], SAYS[1], b"Server: Angie/1.12.1"), "Angie", "1.12.1", "angie-1.12.1"),
+        ((SAYS[0], SAYS[1], b"Server: Tengine/3.2"), "Tengine", "3.2", "tengine-3.2"),
+        ((SAYS[0], b"\0Tengine/3.2", SAYS[2]), "Tengine", "3.2", "tengine-3.2"),
+        ((b"nginx version: mine/8.8", *SAYS[1:]), "mine", "8.8", "mine-8.8"),
+        ((b"nginx version: openresty/1.", *SAYS[1:]), "nginx", "1.22.1", "1.22.1"),
+    ],
+)
+def test_a_fork_is_known_by_the_name_that_it_gives_itself(
+    tmp_path: Path, texts: tuple[bytes, ...], product: str, version: str, release: str
+) -> None:
+    binary = Binary(renamed(tmp_path / "nginx", *zip(SAYS, texts, strict=True)))
+    assert (binary.product, binary.version, binary.release) == (product, version, release)
+    assert (binary.is_fork, str(binary)) == (product != "nginx", f"{product} {version}")
+    if binary.is_fork:
+        with pytest.raises(UserError, match=f"{product} {version} .*need not be nginx's, .*layouts add BINARY"):
+            layout_for(binary)
+
+
+def test_what_does_not_say_its_release_is_not_taken_for_another_program(tmp_path: Path) -> None:
+    silent = renamed(tmp_path / "nginx", *((text, b"\0") for text in SAYS))
+    with pytest.raises(UserError, match="made of nginx's sources but does not say which release"):
+        Binary(silent)
+
+
+def test_angie_s_signature_begins_with_its_name(tmp_path: Path) -> None:
+    raw = NGINX.read_bytes()
+    signature = re.search(rb"8,4,8,[01]{34}\0", raw)
+    assert signature
+    assert (
+        Binary(renamed(tmp_path / "nginx", (b"\0" + signature[0], b"\0Angie," + signature[0][:-7]))).signature.lacks
+        == ()
+    )
 
 
 def test_what_is_no_nginx_is_named(tmp_path: Path) -> None:

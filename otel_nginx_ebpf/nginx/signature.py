@@ -1,0 +1,90 @@
+"""Which ./configure options a build has, by its module signature, and what they do to the layout of its structs.
+
+NGX_MODULE_SIGNATURE (nginx's src/core/ngx_module.h) has three sizes and then one digit for each option that matters to
+modules. --with-compat brings all of them about, but for PCRE and the HTTP cache: both have members of their own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from otel_nginx_ebpf.nginx.dwarf import SIZEOF, Structs
+
+_FLAGS = 34
+_PCRE, _HTTP_CACHE, _COMPAT = 23, 32, 34
+
+# What --with-compat brings about on Linux: file AIO, sendfile without disk I/O, threads, TLS, gzip, X-Forwarded-For,
+# real IP, headers, DAV, upstream zones.
+_BROUGHT_ABOUT = (3, 4, 22, 24, 26, 28, 29, 30, 31, 33)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gap:
+    """Members that a build does not have. All members behind them lie that much closer to the struct's beginning."""
+
+    struct: str
+    behind: str
+    """The first of the members that the program reads behind the gap."""
+    size: int
+    """Bytes."""
+
+
+# Measured in 1.18.0, 1.22.1, 1.26.3, 1.28.3 and 1.30.6, which agree; tests compare again.
+_GAPS: Mapping[int, tuple[_Gap, ...]] = {
+    _PCRE: (_Gap("ngx_http_request_s", "request_length", 24),),  # ncaptures, captures, captures_data
+    _HTTP_CACHE: (
+        _Gap("ngx_http_request_s", "upstream", 8),  # cache
+        _Gap("ngx_http_upstream_s", "length", 8),  # caches
+        _Gap("ngx_http_upstream_s", "start_time", 8),  # create_key
+    ),
+}
+_NAMES = {_PCRE: "PCRE", _HTTP_CACHE: "the HTTP cache"}
+
+
+class Signature:
+    """The options of a build. Without the digits of a signature: of one that does not tell."""
+
+    def __init__(self, digits: str = "") -> None:
+        self._digits = digits
+
+    def _has(self, flag: int) -> bool:
+        return self._digits[flag - 1] == "1"
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether there is one, with as many options as nginx has had since 1.11.5."""
+        return len(self._digits) == _FLAGS
+
+    @property
+    def with_compat(self) -> bool:
+        """Whether modules of other builds fit (`--with-compat`)."""
+        return self.is_understood and self._has(_COMPAT)
+
+    @property
+    def contradicts_itself(self) -> bool:
+        """Whether it lacks what `--with-compat` brings about: then someone has changed what that means."""
+        return self.with_compat and not all(self._has(flag) for flag in _BROUGHT_ABOUT)
+
+    @property
+    def tells_layout(self) -> bool:
+        """Whether `layout` can tell what these options do to a known layout."""
+        return self.with_compat and not self.contradicts_itself
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What a `--with-compat` build may have or not, and this one does not have."""
+        return tuple(_NAMES[flag] for flag in _GAPS if not self._has(flag)) if self.is_understood else ()
+
+    def layout(self, structs: Structs) -> Structs:
+        """The layout of this `--with-compat` build, from that of a build of the same release that lacks nothing."""
+        gaps = [gap for flag, gaps in _GAPS.items() if not self._has(flag) for gap in gaps]
+        return {
+            struct: _closed(members, [gap for gap in gaps if gap.struct == struct])
+            for struct, members in structs.items()
+        }
+
+
+def _closed(members: dict[str, int], gaps: list[_Gap]) -> dict[str, int]:
+    def moved(member: str, offset: int) -> int:
+        return offset - sum(gap.size for gap in gaps if member == SIZEOF or offset >= members[gap.behind])
+
+    return {member: moved(member, offset) for member, offset in members.items()}

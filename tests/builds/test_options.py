@@ -1,0 +1,55 @@
+"""What `configure`'s options do to the layout of a --with-compat build: our rule, and gcc on nginx's own headers."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from matrix.builds import BuildError, apt_flags, run_apt
+from unit.nginx_structs import configure, measure
+
+from otel_nginx_ebpf.nginx import catalogue
+from otel_nginx_ebpf.nginx.signature import Signature
+
+OPTIONS = {"PCRE": "NGX_PCRE", "the HTTP cache": "NGX_HTTP_CACHE"}
+
+
+@pytest.fixture(scope="module", params=["bookworm", "trixie", "sid"])
+def sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The headers of a Debian release's nginx, configured."""
+    directory = tmp_path_factory.mktemp(request.param)
+    try:
+        run_apt([*apt_flags(request.param), "download", "nginx-dev"], directory)
+    except BuildError as error:
+        pytest.skip(f"{error}; with a Debian mirror this test configures nginx")
+    (package,) = directory.glob("nginx-dev_*.deb")
+    subprocess.run(["dpkg-deb", "--extract", package, directory], check=True)
+    tree = directory / "usr/share/nginx/src"
+    configure(tree)
+    return tree
+
+
+def test_a_variant_is_laid_out_as_the_compiler_does(sources: Path) -> None:
+    shipped = catalogue.shipped()
+    configured = sources / "objs/ngx_auto_config.h"
+    text = configured.read_text()
+    whole, digits = measure(sources, shipped.members())
+    assert Signature(digits).lacks == ()
+    version = re.search(r'NGINX_VERSION +"(.*)"', (sources / "src/core/nginx.h").read_text())
+    assert version
+    # A release that is newer than the catalogue shows the rule just as well.
+    layout = shipped.layouts.get(version[1]) or {
+        struct: {member: whole[struct][member] for member in members if member in whole[struct]}
+        for struct, members in shipped.members().items()
+    }
+    for lacks in ((), ("PCRE",), ("the HTTP cache",), ("PCRE", "the HTTP cache")):
+        absent = [f"#define {OPTIONS[option]} " for option in lacks]
+        lines = [line for line in text.splitlines() if not line.replace("  ", " ").startswith(tuple(absent))]
+        assert len(lines) == len(text.splitlines()) - len(lacks)
+        configured.write_text("\n".join(lines) + "\n")
+        measured, digits = measure(sources, layout)
+        signature = Signature(digits)
+        assert signature.lacks == lacks
+        assert signature.tells_layout
+        for struct, members in signature.layout(layout).items():
+            assert {member: measured[struct][member] for member in members} == members, (struct, lacks)
