@@ -205,7 +205,7 @@ BUILDS: tuple[Build, ...] = (
     StrippedBuild("no-compat-stripped", NO_COMPAT, refusal="--with-compat"),
     StrippedBuild("no-pcre-stripped", NO_PCRE),
     StrippedBuild("no-cache-stripped", NO_CACHE),
-    *(StrippedBuild(f"{each.name}-stripped", each, refusal=each.fork.name) for each in FORKS if each.fork),
+    *(StrippedBuild(f"{each.name}-stripped", each, refusal="need not be nginx's") for each in FORKS),
 )
 
 
