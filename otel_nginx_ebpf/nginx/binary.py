@@ -22,7 +22,7 @@ NGINX = "nginx"
 # release. A fork may say nginx's as well. Names that are not known count only in `-v`.
 _IDENTITY = re.compile(
     rb"\0(?:nginx version: ([\w.-]{1,64})|(?:\w{1,64} version: |Server: )?(nginx|Angie|freenginx|openresty|Tengine))"
-    rb"/([0-9]+(?:\.[0-9]+)+)(?=[ \r\n\0])"
+    rb"/([0-9]{1,8}(?:\.[0-9]{1,8}){1,3})(?=[ \r\n\0])"
 )
 # Angie's begins with its name.
 _SIGNATURE = re.compile(rb"\0(?:\w+,)?\d,\d,\d,([01]{34,})\0")
@@ -69,7 +69,7 @@ class Binary:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.name = str(path.readlink()) if path.is_symlink() else str(path)
+        self.name = str(path.parent / path.readlink()) if path.is_symlink() else str(path)
         try:
             with path.open("rb") as file:
                 self._read(ELFFile(file), os.fstat(file.fileno()).st_size)
