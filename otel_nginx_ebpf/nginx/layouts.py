@@ -203,6 +203,10 @@ def add_release(path: Path, target: Path, shipped: Catalogue | None = None) -> l
         return [f"{binary} is known already, and {binary.name} agrees ({measured.source})"]
     _write(target, own.filled_from(added))
     lines = [f"{binary} added to {target}, from {binary.name} ({measured.source})"]
+    if binary.is_fork:
+        lines.append(
+            f"it stands for builds of {binary} with the same configure options: not all show in a fork's signature"
+        )
     nearest = release if before else known.last_before(release)
     if nearest is not None:
         changes = catalogue.differences(known.layouts[nearest], new.layouts[release])
