@@ -7,6 +7,9 @@ PACKAGES := nginx openssl python3-bpfcc python3-venv
 # to hold our struct layouts against.
 PACKAGES += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
 PACKAGES += ca-certificates libpython3.11
+# Modules that requests, peers and answers come through.
+PACKAGES += libnginx-mod-http-echo libnginx-mod-http-headers-more-filter libnginx-mod-http-lua libnginx-mod-http-perl
+PACKAGES += libnginx-mod-http-subs-filter libnginx-mod-http-upstream-fair libnginx-mod-nchan
 # For measurements only.
 PACKAGES += bpftool nghttp2-client valgrind
 PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
