@@ -36,7 +36,7 @@ class Kind(IntEnum):
     BEGUN = 1
     """It has given up its privileges and is ready for records."""
     CONTRADICTED = 2
-    """A binary's records contradict its layout."""
+    """A worker's memory contradicts its binary's layout."""
     SILENT = 3
     """A function of a binary is never called."""
     WHOSE = 4

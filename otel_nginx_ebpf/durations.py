@@ -67,8 +67,6 @@ class _Counted:
         self.maps = maps
         self.resource_of = resource_of
         self.keys: dict[bytes, tuple[_Instance, Series]] = {}
-        self.trusted = False
-        """Records of what was counted have been looked at, and nothing contradicted the layout that it was read by."""
         self.pids: set[int] = set()
         """That were among the counted when last looked at."""
         self.absent: set[int] = set()
@@ -76,7 +74,7 @@ class _Counted:
 
 
 class RequestDurations:
-    """The thread that reads and verifies records calls `add`, `sweep` and `remove`, any may `collect`."""
+    """The thread that reads records calls `add`, `sweep` and `remove`, any may `collect`."""
 
     def __init__(self) -> None:
         self.start_unix_ns = time.time_ns()
@@ -98,7 +96,6 @@ class RequestDurations:
         that live by then, or did a moment before: who is missing twice has ended."""
         with self._lock:
             counted = self._of(maps)
-            counted.trusted |= bool(counted.pids)
             now_s = time.monotonic()
             for pid in living:
                 self._alive_s[self._instance(counted, pid)] = now_s
@@ -109,21 +106,20 @@ class RequestDurations:
             counted.pids = {pid for pid, key, _ in maps.read() if self._known(counted, pid, key)}
             self._forget_ended(now_s)
 
-    def remove(self, maps: Maps, *, wrong: bool) -> None:
-        """Takes over all that was counted, unless it is wrong."""
+    def remove(self, maps: Maps) -> None:
+        """Takes over all that was counted."""
         with self._lock:
             counted = next((each for each in self._counted if each.maps is maps), None)
             if counted is None:
                 return
-            if not wrong:
-                self._take_over(counted, {pid for pid, _, _ in maps.read()})
+            self._take_over(counted, {pid for pid, _, _ in maps.read()})
             self._counted.remove(counted)
 
     def collect(self) -> list[Measured]:
         """What was counted since `start_unix_ns`."""
         with self._lock:
             totals = self._ended.copy()
-            for counted in (each for each in self._counted if each.trusted):
+            for counted in self._counted:
                 for _, key, counts in counted.maps.read():
                     if known := counted.keys.get(key):  # else it is younger than the last sweep
                         _add(totals, known, counts)

@@ -22,7 +22,7 @@ from otel_nginx_ebpf.record import RecordError, decode, worker_pid
 from otel_nginx_ebpf.silence import SilenceWatch
 from otel_nginx_ebpf.stats import LOSS_CAUSES, Stats
 from otel_nginx_ebpf.trace import AttributeValue
-from otel_nginx_ebpf.verify import contradictions
+from otel_nginx_ebpf.verify import Doubt, doubt
 
 if TYPE_CHECKING:
     from otel_nginx_ebpf.export import Exporter
@@ -40,9 +40,6 @@ _REPORT_S = 60.0
 
 # How many records go to a capture file before it is flushed, at most.
 _WRITTEN_AT_ONCE = 1024
-
-# So many requests of a binary are checked for contradictions, each before it becomes a trace.
-_VERIFIED_REQUESTS = 100
 
 Record = tuple[bytes, int, Mapping[str, AttributeValue]]
 """A record, Unix time minus monotonic time, and the resource attributes of the nginx it is from."""
@@ -89,7 +86,9 @@ class _Source:
         self.records = RingBuffer(records, ring_buffer_bytes)
         self._loss_counts = CounterArray(loss_counts, len(LOSS_CAUSES))
         self.durations = DurationMaps(*durations) if durations else None
-        self.unverified = _VERIFIED_REQUESTS
+        self.refuted: set[int] = set()
+        """Workers whose memory is not as the layout says."""
+        self.doubted = False
         self.silence = SilenceWatch()
         self.hits: dict[str, float] = {}
         """Of each probe, a second, when they were last counted."""
@@ -98,24 +97,6 @@ class _Source:
     def losses(self) -> dict[str, int]:
         """The kernel's loss counters since the probes went live, by cause."""
         return dict(zip(LOSS_CAUSES, self._loss_counts.read(), strict=True))
-
-    def mismatch(self) -> str:
-        """What the kernel program found that contradicts the layout, in words."""
-        losses = self.losses()
-        if losses["lost_layout_mismatch"]:
-            return "an invariant of its requests did not hold"
-        # What the layout calls pointers are none. Once it is trusted, a page that is not there is the likelier reason.
-        if self.unverified and losses["lost_read_failed"]:
-            return "its memory cannot be read where they should be"
-        return ""
-
-    def verify(self, raw: bytes, unix_offset_ns: int) -> str:
-        """What contradicts the layout, in words. Only the first requests of a binary are looked at."""
-        self.unverified -= 1
-        try:
-            return ", ".join(contradictions(decode(raw), unix_offset_ns))
-        except RecordError:
-            return ""
 
     def close(self) -> None:
         self.records.close()
@@ -193,12 +174,12 @@ class Emitter:
             if known and known.durations:
                 self._stats.durations.sweep(known.durations, values["pids"])
         elif message.what == "retired":
-            if values["number"] in self._sources:  # else its records contradicted its layout
+            if values["number"] in self._sources:
                 self._retired.append(self._sources.pop(values["number"]))
         elif message.what == "abandoned":
             source = _Source(message, self._ring_buffer_bytes)
             # Whether the last emitter has read, and sent, some of them is not known: a trace must not come twice.
-            self._counts.lose_unread("lost_emitter_killed", sum(1 for _ in source.records.read()))
+            self._counts.lose_unread("lost_emitter_killed", sum(1 for raw in source.records.read() if not doubt(raw)))
             self._give_back(source)
         elif message.what == "measured":
             if values["number"] in self._sources:
@@ -232,28 +213,25 @@ class Emitter:
         for source in [*self._sources.values(), *self._retired]:
             unix_offset_ns = self._clock.unix_offset_ns()
             self._fullest = max(self._fullest, source.records.fill())
-            wrong = source.mismatch()
-            if not wrong:
-                for raw in source.records.read(self._counts.write):
-                    self._stats.received += 1
-                    wrong = source.verify(raw, unix_offset_ns) if source.unverified else ""
-                    if wrong:
-                        self._stats.lose("lost_layout_mismatch")
-                        break
-                    if source.silence.fell_silent(raw):
-                        self._channel.report(Kind.SILENT, source.number)
-                    yield raw, unix_offset_ns, self._resource(source, worker_pid(raw))
-            if wrong:
-                self._contradicted(source, wrong)
+            for raw in source.records.read(self._counts.write):
+                if found := doubt(raw):
+                    self._doubt(source, found)
+                    continue
+                self._stats.received += 1
+                if source.silence.fell_silent(raw):
+                    self._channel.report(Kind.SILENT, source.number)
+                yield raw, unix_offset_ns, self._resource(source, worker_pid(raw))
 
-    def _contradicted(self, source: _Source, wrong: str) -> None:
-        _log.error("%s does not look in memory as its layout (%s) says: %s", source.target, source.layout_source, wrong)
-        self._channel.report(Kind.CONTRADICTED, source.number)
-        if source in self._retired:
-            self._retired.remove(source)
-        else:
-            del self._sources[source.number]
-        self._give_back(source, wrong=True)
+    def _doubt(self, source: _Source, found: Doubt) -> None:
+        """Of one request nothing comes but this; of several in a row the supervisor has to know."""
+        wrong = f"{source.target} does not look in memory as its layout ({source.layout_source}) says: {found.what}"
+        if found.refutes and found.worker_pid not in source.refuted:
+            source.refuted.add(found.worker_pid)
+            _log.error("%s", wrong)
+            self._channel.report(Kind.CONTRADICTED, source.number, found.worker_pid)
+        elif not source.doubted:
+            _log.warning("a request is left out: %s", wrong)
+        source.doubted = True
 
     def _resource(self, source: _Source, pid: int) -> Mapping[str, AttributeValue]:
         found = source.resource_of.get(pid)
@@ -270,10 +248,9 @@ class Emitter:
             self._give_back(source)
         self._retired.clear()
 
-    def _give_back(self, source: _Source, *, wrong: bool = False) -> None:
-        """`wrong`: it was read by a layout that is not its own."""
+    def _give_back(self, source: _Source) -> None:
         if source.durations:
-            self._stats.durations.remove(source.durations, wrong=wrong)
+            self._stats.durations.remove(source.durations)
         for cause, count in source.losses().items():
             self._counts.lose_unread(cause, count)
         source.close()

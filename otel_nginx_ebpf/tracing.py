@@ -66,6 +66,8 @@ class _TracedBinary:
         self.instances = instances
         """The latest of each master's."""
         self.attachment = attachment
+        self._refuted: set[int] = set()
+        """Masters of instances whose memory contradicts the layout."""
         self._resource_of: dict[int, Attributes] = {}
         for instance in instances:
             self.add(instance)
@@ -78,6 +80,17 @@ class _TracedBinary:
         attributes = instance_attributes(instance, self.target.service_version)
         self.instances = tuple({each.master_pid: each for each in (*self.instances, instance)}.values())
         self._resource_of |= dict.fromkeys(instance.pids, attributes)
+
+    def refute(self, pid: int) -> list[Instance]:
+        """Takes note of a worker whose memory contradicts the layout. Returns what runs, and is not of that kind."""
+        running = [instance for instance in self.instances if instance.is_running]
+        try:
+            self._refuted.add(instance_of(pid).master_pid)
+        except UserError:  # it has ended since; where there is but one instance, it was that one's
+            self._refuted.update(
+                instance.master_pid for instance in running if len(running) == 1 or pid in instance.pids
+            )
+        return [instance for instance in running if instance.master_pid not in self._refuted]
 
     def resource(self, pid: int) -> Attributes:
         """The resource attributes of the instance that a worker belongs to; none where that is no such."""
@@ -281,12 +294,20 @@ class Tracing:
                 )
             elif traced not in self._retired:
                 if report.kind is Kind.CONTRADICTED:
-                    self._contradicted(traced)
+                    self._contradicted(traced, report.pid)
                 elif report.kind is Kind.SILENT:
                     self._avoid_silent(traced)
 
-    def _contradicted(self, traced: _TracedBinary) -> None:
-        """Lets a binary go whose memory is not as its layout says. Raises `UserError` when nothing is left to trace."""
+    def _contradicted(self, traced: _TracedBinary, pid: int) -> None:
+        """Lets a binary go when no instance of it is left whose memory may be as its layout says.
+
+        Raises:
+            UserError: Nothing is left to trace.
+        """
+        if left := traced.refute(pid):
+            masters = ", ".join(str(instance.master_pid) for instance in left)
+            _log.error("%s is traced on: master process %s may agree with its layout", traced.target, masters)
+            return
         self._retire(traced)
         self._refuse(
             traced.identity,

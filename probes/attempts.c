@@ -56,12 +56,9 @@ static __always_inline bool is_owned_by(struct owner *owner, u64 request, u64 co
         || !read_quietly(&peer_connection, owner->upstream + OFFSET_ngx_http_upstream_s__peer + OFFSET_ngx_peer_connection_s__connection)
         || peer_connection != connection
         || !read_quietly(&owner->state, owner->upstream + OFFSET_ngx_http_upstream_s__state)
-        || !read_quietly(&owner->main_request, request + OFFSET_ngx_http_request_s__main))
+        || !read_quietly(&owner->main_request, request + OFFSET_ngx_http_request_s__main)
+        || !is_latest_state(request, owner->state))
         return false;
-    if (!is_latest_state(request, owner->state)) {
-        count_loss(LOST_LAYOUT_MISMATCH);
-        return false;
-    }
     owner->request = request;
     owner->client_connection = head.connection;
     return true;

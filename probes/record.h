@@ -83,6 +83,26 @@ enum beginnings {
     BEGINNINGS = 2,
 };
 
+/* What is held against a layout (layout.h): a bit each in layout_doubt.facts. */
+enum layout_fact {
+    FACT_REQUEST = 0,         /* its signature, and that it is its own main request */
+    FACT_CONNECTION = 1,
+    FACT_NUMBER = 2,
+    FACT_ADDRESSES = 3,
+    FACT_HEADERS_IN = 4,
+    FACT_HEADER_LINES = 5,
+    FACT_HEADER_IN = 6,
+    FACT_HEADERS_OUT = 7,
+    FACT_START = 8,
+    FACT_REQUEST_LINE = 9,
+    FACT_CONFIGURATION = 10,
+    FACT_HTTP_CONNECTION = 11,
+    FACT_UPSTREAM = 12,
+    FACT_UPSTREAM_STATES = 13,
+    FACT_PIPE = 14,
+    FACT_STREAM = 15,
+};
+
 enum limit {
     ATTEMPTS_MAX = 32,
     STRING_BYTES_MAX = 4096,
@@ -157,4 +177,11 @@ struct string_header {
     __u8 attempt;             /* whose, where the kind is an attempt's */
     __u16 bytes;              /* that follow */
     __u32 whole_bytes;        /* of the string in nginx; more than `bytes`: it was cut */
+};
+
+/* Instead of a record: a request that contradicts the layout, and of which there is no trace. */
+struct layout_doubt {
+    __u64 facts;
+    __u32 worker_pid;
+    __u32 connections;        /* whose requests contradicted it, one after another, with none between them that agreed */
 };

@@ -478,6 +478,14 @@ static __always_inline u64 asked_version(struct process *process, u64 http_versi
     return ((text >> 40 & 0xff) - '0') * 1000 + ((text >> 56) - '0');
 }
 
+/* nginx makes a request for itself in a TLS handshake, for a certificate whose name has variables (ngx_http_ssl_certificate).
+ * A client's is counted when it is created. */
+static __always_inline bool is_of_a_handshake(struct process *process)
+{
+    return !MEMBER(process->connection, u64, ngx_connection_s, requests) && !REQUEST_STR(method_name)->len
+        && !REQUEST_STR(request_line)->len && !REQUEST_STR(unparsed_uri)->len;
+}
+
 /* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
 int enter_ngx_http_free_request(struct pt_regs *ctx)
 {
@@ -494,21 +502,14 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         return 0;
     }
     key.connection = MEMBER(process->request, u64, ngx_http_request_s, connection);
-    if (MEMBER(process->request, u32, ngx_http_request_s, signature) != HTTP_MODULE
-        || MEMBER(process->request, u64, ngx_http_request_s, main) != r) {
-        count_loss(LOST_LAYOUT_MISMATCH);
-        return 0;
-    }
-    if (bpf_probe_read_user(process->connection, SIZEOF_ngx_connection_s, (void *)key.connection) != 0) {
-        count_loss(LOST_READ_FAILED);
-        return 0;
-    }
-    /* nginx makes one for itself in a TLS handshake (ngx_http_ssl_certificate); a client's is counted when it is created. */
-    if (!MEMBER(process->connection, u64, ngx_connection_s, requests))
+    bool readable = bpf_probe_read_user(process->connection, SIZEOF_ngx_connection_s, (void *)key.connection) == 0;
+    if (readable && is_of_a_handshake(process))
         return 0;
     u64 load_address = ctx->ip - SITE_ngx_http_free_request;
     if (!process->core_module_index_known)
         learn_core_module_index(process, load_address);
+    if (is_doubted(process, r, readable, load_address, tgid))
+        return 0;
 
     struct request_record *record = (struct request_record *)process->record;
     struct active_request active = {};

@@ -104,6 +104,8 @@ struct process {
     u64 client_span_id;
     struct request_trace trace;
     u64 found_at;
+    struct layout_look layout;
+    struct layout_trust layout_trust[LAYOUT_PARTS];
     struct attempt_state attempt;
     u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
     u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
@@ -332,5 +334,3 @@ static __always_inline bool read_pointer(u64 *value, u64 address)
 }
 
 #define HTTP_MODULE 0x50545448 /* "HTTP", r->signature */
-
-#define MEMBER(bytes, type, structure, member) (*(type *)((bytes) + OFFSET_##structure##__##member))

@@ -4,10 +4,11 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
-_HEADERS = ("record.h", "metrics.h", "x86_64.h", "context.h")
+_HEADERS = ("record.h", "metrics.h", "x86_64.h", "context.h", "layout.h")
 _SOURCES = (
     "state.c",
     "processes.c",
+    "layout.c",
     "beginnings.c",
     "attempts.c",
     "sockets.c",

@@ -43,7 +43,7 @@ from otel_nginx_ebpf.sites import BOUNDARIES
 from otel_nginx_ebpf.spans import build_trace
 from otel_nginx_ebpf.stats import Stats
 from otel_nginx_ebpf.trace_state import canonical
-from otel_nginx_ebpf.verify import contradictions
+from otel_nginx_ebpf.verify import doubt
 
 SCRATCH = Path("/dev/shm") / f"otel-nginx-ebpf-fuzz-{os.getpid()}"
 """A file for those that read files."""
@@ -81,11 +81,11 @@ def _otlp(encoded: bytes) -> list[Span]:
 def check_record(data: bytes) -> None:
     """Decoded or refused; text is printable and its lines are whole; both ways to OTLP say the same."""
     (unix_offset_ns,) = _OFFSET.unpack(data[:8].ljust(8, b"\0"))
+    doubt(data[8:])
     try:
         request = decode(data[8:])
     except RecordError:
         return
-    contradictions(request, unix_offset_ns)
     trace = build_trace(request, unix_offset_ns, _Ids())
     line, console, text = to_line(trace), _CONSOLE(trace), to_json(trace, _RESOURCE)
     assert line[-1] == "\n"
