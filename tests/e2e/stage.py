@@ -82,12 +82,12 @@ class Site:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         try:
-            self._stop_agent()
+            self.stop_agent()
         finally:
             self.nginx.stop()
         shutil.rmtree(self.prefix)
 
-    def _stop_agent(self) -> None:
+    def stop_agent(self) -> None:
         if not self._stopped:
             self._stopped = True
             self.agent.stop()
@@ -97,7 +97,7 @@ class Site:
 
     def finish(self) -> None:
         """Stops the agent; then it has written one trace for each line of every log, and lost nothing."""
-        self._stop_agent()
+        self.stop_agent()
         logged = sorted(key_of_log(line) for log in self.logs.values() for line in log.poll())
         traced = sorted(key_of_trace(trace) for trace in self.agent.traces)
         missing, surplus = set(logged) - set(traced), set(traced) - set(logged)

@@ -8,7 +8,9 @@ the clients; `UpstreamProcess` starts it. Query parameters, all optional:
     head_ms=N                      wait inside the response's header
     stall_ms=N                     wait between the response's header and its body
     parts=N part_ms=N              the body in N pieces, with a wait before each
-    end=close|reset|truncate       close without answer, reset without answer, close in the middle of the body
+    end=close|reset                close or reset without answer
+    end=truncate|abort             close or reset in the middle of the body
+    end=head|nonsense              close inside the header; answer what is no HTTP
     keep_alive=0                   answer `Connection: close`, then close
     etag=TEXT                      answer 304 to a matching If-None-Match
     header=NAME:VALUE              one more response header, repeatable
@@ -27,10 +29,13 @@ import ssl
 import struct
 import subprocess
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 _PIECE_BYTES = 1 << 16
+
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, None, None]]
 
 
 def make_certificate(directory: Path) -> None:
@@ -45,9 +50,9 @@ def make_certificate(directory: Path) -> None:
 class UpstreamProcess:
     """The upstream on IPv4 (twice), IPv6, a unix socket and TLS, at ports of the kernel's choice."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, program: str | Path = __file__) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__, directory], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+            [sys.executable, program, directory], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
         )
         assert self._process.stdout is not None
         self.addresses: dict[str, str] = json.loads(self._process.stdout.readline())
@@ -96,10 +101,15 @@ async def _respond(writer: asyncio.StreamWriter, head: list[str], query: dict[st
     method, headers = head[0].partition(" ")[0], _headers(head)
     await asyncio.sleep(int(query.get("delay_ms", ["0"])[0]) / 1000)
     end = query.get("end", [""])[0]
-    if end == "reset":
+    if end in ("reset", "abort"):
         # Lingering for zero seconds makes close() send RST instead of FIN.
-        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection = writer.get_extra_info("socket")  # None once nginx has left
+        if connection is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     if end in ("close", "reset"):
+        return False
+    if end == "nonsense":
+        writer.write(b"SSH-2.0-nonsense\r\n\r\n")
         return False
     status, total = int(query.get("status", ["200"])[0]), int(query.get("bytes", ["5"])[0])
     echo = "\r\n".join(head[1:]).encode("latin-1") if "echo" in query else b""
@@ -121,12 +131,14 @@ async def _respond(writer: asyncio.StreamWriter, head: list[str], query: dict[st
     if head := int(query.get("head_ms", ["0"])[0]):
         await writer.drain()
         await asyncio.sleep(head / 1000)
+    if end == "head":
+        return False
     writer.write("\r\n".join([*lines, "", ""]).encode())
     if stall := int(query.get("stall_ms", ["0"])[0]):
         await writer.drain()
         await asyncio.sleep(stall / 1000)
     if method != "HEAD" and status not in (204, 304):
-        if end == "truncate":
+        if end in ("truncate", "abort"):
             writer.write(b"x" * (total // 2))
             return False
         if echo:
@@ -140,7 +152,7 @@ def _headers(head: list[str]) -> dict[str, str]:
     return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
 
 
-async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(OSError, asyncio.IncompleteReadError):
         keep = True
         while keep:
@@ -163,16 +175,17 @@ async def _serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         await writer.wait_closed()
 
 
-async def _main(directory: Path) -> None:
+async def listen(directory: Path, serve: Serve = serve) -> None:
+    """Says its addresses on stdout, and serves for ever."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "certificate.pem", directory / "key.pem")
     path = directory / "upstream.sock"
     servers = {
-        "ipv4": await asyncio.start_server(_serve, "127.0.0.1", 0),
-        "other": await asyncio.start_server(_serve, "127.0.0.1", 0),
-        "ipv6": await asyncio.start_server(_serve, "::1", 0),
-        "tls": await asyncio.start_server(_serve, "127.0.0.1", 0, ssl=context),
-        "unix": await asyncio.start_unix_server(_serve, path),
+        "ipv4": await asyncio.start_server(serve, "127.0.0.1", 0),
+        "other": await asyncio.start_server(serve, "127.0.0.1", 0),
+        "ipv6": await asyncio.start_server(serve, "::1", 0),
+        "tls": await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context),
+        "unix": await asyncio.start_unix_server(serve, path),
     }
     os.chmod(path, 0o666)  # nginx's workers are another user
     addresses = {"unix": f"unix:{path}"}
@@ -185,4 +198,4 @@ async def _main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(Path(sys.argv[1])))
+    asyncio.run(listen(Path(sys.argv[1])))
