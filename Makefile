@@ -21,8 +21,9 @@ PACKAGES += buildah debootstrap netavark podman runc
 .DEFAULT_GOAL := help
 BENCH ?= all
 SECONDS ?= 60
+MINUTES ?= 5
 
-.PHONY: help setup demo test image matrix soak attach vm bench counts fuzz check clean
+.PHONY: help setup demo test image matrix truth soak attach vm bench counts fuzz check clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +44,9 @@ image: .cache/packages ## the sidecar's image, with buildah, into the storage th
 
 matrix: setup ## the end-to-end scenarios against a dozen builds of nginx, as one table; or against BUILDS="debian-11 o3"
 	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
+
+truth: setup ## random configurations and clients, each trace held against all that is known of it; MINUTES=5 SEED=17
+	@PYTHONPATH=tests $(BIN)/python -m truth.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(TRUTH)
 
 bench: setup ## what tracing costs, as tables and in bench.json; parts and options: BENCH=--help
 	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)

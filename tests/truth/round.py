@@ -1,0 +1,136 @@
+"""One round: nginx with a random configuration, the program attached, all clients' actions, each request judged."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+from e2e.nginx_server import AccessLog, LogLine, nginx_version, wait_until
+from e2e.scenario import Scenario
+from e2e.stage import Site, key_of_log, key_of_trace
+
+from truth import witness
+from truth.actions import Action, actions
+from truth.clients import perform
+from truth.configuration import LISTEN, generate
+from truth.description import describe
+from truth.judge import Case, judge, kind_of
+from truth.knowledge import Known
+from truth.pauses import Pauses
+
+CLIENTS = 8
+IDLE = "location / { stub_status; }"
+
+
+@dataclass
+class Round:
+    seed: int
+    requests: int = 0
+    seconds: float = 0.0
+    findings: list[tuple[str, str]] = field(default_factory=list)
+    """Kind and example."""
+    nginx_conf: str = ""
+    script: list[str] = field(default_factory=list)
+    cases: list[Case] = field(default_factory=list)
+    pauses: Pauses = field(default_factory=lambda: Pauses([]))
+
+
+def scenarios(seed: int) -> list[Scenario]:
+    """The random server, and one that says whether nginx is idle."""
+    made = generate(seed, nginx_version())
+    return [
+        Scenario("truth", made.server, made.http, LISTEN, ""),
+        Scenario("idle", IDLE, "", "listen @LISTEN@;", ""),
+    ]
+
+
+def play(
+    seed: int, directory: Path, upstreams: dict[str, str], count: int, only: frozenset[int] = frozenset()
+) -> Round:
+    """Plays the round of this seed, or some of its connections only."""
+    began_s = time.monotonic()
+    made = generate(seed, nginx_version())
+    chosen = [action for action in actions(made, count) if not only or action.number in only]
+    done = Round(seed, script=[action.text() for action in chosen])
+    prefix = directory / f"round{seed}"
+    site = Site(prefix, scenarios(seed), upstreams, workers=made.workers)
+    for name, page in made.pages.items():
+        (prefix / "html" / name).write_text(page)
+    done.nginx_conf = (prefix / "nginx.conf").read_text()
+    (prefix / "temp").chmod(0o777)
+    with site:
+        with Pauses(site.nginx.worker_pids()) as pauses:
+            known = _clients(site, chosen)
+            _settle(site, directory)
+        done.pauses = pauses
+        for text in _end(site):
+            done.findings.append((f"at the end: {kind_of(text)}", text))
+        _judge_all(done, site, known, witness.read(directory), pauses)
+    done.seconds = time.monotonic() - began_s
+    return done
+
+
+def _clients(site: Site, chosen: list[Action]) -> list[Known]:
+    addresses = site.stage("truth").addresses
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        groups = pool.map(lambda action: perform(action, addresses[action.kind]), chosen)
+        return [known for group in groups for known in group]
+
+
+def _settle(site: Site, directory: Path) -> None:
+    """Waits until nginx has no client but the one that asks, and the upstreams are done."""
+    asking = site.stage("idle")
+
+    def idle() -> bool:
+        return asking.get("/").body.startswith(b"Active connections: 1 ")
+
+    with suppress(TimeoutError):  # nginx 1.22 keeps some connections for ever, with post_action
+        wait_until(idle, "nginx to be idle", 2)
+        wait_until(lambda: all(seen.over_ns for seen in witness.read(directory)), "the upstreams to be idle", 2)
+
+
+def _end(site: Site) -> Iterator[str]:
+    """One trace for each line of every log, nothing lost, and nginx itself in order; rude clients cause its [crit]."""
+    try:
+        site.stop_agent()
+    except AssertionError as error:  # it had ended by itself: what came until then can be judged
+        site.agent.poll()
+        yield str(error)
+        return
+    logged = Counter(key_of_log(line) for log in site.logs.values() for line in log.poll())
+    traced = Counter(key_of_trace(trace) for trace in site.agent.traces)
+    for key in logged - traced:
+        yield f"a log line without a trace: {key}"
+    for key in traced - logged:
+        yield f"a trace without a log line: {key}"
+    last = site.agent.stderr().splitlines()[-1]
+    counts = re.search(r"received (\d+), exported (\d+), lost (\d+)", last)
+    if counts is None or [int(number) for number in counts.groups()] != [traced.total(), traced.total(), 0]:
+        yield f"{traced.total()} traces, {logged.total()} log lines, but: {last}"
+    yield from (line for line in site.nginx.problems() if "[crit]" not in line)
+
+
+def _judge_all(done: Round, site: Site, known: list[Known], seen: list[witness.Seen], pauses: Pauses) -> None:
+    traces = {key_of_trace(trace): trace for trace in site.agent.traces}
+    clients = {(each.port, each.ask.id): each for each in known}
+    subrequests: dict[tuple[int, int, str], list[LogLine]] = {}
+    for line in AccessLog(site.prefix / "logs" / "subrequests.log").poll():
+        subrequests.setdefault(key_of_log(line), []).append(line)
+    for line in site.logs["truth"].poll():
+        done.requests += 1
+        trace = traces.get(key_of_log(line))
+        if trace is None:
+            continue  # it was counted
+        id_ = parse_qs(urlsplit(line["request_uri"]).query).get("id", [""])[0]
+        asked = clients.get((line["remote_port"], id_))
+        own = [each for each in seen if each.id == id_] if asked and "slice" not in asked.ask.features else []
+        case = Case(line, trace, asked, own, subrequests.get(key_of_log(line), []))
+        done.cases.append(case)
+        case.violations = judge(case, pauses)
+        for text in case.violations:
+            done.findings.append((kind_of(text), describe(case, text)))
