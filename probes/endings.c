@@ -101,15 +101,16 @@ static __always_inline struct upstream_attempt *attempt_of(struct process *proce
     return (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
 }
 
-/* An attempt's outcome, where it was the last that its request made. */
+/* An attempt's outcome, where it was the last that its request made. At the detail of requests no socket tells whether the peer
+ * has closed the connection. */
 static __always_inline u8 outcome_of(const struct attempt_state *ended, const struct upstream_attempt *attempt)
 {
     u64 state = 0;
     if (attempt->header_msec == -1ULL || !attempt->status || attempt->status == SWITCHING_PROTOCOLS
         || bpf_probe_read_user(&state, sizeof(state), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__state)) != 0
-        || state != ended->state || is_whole(ended->upstream, ended->peer_closed || attempt->tls))
+        || state != ended->state || is_whole(ended->upstream, ended->peer_closed || attempt->tls || DETAIL_REQUEST))
         return OUTCOME_WHOLE;
-    return ended->peer_closed ? OUTCOME_INCOMPLETE : OUTCOME_TIMEOUT;
+    return ended->peer_closed || DETAIL_REQUEST ? OUTCOME_INCOMPLETE : OUTCOME_TIMEOUT;
 }
 
 /* What the request's end says of an attempt's: whose fault it was, and when its exchange ended. */

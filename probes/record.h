@@ -33,7 +33,7 @@ enum ending {
     ENDED_WHOLE = 0,          /* as nginx wanted */
     ENDED_TIMEOUT = 1,        /* the client took too long to send its request, or to take the response */
     ENDED_CLIENT_CLOSED_REQUEST = 2,
-    ENDED_UPSTREAM_INCOMPLETE = 3, /* the response's rest did not come: the peer closed the connection */
+    ENDED_UPSTREAM_INCOMPLETE = 3, /* the response's rest did not come: the peer closed the connection, or it is not known */
     ENDED_UPSTREAM_TIMEOUT = 4,    /* the same, and it did not */
     ENDED_SHUTDOWN = 5,       /* worker_shutdown_timeout */
     ENDED_ABORTED = 6,        /* nginx or a module gave the response up */

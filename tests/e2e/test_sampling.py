@@ -65,6 +65,8 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
             access_log logs/all.log json;
             location / {{ return 204; }}
             location /app {{ proxy_pass http://{upstream_addresses["ipv4"]}; }}
+            location /mirrored {{ mirror /mirror; proxy_pass http://{upstream_addresses["ipv4"]}; }}
+            location = /mirror {{ internal; proxy_pass http://{upstream_addresses["other"]}/?delay_ms=400; }}
             location /broken {{ return 503; }}
             location /missing {{ return 404; }}
             location /dead {{ proxy_pass http://{upstream_addresses["dead1"]}; }}
@@ -181,7 +183,8 @@ def kept(traces: list[Trace]) -> list[tuple[str, str | None, str | None]]:
 def test_errors_and_slow_ones_are_kept(stand: Stand, sampler: str, tmp_path: Path) -> None:
     """Of requests that the sampler leaves out, but not of those whose parent did; what it takes needs no reason."""
     both = "/app?delay_ms=401&status=500"
-    reasons = {**dict.fromkeys(ERRORS, "error"), SLOW: "slow", both: "error"}
+    # A mirror that outlasts the response is part of its SERVER span.
+    reasons = {**dict.fromkeys(ERRORS, "error"), SLOW: "slow", "/mirrored": "slow", both: "error"}
     requests = [with_parent(parent, target) for target in (*reasons, *OTHERS) for parent in (WANTED, UNWANTED, ROOT)]
     variables = {"OTEL_NGINX_EBPF_KEEP_ERRORS": "true", "OTEL_NGINX_EBPF_KEEP_SLOWER_THAN": "300ms"}
     traces = traced(stand, tmp_path, requests, OTEL_TRACES_SAMPLER=sampler, **variables)

@@ -82,6 +82,20 @@ def run_all(threads: list[threading.Thread]) -> None:
         each.join()
 
 
+@pytest.mark.nginx(server="location /app { proxy_pass http://@UP@; proxy_buffering off; }")
+def test_a_response_that_a_reload_cuts_off(stage: Stage) -> None:
+    """worker_shutdown_timeout ends it: the server's fault, and when nginx says."""
+    with stage.connect() as connection:
+        connection.send(request_bytes("GET", "/app?bytes=1000&parts=2&part_ms=20000"))
+        assert connection.socket.recv(1) == b"H"
+        stage.site.nginx.reload()
+        connection.read_until_closed()
+    each = stage.exchange()
+    assert float(each.log["request_time"]) > 4
+    server, exchange = each.trace.server, each.trace.named("upstream exchange")[0]
+    assert (server.attributes["nginx.termination"], server.error, exchange.error) == ("shutdown", "shutdown", None)
+
+
 @pytest.mark.parametrize("beginnings_are", BEGINNINGS, ids=["by probe", "by socket"])
 @pytest.mark.nginx(
     server="location / { return 200 ok; } location /app { proxy_pass http://@UP@; proxy_buffering off; }"
