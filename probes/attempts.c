@@ -195,8 +195,8 @@ static __always_inline void turn_began(struct process *process, u32 tgid, u64 ev
     }
 }
 
-/* The pipe's bit-fields lie in the word ahead of `allocated`: ngx_event_pipe.h. */
-#define PIPE_FLAGS (OFFSET_ngx_event_pipe_s__allocated - 8)
+/* ngx_event_pipe_t, in every release: the bit-fields, allocated, bufs, tag, busy_size, read_length, length. */
+#define PIPE_FLAGS (OFFSET_ngx_event_pipe_s__length - 56)
 #define PIPE_UPSTREAM_DONE (1 << 4)
 #define PIPE_UPSTREAM_ERROR (1 << 5)
 #define PIPE_UPSTREAM_EOF (1 << 6)
