@@ -1,12 +1,12 @@
-# Debian 12, as root. Needs nothing but make, /usr/bin/python3 and apt; sets up the rest by itself, once.
+# Debian 12 or 13, as root. Needs nothing but make, /usr/bin/python3 and apt; sets up the rest by itself, once.
 
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
 PACKAGES := nginx openssl python3-bpfcc python3-venv
-# For tests only: a load generator, servers of other protocols, what rotel and Go need; nginx's own sources and a compiler
-# to hold our struct layouts against.
+# For tests only: a load generator; servers of other protocols, whose Python plugin brings the libpython that rotel needs;
+# what Go needs; nginx's own sources and a compiler to hold our struct layouts against.
 PACKAGES += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
-PACKAGES += ca-certificates libpython3.11
+PACKAGES += ca-certificates
 # Modules that requests, peers and answers come through.
 PACKAGES += libnginx-mod-http-echo libnginx-mod-http-headers-more-filter libnginx-mod-http-lua libnginx-mod-http-perl
 PACKAGES += libnginx-mod-http-subs-filter libnginx-mod-http-upstream-fair libnginx-mod-nchan

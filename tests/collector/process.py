@@ -75,7 +75,7 @@ def jaeger(config: str, ports: Iterable[int], directory: Path) -> CollectorProce
 
 
 def rotel(grpc_port: int, http_port: int, forward_to: str, directory: Path) -> CollectorProcess:
-    """rotel writes no files: it sends on, over OTLP, what it has decoded and encoded again. It needs libpython3.11.
+    """rotel writes no files: it sends on, over OTLP, what it has decoded and encoded again. It needs libpython.
 
     Every resource gets the attribute `relay=rotel`, which shows that it came this way.
     """

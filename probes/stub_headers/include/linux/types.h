@@ -39,10 +39,14 @@ typedef unsigned char uint8_t;
 typedef long long int64_t;
 typedef int int32_t;
 typedef int pid_t;
-typedef _Bool bool;
 
+/* Keywords since C23. */
+#if __STDC_VERSION__ < 202311L
+typedef _Bool bool;
 #define true 1
 #define false 0
+#endif
+
 #define NULL ((void *)0)
 #define __always_inline inline __attribute__((always_inline))
 
