@@ -38,13 +38,18 @@ LogLine = dict[str, str]
 @functools.cache
 def nginx_version(start: Path = START) -> tuple[int, ...]:
     """Empty where there is no nginx, as when tests are collected that will be skipped for the lack of it."""
-    told = nginx_build(start).partition("nginx/")[2]
-    return tuple(int(number) for number in told.split("\n")[0].split(".") if told)
+    told = re.search(r"(?:nginx|openresty)/([0-9.]+)", nginx_build(start))
+    return tuple(int(number) for number in told[1].split(".")) if told else ()
 
 
 def nginx_build(start: Path = START) -> str:
     """What `nginx -V` says: its version and configure arguments; empty where there is no nginx."""
     return subprocess.run([start, "-V"], capture_output=True, text=True, check=True).stderr if start.exists() else ""
+
+
+@functools.cache
+def _unknown_variables() -> set[str]:
+    return {"upstream_cache_status"} if "--without-http-cache" in nginx_build() else set()
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
@@ -126,10 +131,19 @@ class NginxServer:
     ) -> None:
         self.prefix = prefix
         self._command = command
+        self._workers = workers
+        self._connections = connections
         self.error_log = prefix / "error.log"
         (prefix / "logs").mkdir()
         (prefix / "temp").mkdir()
-        log_format = json.dumps({name: f"${name}" for name in LOG_VARIABLES.split()})
+        self.configure(http, main)
+
+    def configure(self, http: str, main: str) -> None:
+        """Writes nginx.conf anew."""
+        prefix, workers, connections = self.prefix, self._workers, self._connections
+        log_format = json.dumps(
+            {name: f"${name}" for name in LOG_VARIABLES.split() if name not in _unknown_variables()}
+        )
         temp_paths = "\n".join(
             f"    {name}_temp_path {prefix}/temp/{name};"
             for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -152,6 +166,18 @@ http {{
 }}
 """
         )
+
+    def lacks(self) -> str:
+        """What nginx.conf asks of this nginx that it was not built with, in nginx's words; empty where it has all."""
+        done = subprocess.run(
+            [*self._command, "-p", self.prefix, "-c", "nginx.conf", "-t"], capture_output=True, text=True, check=False
+        )
+        found = re.search(
+            r'unknown directive "\w+"|"\w+" directive is not allowed here|using regex .* requires PCRE'
+            r'|the ".*" parameter requires \w+',
+            done.stderr,
+        )
+        return found[0] if found else ""
 
     def start(self, addresses: Iterable[Address]) -> None:
         """Starts the master and waits until every address accepts connections and a worker is there to answer."""

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+
 from e2e.agent_process import EMPTY, AgentProcess, Trace
 from e2e.http1_client import Address, Http1Connection, Response
-from e2e.nginx_server import PATIENCE, AccessLog, LogLine, NginxServer, wait_until
+from e2e.nginx_server import BUILD, PATIENCE, AccessLog, LogLine, NginxServer, wait_until
 from e2e.oracle import check_facts
 from e2e.scenario import Scenario
 from e2e.timing import NO_SLACK, Lags, Slack, check_times
@@ -58,10 +60,16 @@ class Site:
             "KEY": str(certificates / "key.pem"),
             **{kind.upper(): address for kind, address in upstreams.items()},
         }
+        texts = {each.name: (each.http_text(words), each.main_text(words)) for each in scenarios}
+        self.nginx = NginxServer(prefix, http, workers, connections=connections)
+        self._impossible = self._lacking(http, texts) if BUILD else {}
+        """What scenarios need that this build of nginx lacks, in its words."""
+        scenarios = [each for each in scenarios if each.name not in self._impossible]
         self._scenarios = {each.name: each for each in scenarios}
-        http = "\n".join([http, *(each.http_text(words) for each in scenarios)])
-        main = "\n".join([main, *(each.main_text(words) for each in scenarios)])
-        self.nginx = NginxServer(prefix, http, workers, main, connections=connections)
+        possible = [texts[name] for name in self._scenarios]
+        self.nginx.configure(
+            "\n".join([http, *(text for text, _ in possible)]), "\n".join([main, *(text for _, text in possible)])
+        )
         self.logs = {each.name: AccessLog(prefix / "logs" / f"{each.identifier}.log") for each in scenarios}
         self.losses_max = 0
         """Requests that a scenario makes nginx lose without a log line."""
@@ -70,7 +78,18 @@ class Site:
         self.expected_problems: list[str] = []
         """Text of each [alert], [crit] or [emerg] line that a scenario is meant to cause."""
 
+    def _lacking(self, http: str, texts: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+        lacking = {}
+        for name, (text, main) in texts.items():
+            self.nginx.configure(f"{http}\n{text}", main)
+            if lacks := self.nginx.lacks():
+                lacking[name] = lacks
+        return lacking
+
     def __enter__(self) -> "Site":
+        if self._impossible and not self._scenarios:
+            shutil.rmtree(self.prefix)
+            pytest.skip(cannot(next(iter(self._impossible.values()))))
         self.nginx.start([address for each in self._scenarios.values() for address in each.addresses.values()])
         try:
             self.agent = AgentProcess(self.nginx.pid, self.prefix, environment=self._environment)
@@ -93,6 +112,9 @@ class Site:
             self.agent.stop()
 
     def stage(self, name: str) -> "Stage":
+        """A scenario's own. Skips the test where this build of nginx cannot have it."""
+        if name in self._impossible:
+            pytest.skip(cannot(self._impossible[name]))
         return Stage(self, self._scenarios[name].addresses, self.logs[name])
 
     def finish(self) -> None:
@@ -115,6 +137,10 @@ class Site:
         problems, meant = self.nginx.problems(), self.expected_problems
         assert [line for line in problems if not any(text in line for text in meant)] == []
         assert [text for text in meant if not any(text in line for line in problems)] == []
+
+
+def cannot(lacks: str) -> str:
+    return f"this nginx cannot: {lacks}; `make matrix` has builds that can"
 
 
 Key = tuple[int, int, str]

@@ -198,8 +198,6 @@ BUILDS: tuple[Build, ...] = (
     CompiledBuild("no-pie", "-O2 -fno-pie", "-no-pie", stripped=True),
     STATIC,
     NO_COMPAT,
-    NO_PCRE,
-    NO_CACHE,
     *FORKS,
     StrippedBuild("static-stripped", STATIC, refusal="symbol"),
     StrippedBuild("no-compat-stripped", NO_COMPAT, refusal="--with-compat"),

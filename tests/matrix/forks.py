@@ -42,6 +42,7 @@ class Fork:
     """What makes a fork of nginx's source."""
 
     name: str
+    """As its version begins."""
     names: tuple[tuple[str, str, str], ...]
     """File, a text in it, and what takes the text's place; `{nginx}` stands for the source's version."""
     members: tuple[More | Moved | Absent, ...]
@@ -180,7 +181,7 @@ FREENGINX = Fork(
 )
 
 OPENRESTY = Fork(
-    "OpenResty",
+    "openresty",
     names=((_NGINX_H, _VERSION, '"openresty/{nginx}.1"'),),
     members=(
         More("ngx_peer_connection_s", 8, before="log"),
