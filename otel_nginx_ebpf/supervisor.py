@@ -184,7 +184,7 @@ class _Run:
             for descriptor in self._abandoned.pop():
                 os.close(descriptor)
         if not stop:
-            tracing.begin()
+            tracing.begin(stop)
         next_sweep_s = time.monotonic() + _SWEEP_S
         while not stop:
             tracing.serve(TICK_S)

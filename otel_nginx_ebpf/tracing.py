@@ -3,7 +3,7 @@
 import itertools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from otel_nginx_ebpf import health, messages, silence
@@ -131,8 +131,8 @@ class Tracing:
         self._marker: int | None = None
         """Tells the health check that there need be no probes."""
 
-    def begin(self) -> None:
-        """Attaches to what runs now.
+    def begin(self, stop: Sequence[float] = ()) -> None:
+        """Attaches to what runs now; to no more binaries once there is something in `stop`.
 
         Raises:
             UserError: Nothing can be traced.
@@ -148,6 +148,8 @@ class Tracing:
         # Of several that were found, one that cannot be traced does not keep the others from it.
         must = bool(self._settings.pid or self._settings.binary) or len(groups) == 1
         for group in groups:
+            if stop:
+                return
             attempt = self._attaching.attempt(group)
             while not attempt.done():
                 self.serve(TICK_S)
