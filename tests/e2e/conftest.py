@@ -1,6 +1,7 @@
 """Fixtures of the end-to-end tests: upstreams for the session; nginx and the agent for a module."""
 
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.agent_process import EMPTY, PROGRAM
+from e2e.agent_process import EMPTY, PROGRAM, AgentProcess
 from e2e.nginx_server import NGINX
+from e2e.private_nginx import PrivateNginx, StartAgent
 from e2e.scenario import BEGINNINGS, Scenario, peers_that_fail
 from e2e.stage import Site, Stage
 from e2e.terminal import Terminal
@@ -114,6 +116,50 @@ def stage(request: pytest.FixtureRequest, site: Site) -> Iterator[Stage]:
     stage = site.stage(request.node.name)
     yield stage
     stage.close()
+
+
+@pytest.fixture
+def directory(public_directory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    path = public_directory / re.sub(r"\W+", "_", request.node.name)[:40]
+    path.mkdir()
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def make_nginx(directory: Path) -> Iterator["type[PrivateNginx]"]:
+    made: list[PrivateNginx] = []
+
+    def make(name: str, binary: Path | None = None, command: tuple[str, ...] = (), main: str = "") -> PrivateNginx:
+        if binary is None:
+            binary = directory / f"{name}-bin" / "nginx"
+            binary.parent.mkdir(exist_ok=True)
+            shutil.copy(NGINX, binary)
+        made.append(PrivateNginx(directory, name, binary, command, main))
+        return made[-1]
+
+    yield make  # type: ignore[misc]
+    for each in made:
+        if each.running:
+            each.stop()
+        assert each.server.problems() == []
+
+
+@pytest.fixture
+def start_agent(directory: Path) -> Iterator[StartAgent]:
+    """Starts `run` with these arguments and the JSON exporter; none is left behind, whatever fails."""
+    started: list[AgentProcess] = []
+
+    def start(*arguments: str | Path, name: str = "agent") -> AgentProcess:
+        (directory / name).mkdir()
+        output = directory / name / "traces.jsonl"
+        command = ["run", *map(str, arguments), "--exporter", "json", "--output", output]
+        started.append(AgentProcess(0, directory / name, command))
+        return started[-1]
+
+    yield start
+    for agent in started:
+        agent.kill()
 
 
 @pytest.fixture

@@ -1,113 +1,18 @@
 """Any nginx on the host: several builds at once, started later, replaced, upgraded, in other pid namespaces."""
 
 import os
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import psutil
-import pytest
 
 from e2e.agent_process import PROGRAM, AgentProcess, Trace
-from e2e.http1_client import Http1Connection
-from e2e.nginx_server import NGINX, AccessLog, NginxServer, free_ports, wait_until
-
-
-class PrivateNginx:
-    """An nginx that runs a binary of its own: a copy, and so another inode, of the machine's."""
-
-    def __init__(self, directory: Path, name: str, binary: Path, command: tuple[str, ...] = (), main: str = "") -> None:
-        self.address = ("127.0.0.1", free_ports(1)[0])
-        self.binary = binary
-        prefix = directory / name
-        prefix.mkdir()
-        http = f"server {{ listen 127.0.0.1:{self.address[1]}; access_log logs/all.log json; return 200 {name}; }}"
-        self.server = NginxServer(prefix, http, 2, main, (*command, binary))
-        self.log = AccessLog(prefix / "logs" / "all.log")
-        self.running = False
-
-    def start(self) -> None:
-        self.server.start([self.address])
-        self.running = True
-
-    def stop(self) -> None:
-        self.running = False
-        self.server.stop()
-
-    def get(self, target: str) -> None:
-        with Http1Connection(self.address) as connection:
-            assert connection.request(target).status == 200
-
-
-@pytest.fixture
-def directory(public_directory: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    path = public_directory / re.sub(r"\W+", "_", request.node.name)[:40]
-    path.mkdir()
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def make_nginx(directory: Path) -> Iterator["type[PrivateNginx]"]:
-    made: list[PrivateNginx] = []
-
-    def make(name: str, binary: Path | None = None, command: tuple[str, ...] = (), main: str = "") -> PrivateNginx:
-        if binary is None:
-            binary = directory / f"{name}-bin" / "nginx"
-            binary.parent.mkdir(exist_ok=True)
-            shutil.copy(NGINX, binary)
-        made.append(PrivateNginx(directory, name, binary, command, main))
-        return made[-1]
-
-    yield make  # type: ignore[misc]
-    for each in made:
-        if each.running:
-            each.stop()
-        assert each.server.problems() == []
-
-
-class StartAgent(Protocol):
-    def __call__(self, *arguments: str | Path, name: str = "agent") -> AgentProcess: ...
-
-
-@pytest.fixture
-def start_agent(directory: Path) -> Iterator[StartAgent]:
-    """Starts `run` with these arguments and the JSON exporter; none is left behind, whatever fails."""
-    started: list[AgentProcess] = []
-
-    def start(*arguments: str | Path, name: str = "agent") -> AgentProcess:
-        (directory / name).mkdir()
-        output = directory / name / "traces.jsonl"
-        command = ["run", *map(str, arguments), "--exporter", "json", "--output", output]
-        started.append(AgentProcess(0, directory / name, command))
-        return started[-1]
-
-    yield start
-    for agent in started:
-        agent.kill()
-
-
-def paths(agent: AgentProcess) -> list[str]:
-    return sorted(trace.server.attributes["url.path"] for trace in agent.poll())
-
-
-def wait_for_paths(agent: AgentProcess, *expected: str) -> None:
-    try:
-        wait_until(lambda: paths(agent) == sorted(expected), f"traces of {expected}")
-    except TimeoutError:
-        raise AssertionError(f"{paths(agent)}, not {sorted(expected)}\n{agent.stderr()}") from None
-
-
-def wait_for_ready_lines(agent: AgentProcess, count: int) -> None:
-    wait_until(lambda: agent.stderr().count("ready: nginx") == count, f"{count} ready lines", 20)
+from e2e.nginx_server import NGINX, wait_until
+from e2e.private_nginx import PrivateNginx, StartAgent, paths, wait_for_paths, wait_for_ready_lines
 
 
 def resources(traces: list[Trace]) -> dict[str, dict[str, object]]:
@@ -207,74 +112,6 @@ def test_waits_for_the_first_nginx(directory: Path, make_nginx: type[PrivateNgin
     nginx.get("/awaited")
     wait_for_paths(agent, "/awaited")
     agent.stop()
-
-
-def loader_of(nginx: PrivateNginx) -> bool:
-    """Whether an agent that was told of this binary is about to attach to it."""
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if any("otel_nginx_ebpf.kernel.loader" in part for part in process.cmdline()):
-                parent = process.parent()
-                if parent and str(nginx.binary) in parent.cmdline():
-                    return True
-    return False
-
-
-def test_the_nginx_chosen_for_attaching_ends_meanwhile(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
-    """Another that runs the same binary takes its place."""
-    chosen = make_nginx("chosen")
-    other = make_nginx("other", chosen.binary)
-    chosen.start()
-    other.start()
-    with ThreadPoolExecutor(1) as starter:
-        started = starter.submit(start_agent, "--binary", chosen.binary)
-        wait_until(lambda: loader_of(chosen), "the loader", 20)
-        chosen.stop()
-        agent = started.result()
-    other.get("/other")
-    wait_for_paths(agent, "/other")
-    agent.stop()
-    assert "cannot attach" not in agent.stderr()
-
-
-def test_all_that_was_found_ends_meanwhile(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
-    """As where a service is restarted: by the first look, and by a later one. The next is traced."""
-    early, late = make_nginx("early"), make_nginx("late")
-    early.start()
-    with ThreadPoolExecutor(1) as starter:
-        started = starter.submit(start_agent, "--binary", early.binary, "--binary", late.binary)
-        wait_until(lambda: loader_of(early), "the loader", 20)
-        early.stop()
-        early.start()
-        agent = started.result()
-    late.start()
-    wait_until(lambda: loader_of(late), "the loader", 20)
-    late.stop()
-    late.start()
-    wait_for_ready_lines(agent, 2)
-    early.get("/early")
-    late.get("/late")
-    wait_for_paths(agent, "/early", "/late")
-    agent.stop()
-    assert agent.stderr().count("every nginx that was found has ended; waiting for another") == 1
-    assert "not traced" not in agent.stderr()
-
-
-def test_nginx_that_only_tests_its_configuration(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
-    """Debian's unit runs one before each start. It is nothing to trace, and in no one's way."""
-    traced, tested = make_nginx("traced"), make_nginx("tested")
-    traced.start()
-    agent = start_agent("--binary", traced.binary, "--binary", tested.binary)
-    test = [tested.binary, "-t", "-q", "-p", tested.server.prefix, "-c", "nginx.conf"]
-    end_s = time.monotonic() + 3
-    while time.monotonic() < end_s:
-        subprocess.run(test, check=True)
-    tested.start()
-    wait_for_ready_lines(agent, 2)
-    tested.get("/tested")
-    wait_for_paths(agent, "/tested")
-    agent.stop()
-    assert "not traced" not in agent.stderr()
 
 
 def test_upgraded_on_the_fly(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:
