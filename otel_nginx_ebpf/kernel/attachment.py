@@ -70,11 +70,9 @@ class Attachment:
         self._socket_bytes: int = answer["socket_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
         """Why the kernel did not take handlers that write to nginx's memory, such as `Invalid argument`."""
-        handlers_at = len(answer["maps"]) + answer["probes"]
-        spared_at = handlers_at + len(answer["handlers"])
-        self._probes = descriptors[len(answer["maps"]) : handlers_at]
-        self._handlers = dict(zip(answer["handlers"], descriptors[handlers_at:spared_at], strict=True))
-        maps = dict(zip(answer["maps"], descriptors, strict=False))
+        given = iter(descriptors)
+        maps = {name: next(given) for name in answer["maps"]}
+        self._handlers = {name: next(given) for name in answer["handlers"]}
         self.readable = tuple(maps[name] for name in READABLE_MAPS if name in maps)
         """Descriptors of what the emitter reads."""
         self._held = [maps[name] for name in HELD_MAPS if name in maps]
@@ -85,12 +83,13 @@ class Attachment:
         self._attempts = HashMap(maps["attempts"], key_bytes=16)
         self._beginnings: BeginningsProbe | None = None
         if spared := answer["spared"]:
-            link, executable = descriptors[spared_at:]
+            link, executable = next(given), next(given)
             self._beginnings = BeginningsProbe(
                 maps["beginnings"], link, self._handlers[spared["handler"]], executable, spared["file_offset"]
             )
         else:
             os.close(maps["beginnings"])
+        self._probes = list(given)
         self._known_processes = set(self._processes.all_keys())
 
     def adapt(self) -> None:
@@ -143,7 +142,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Removes the probes; records that are already in the ring buffer stay readable."""
-        for descriptor in self._probes:
+        for descriptor in reversed(self._probes):
             os.close(descriptor)
         self._probes = []
         if self._beginnings is not None:

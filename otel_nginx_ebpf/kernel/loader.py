@@ -51,7 +51,7 @@ class LoadRequest:
     text: str
     executable: str
     probes: tuple[ProbeRequest, ...]
-    """In the order of attaching; they are detached in the other one. The last is the one that tells of a request."""
+    """In the order of attaching. The last tells of a request, and is the first to go: what is left tells of none."""
     tracepoints: dict[str, str]
     """The raw tracepoint of each handler, in the order in which they are to run."""
     pids: tuple[int, ...]
@@ -185,9 +185,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "process_bytes": ctypes.sizeof(processes.Leaf),
         "socket_bytes": ctypes.sizeof(program["sockets"].Leaf),
     }
-    # A process that is killed closes its descriptors in this order, and `Attachment.detach` does: what is left of the
-    # probes tells of no request.
-    return answer, [*maps, *reversed(probes), *handlers.values(), *spared_descriptors]
+    # The kernel gives the last one back first where the process that holds them is killed (task_work_run).
+    return answer, [*maps, *handlers.values(), *spared_descriptors, *probes]
 
 
 def _tell_version() -> dict[str, str]:

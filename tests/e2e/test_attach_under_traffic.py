@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from e2e.agent_process import AgentProcess, Trace
@@ -60,14 +61,21 @@ class Attached:
     said: str
 
 
-def attach(pid: int, directory: Path) -> Attached:
+def attach(pid: int, directory: Path, killed: bool) -> Attached:
+    """`killed`: the process that holds the probes, and has no time to remove them in order."""
     directory.mkdir()
     agent = AgentProcess(pid, directory, ready_s=READY_S)
     try:
         ready_s = time.time()
         wait_until(lambda: len(agent.poll()) >= 200 and time.time() > ready_s + WHILE_S, "traces", 60)
         asked_to_end_s = time.time()
-        agent.stop()
+        if killed:
+            emitter = psutil.Process(agent.emitter_pid)
+            agent.kill()
+            emitter.wait(60)
+            agent.poll()
+        else:
+            agent.stop()
     finally:
         agent.kill()
     traces = {key_of_trace(trace): trace for trace in agent.traces}
@@ -80,7 +88,8 @@ def attach_again_and_again(
 ) -> list[Attached]:
     with ThreadPoolExecutor(AT_ONCE) as pool:
         attached: list[Future[Attached]] = [
-            pool.submit(attach, stage.site.nginx.pid, directory / str(number)) for number in range(count)
+            pool.submit(attach, stage.site.nginx.pid, directory / str(number), killed=number % 4 == 3)
+            for number in range(count)
         ]
         while not all(each.done() for each in attached):
             meanwhile()
