@@ -274,10 +274,14 @@ def exporting(exporter: "Exporter", stats: Stats) -> Take:
         completed = []
         for raw, unix_offset_ns, resource in records:
             try:
-                completed.append((decode(raw), unix_offset_ns, resource))
+                request = decode(raw)
             except RecordError as error:
                 stats.lose("lost_damaged_record")
                 _log.warning("a damaged record was left out: %s", error)
+                continue
+            completed.append((request, unix_offset_ns, resource))
+            if request.impossible:
+                stats.lose("partial_impossible_value", request.impossible)
         exporter.take(completed)
 
     return take

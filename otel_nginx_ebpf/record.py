@@ -99,6 +99,11 @@ _WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
 
 _NONE = 2**64 - 1
 
+# nginx's clock counts from the machine's start.
+_MS_MAX = 2**40
+
+_STATUSES = range(100, 600)
+
 
 # Not frozen: it would take ten times as long to make one, and one is made of each request.
 
@@ -122,7 +127,7 @@ class Attempt:
     response_ms: int | None
     sent_bytes: int | None
     """None where this nginx does not count them (before 1.15.8)."""
-    received_bytes: int
+    received_bytes: int | None
     status: int | None
     """None when the peer gave no response."""
     connect_errno: int
@@ -139,6 +144,8 @@ class Attempt:
     """`incomplete`, `timeout`: the rest of the response did not come; `abandoned`: no fault of the peer."""
     ends_with_read: bool
     """The exchange ended with `last_read_mono_ns`, else with `ended_mono_ns`."""
+    impossible: int = 0
+    """As of a request."""
 
 
 @dataclass(slots=True)
@@ -157,13 +164,14 @@ class Request:
     """0 where nginx ended the request in the normal way, else the reason it closed it with (408, 499, …)."""
     connection: int
     connection_requests: int
-    request_bytes: int
-    """$request_length."""
-    sent_bytes: int
-    """$bytes_sent."""
+    request_bytes: int | None
+    """$request_length; None where nginx's own number is below 0."""
+    sent_bytes: int | None
+    """$bytes_sent; the same."""
     nginx_start_unix_ms: int
     http_version: int
     status: int
+    """$status: what nginx noted, be it HTTP's or not."""
     worker_pid: int
     upstream_states: int
     tls: bool
@@ -201,6 +209,13 @@ class Request:
     """Why nginx gave the request or its response up: `timeout`, `client_closed_request`, … (`enum ending`)."""
     ends_with_write: bool
     """The request ended with `last_write_mono_ns`, else with `ended_mono_ns`."""
+    impossible: int = 0
+    """How many of nginx's numbers cannot be, and are left out."""
+
+
+def http_status(status: int | None) -> int | None:
+    """The status, if HTTP has it: nginx notes 0 and 9 where it has none, and a module what it likes."""
+    return status if status in _STATUSES else None
 
 
 def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int) -> int:
@@ -272,6 +287,9 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         _,
         span_id,
     ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
+    times = connect_msec, header_msec, response_msec
+    impossible = sum([_MS_MAX <= msec < _NONE for msec in times]) if max(times) >= _MS_MAX else 0
+    impossible += (bytes_sent < -1) + (bytes_received < 0) + (status != 0 and status not in _STATUSES)
     return Attempt(
         connect_start_ns or None,
         connected_ns or None,
@@ -281,11 +299,11 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         first_read_ns or None,
         last_read_ns or None,
         ended_ns,
-        None if connect_msec == _NONE else connect_msec,
-        None if header_msec == _NONE else header_msec,
-        None if response_msec == _NONE else response_msec,
-        None if bytes_sent == _NONE else bytes_sent,
-        bytes_received,
+        connect_msec if connect_msec < _MS_MAX else None,
+        header_msec if header_msec < _MS_MAX else None,
+        response_msec if response_msec < _MS_MAX else None,
+        bytes_sent if bytes_sent >= 0 else None,
+        bytes_received if bytes_received >= 0 else None,
         status or None,
         connect_errno,
         tls != 0,
@@ -296,6 +314,7 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         span_id or None,
         OUTCOMES.get(outcome),
         ends_with_read != 0,
+        impossible,
     )
 
 
@@ -368,6 +387,10 @@ def decode(raw: bytes) -> Request:
         created_ns = min(
             created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in attempts)
         )
+    status = _status(rc, err_status, out_status, bytes_sent, http_version)
+    impossible = (request_length < 0) + (bytes_sent < 0) + (status not in _STATUSES)
+    if attempts:
+        impossible += sum([attempt.impossible for attempt in attempts])
     return Request(
         accepted_ns or None,
         first_read_ns or None,
@@ -379,11 +402,11 @@ def decode(raw: bytes) -> Request:
         rc,
         connection,
         connection_requests,
-        request_length,
-        bytes_sent,
+        request_length if request_length >= 0 else None,
+        bytes_sent if bytes_sent >= 0 else None,
         nginx_start_sec * 1000 + nginx_start_msec,
         http_version,
-        _status(rc, err_status, out_status, bytes_sent, http_version),
+        status,
         worker_pid,
         upstream_states,
         tls != 0,
@@ -411,4 +434,5 @@ def decode(raw: bytes) -> Request:
         _trace_state(strings) if _TRACESTATE in strings else None,
         ENDINGS.get(ending),
         ends_with_write != 0,
+        impossible,
     )

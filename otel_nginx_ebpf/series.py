@@ -19,7 +19,7 @@ from opentelemetry.semconv.attributes import (
 from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURATION, HTTP_SERVER_REQUEST_DURATION
 
 from otel_nginx_ebpf.durations import OVERFLOW, Series
-from otel_nginx_ebpf.record import ENDINGS, OUTCOMES, CStruct, Request, c_enum
+from otel_nginx_ebpf.record import ENDINGS, OUTCOMES, CStruct, Request, c_enum, http_status
 from otel_nginx_ebpf.sockaddr import parse_peer
 from otel_nginx_ebpf.spans import (
     HTTP_VERSIONS,
@@ -30,7 +30,6 @@ from otel_nginx_ebpf.spans import (
     is_answered,
     known_method,
     server_error,
-    status_code,
 )
 
 _HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "metrics.h").read_text(encoding="utf-8")
@@ -84,7 +83,7 @@ def _server(
         HTTP_SERVER_REQUEST_DURATION,
         {
             http_attributes.HTTP_REQUEST_METHOD: known_method(method) if method is not None else None,
-            http_attributes.HTTP_RESPONSE_STATUS_CODE: status_code(status),
+            http_attributes.HTTP_RESPONSE_STATUS_CODE: http_status(status),
             http_attributes.HTTP_ROUTE: route or None,
             url_attributes.URL_SCHEME: "https" if tls else "http",
             network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version)
@@ -110,7 +109,7 @@ def _client(
         HTTP_CLIENT_REQUEST_DURATION,
         {
             http_attributes.HTTP_REQUEST_METHOD: known_method(method) if method is not None else None,
-            http_attributes.HTTP_RESPONSE_STATUS_CODE: status if answered else None,
+            http_attributes.HTTP_RESPONSE_STATUS_CODE: http_status(status) if answered else None,
             server_attributes.SERVER_ADDRESS: address.host if address else None,
             server_attributes.SERVER_PORT: (address.port or None) if address else None,
             NGINX_UPSTREAM_NAME: upstream or None,

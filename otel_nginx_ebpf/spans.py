@@ -31,7 +31,7 @@ from opentelemetry.semconv.attributes import (
 )
 from opentelemetry.trace import SpanKind
 
-from otel_nginx_ebpf.record import Attempt, Request
+from otel_nginx_ebpf.record import Attempt, Request, http_status
 from otel_nginx_ebpf.sockaddr import Address, parse, parse_peer
 from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
 from otel_nginx_ebpf.trace_state import canonical
@@ -207,11 +207,13 @@ class Sketcher(Generic[P]):
                 no_live_peers,
                 request.kept,
             ),
-            self._request_size(request.request_bytes),
-            self._response_size(request.sent_bytes),
             self._connection_id(request.connection),
             self._connection_requests(request.connection_requests),
         ]
+        if request.request_bytes is not None:
+            parts.append(self._request_size(request.request_bytes))
+        if request.sent_bytes is not None:
+            parts.append(self._response_size(request.sent_bytes))
         if request.uri is not None:
             parts.append(self._uri_part(request.uri))
         if request.client_sockaddr is not None:
@@ -261,8 +263,9 @@ class Sketcher(Generic[P]):
                 answered,
                 exchange_error(answered, attempt.connect_errno, attempt.status, attempt.outcome),
             ),
-            self._response_size(attempt.received_bytes),
         ]
+        if attempt.received_bytes is not None:
+            parts.append(self._response_size(attempt.received_bytes))
         if attempt.sent_bytes is not None:
             parts.append(self._request_size(attempt.sent_bytes))
         if answered:
@@ -411,21 +414,18 @@ def exchange_error(answered: bool, connect_errno: int, status: int | None, outco
     """error.type of an exchange: no response, a status from 400 on, or a response that did not come whole."""
     if not answered:
         return failure(connect_errno, status, outcome)
-    if status is not None and status >= 400:
-        return str(status)
+    code = http_status(status)
+    if code is not None and code >= 400:
+        return str(code)
     return _INCOMPLETE.get(outcome or "")
 
 
 def server_error(status: int, ending: str | None) -> str | None:
     """error.type of a SERVER span: a status from 500 on, or the server side's fault that the response was not whole."""
-    if status >= 500:
-        return str(status)
+    code = http_status(status)
+    if code is not None and code >= 500:
+        return str(code)
     return ending if ending in _FAULTS else None
-
-
-def status_code(status: int) -> int | None:
-    """http.response.status_code. nginx logs 000 and 009 for requests that got no status line."""
-    return status if status >= 100 else None
 
 
 PeerFacts = tuple[int, str | None, str | None, int | None, str | None]
@@ -481,8 +481,8 @@ def _exchange_part(
         attributes[NGINX_UPSTREAM_REUSED] = reused
     if method is not None:
         attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
-    if answered and status is not None:
-        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = status
+    if answered and (code := http_status(status)) is not None:
+        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
     if error is not None:
         attributes[error_attributes.ERROR_TYPE] = error
     return Part(attributes, UPSTREAM_EXCHANGE, SpanKind.CLIENT, error)
@@ -537,7 +537,7 @@ def _server_part(
         url_attributes.URL_SCHEME: "https" if tls else "http",
         NGINX_WORKER_PID: worker_pid,
     }
-    if (code := status_code(status)) is not None:
+    if (code := http_status(status)) is not None:
         attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
     name = "HTTP"
     if method is not None:

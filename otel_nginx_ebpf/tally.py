@@ -83,13 +83,13 @@ class Tally:
         intervals, of_attempts = _intervals(request, children)
         time_ns = _divide(start_ns, end_ns, intervals)
         for row in (_row(self.locations, (request.server_name or "", request.location or "")), *also):
-            row.add(400 <= request.status < 500, request.status >= 500, end_ns - start_ns, intervals)
+            row.add(400 <= request.status < 500, 500 <= request.status < 600, end_ns - start_ns, intervals)
             row.add_time(time_ns)
             row.phases[NGINX].add(time_ns[NGINX])
         for attempt, own in zip(request.attempts, of_attempts, strict=True):
             row = _row(self.peers, (attempt.upstream or "", attempt.peer or ""))
             status = attempt.status or (_CLIENT_CLOSED_REQUEST if request.status == _CLIENT_CLOSED_REQUEST else 502)
-            row.add(400 <= status < 500, status >= 500, own[-1][1] - own[0][0] if own else None, own)
+            row.add(400 <= status < 500, 500 <= status < 600, own[-1][1] - own[0][0] if own else None, own)
         return end_ns - start_ns
 
     def merge(self, other: "Tally") -> None:

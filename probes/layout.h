@@ -226,6 +226,8 @@ static __always_inline void look_at_headers(struct layout_look *look, u8 *reques
     u64 host = MEMBER(headers_in, u64, ngx_http_headers_in_t, host);
     expect(look, is_header(look, MEMBER(headers_in, u64, ngx_http_headers_in_t, user_agent), 10, 0x72657375 /* user */), FACT_HEADER_LINES);
     expect(look, is_header(look, host, 4, 0x74736f68 /* host */), FACT_HEADER_LINES);
+    expect(look, FOLLOWS(ngx_table_elt_t, hash, 8, key) && FOLLOWS(ngx_table_elt_t, key, 16, value)
+               && FOLLOWS(ngx_table_elt_t, value, 16, lowcase_key), FACT_HEADER_LINES);
     expect(look, !host || is_hash(MEMBER((u8 *)look->words, u64, ngx_table_elt_t, hash), HASH_OF_HOST), FACT_HEADER_LINES);
 
     u64 header_in = OF_R(u64, header_in), start = word_at(header_in + OFFSET_ngx_buf_s__start);

@@ -120,8 +120,8 @@ struct request_record {
     __s64 rc;                 /* its second argument: 0, or the status nginx closed the request with */
     __u64 connection;         /* c->number: $connection */
     __u64 connection_requests; /* $connection_requests */
-    __u64 request_length;     /* bytes: $request_length */
-    __u64 bytes_sent;         /* bytes: $bytes_sent */
+    __s64 request_length;     /* bytes: $request_length, which nginx has below 0 at times */
+    __s64 bytes_sent;         /* bytes: $bytes_sent */
     __u64 nginx_start_sec;    /* r->start_sec, r->start_msec: nginx's own cached Unix clock */
     __u64 nginx_start_msec;
     __u64 http_version;       /* 9, 1000, 1001, 2000, 3000 */
@@ -160,8 +160,8 @@ struct upstream_attempt {
     __u64 connect_msec;       /* nginx's own: ngx_http_upstream_state_t; all ones: none */
     __u64 header_msec;
     __u64 response_msec;
-    __u64 bytes_sent;         /* all ones: this nginx does not count them */
-    __u64 bytes_received;
+    __s64 bytes_sent;         /* -1: this nginx does not count them */
+    __s64 bytes_received;
     __u32 status;             /* 0: no response */
     __s32 connect_errno;
     __u32 subrequest;         /* made by a subrequest (auth_request, mirror, SSI, slice) */

@@ -451,7 +451,8 @@ static __always_inline void learn_core_module_index(struct process *process, u64
 /* Why a request that the sampler left out is sent all the same. KEPT_SAMPLED: it is not. */
 static __always_inline u8 keep(const struct request_record *record)
 {
-    if (KEEP_ERRORS && final_status(record) >= 500)
+    u64 status = final_status(record);
+    if (KEEP_ERRORS && status >= 500 && status < 600) /* beyond it is what modules make up */
         return KEPT_ERROR;
     u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
     u64 took_ns = (record->ends_with_write ? record->last_write_ns : record->ended_ns) - began_ns;

@@ -24,6 +24,10 @@ def _field(text: str | None) -> str:
     return printable(text).replace(" ", "\\x20") if text else "-"
 
 
+def _number(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
 def _uri(trace: Trace) -> str:
     # From the span, where sensitive parameters are redacted.
     attributes = trace.spans[0].attributes
@@ -58,7 +62,7 @@ def to_line(trace: Trace) -> str:
     upstream = ",".join(_field(attempt.peer) for attempt in attempts) or "-"
     return (
         f"{accepted_unix_ns}, {_client(request)}=>{upstream}, {_uri(trace)}, {request.status}, "
-        f"request_size={request.request_bytes}, response_size={request.sent_bytes}, "
+        f"request_size={_number(request.request_bytes)}, response_size={_number(request.sent_bytes)}, "
         f"downstream_request_first_byte_time={since(request.first_read_mono_ns)}, "
         f"downstream_request_last_byte_time={since(last_read_mono_ns)}, "
         f"upstream_connect_time={each(map(_connected, attempts))}, "

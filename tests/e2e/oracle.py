@@ -91,13 +91,13 @@ def _differ(what: str, traced: Any, logged: Any) -> Iterator[str]:
 
 def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     attributes = server.attributes
-    status = int(log["status"])
+    status, length = int(log["status"]), int(log["request_length"])
     yield from _differ("kind", server.kind, "SERVER")
     if not any(log[header] for header in ("http_traceparent", "http_b3", "http_x_b3_traceid")):
         yield from _differ("parent", server.parent_span_id, None)
-    # 000 and 009: nothing that could be called a status was sent.
-    yield from _differ("status", attributes.get("http.response.status_code"), status if status >= 100 else None)
-    yield from _differ("request size", attributes.get("http.request.size"), int(log["request_length"]))
+    # 000 and 009: nothing that could be called a status was sent. Further ones are made up.
+    yield from _differ("status", attributes.get("http.response.status_code"), status if 100 <= status < 600 else None)
+    yield from _differ("request size", attributes.get("http.request.size"), length if length >= 0 else None)
     yield from _differ("response size", attributes.get("http.response.size"), int(log["bytes_sent"]))
     yield from _differ("connection", attributes.get("nginx.connection.id"), int(log["connection"]))
     yield from _differ(
@@ -109,7 +109,7 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
         yield f"nginx.termination is {termination!r}"
     if status == 499 and log["bytes_sent"] == "0":
         yield from _differ("termination", termination, "client_closed_request")
-    error = str(status) if status >= 500 else termination if termination in FAULTS else None
+    error = str(status) if 500 <= status < 600 else termination if termination in FAULTS else None
     yield from _differ("error.type", attributes.get("error.type"), error)
     yield from _differ("span status", server.status, "ERROR" if error else "UNSET")
 
@@ -119,7 +119,7 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("method", attributes.get("http.request.method"), known if method else None)
     name = method if method in KNOWN_METHODS else "HTTP"
     yield from _differ("name", server.name, f"{name} {route}" if route else name)
-    version = PROTOCOL_VERSIONS.get(log["server_protocol"]) or ("0.9" if method else None)
+    version = PROTOCOL_VERSIONS.get(log["server_protocol"], "0.9" if method and not log["server_protocol"] else None)
     yield from _differ("protocol", attributes.get("network.protocol.version"), version)
     path, query = attributes.get("url.path", ""), attributes.get("url.query", "")
     agent, truncated = attributes.get("user_agent.original", ""), set(attributes.get("nginx.truncated_attributes", ()))
@@ -199,11 +199,13 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None, given_u
     yield from _differ("reused", exchange.attributes.get("nginx.upstream.connection.reused"), connect is None)
     status = exchange.attributes.get("http.response.status_code")
     broken = exchange.error in ("timeout", "incomplete_response")
-    if not (given_up and status is None) and not broken:
+    answered = logged is not None and logged.header_time != "-"
+    made_up = logged is not None and answered and not 100 <= int(logged.status) < 600
+    if not (given_up and status is None) and not broken and not made_up:
         yield from _differ("exchange fails", exchange.status, "ERROR" if status is None or status >= 400 else "UNSET")
     if logged:
-        answered = logged.header_time != "-"
-        yield from _differ("exchange status", status, int(logged.status) if answered else None)
+        known = int(logged.status) if answered and not made_up else None
+        yield from _differ("exchange status", status, known)
         yield from _differ("sent upstream", exchange.attributes.get("http.request.size"), int(logged.bytes_sent))
         yield from _differ(
             "received upstream", exchange.attributes.get("http.response.size"), int(logged.bytes_received)

@@ -12,18 +12,19 @@ from e2e.timing import Slack
 BOTH_BEGINNINGS = True
 READ_WRITE = ["downstream read", "downstream write"]
 RETURN = "location / { return 200 ok; }"
+MALFORMED = [
+    (b"GARBAGE\r\n\r\n", ""),
+    (b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03", ""),  # a TLS hello to a plain port
+    (b"GET /no-host HTTP/1.1\r\n\r\n", "GET"),
+    (b"GET /no-version HTTP/9.9\r\nHost: x\r\n\r\n", ""),
+    (b"GET /header HTTP/1.1\r\nHost: x\r\nContent-Length: twelve\r\n\r\n", "GET"),
+    (b"GET /framing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: cast\r\n\r\n", "GET"),
+]
 
 
 @pytest.mark.parametrize(
     ("sent", "method"),
-    [
-        (b"GARBAGE\r\n\r\n", ""),
-        (b"\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03", ""),  # a TLS hello to a plain port
-        (b"GET /no-host HTTP/1.1\r\n\r\n", "GET"),
-        (b"GET /no-version HTTP/9.9\r\nHost: x\r\n\r\n", ""),
-        (b"GET /header HTTP/1.1\r\nHost: x\r\nContent-Length: twelve\r\n\r\n", "GET"),
-        (b"GET /framing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: cast\r\n\r\n", "GET"),
-    ],
+    MALFORMED,
     ids=["garbage", "tls-hello", "no-host", "no-version", "content-length", "transfer-encoding"],
 )
 @pytest.mark.nginx(server=RETURN)

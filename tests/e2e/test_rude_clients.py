@@ -22,6 +22,30 @@ TURNS = 150
 # Where a client is gone or an upstream fails, what came last came before nginx noticed and gave up.
 SLACK = Slack(end_early=True, response_early=True, late_max_ms=100)
 
+HTTP = """
+    upstream @NAME@_kept { server @UP@ max_fails=0; server @OTHER@ max_fails=0; keepalive 4; keepalive_timeout 1s; }
+    upstream @NAME@_dead { server @DEAD1@ max_fails=0; server @DEAD2@ max_fails=0; }
+    """
+SERVER = """
+    # nginx does not notice every reset at once, but by these times it does.
+    keepalive_timeout 1s;
+    client_header_timeout 2s;
+    client_body_timeout 2s;
+    lingering_timeout 1s;
+    send_timeout 2s;
+    proxy_read_timeout 2s;
+    proxy_http_version 1.1;
+    proxy_set_header Connection "";
+    location / { root @HTML@; }
+    location /text { return 200 text; }
+    location /app { proxy_pass http://@UP@; proxy_set_header Connection close; }
+    location /kept { proxy_pass http://@NAME@_kept; }
+    location /dead { proxy_pass http://@NAME@_dead; }
+    location /deaf { proxy_pass http://@DEAF@; proxy_connect_timeout 2s; }
+    location /unbuffered { proxy_pass http://@UP@; proxy_request_buffering off; }
+    location /impatient { proxy_pass http://@UP@; proxy_read_timeout 20ms; }
+    """
+
 Rude = Callable[[Http1Connection, random.Random], None]
 
 
@@ -109,29 +133,8 @@ KINDS: list[Rude] = [
 
 @pytest.mark.nginx(
     listen="listen @LISTEN@ reuseport;",
-    http="""
-    upstream @NAME@_kept { server @UP@ max_fails=0; server @OTHER@ max_fails=0; keepalive 4; keepalive_timeout 1s; }
-    upstream @NAME@_dead { server @DEAD1@ max_fails=0; server @DEAD2@ max_fails=0; }
-    """,
-    server="""
-    # nginx does not notice every reset at once, but by these times it does.
-    keepalive_timeout 1s;
-    client_header_timeout 2s;
-    client_body_timeout 2s;
-    lingering_timeout 1s;
-    send_timeout 2s;
-    proxy_read_timeout 2s;
-    proxy_http_version 1.1;
-    proxy_set_header Connection "";
-    location / { root @HTML@; }
-    location /text { return 200 text; }
-    location /app { proxy_pass http://@UP@; proxy_set_header Connection close; }
-    location /kept { proxy_pass http://@NAME@_kept; }
-    location /dead { proxy_pass http://@NAME@_dead; }
-    location /deaf { proxy_pass http://@DEAF@; proxy_connect_timeout 2s; }
-    location /unbuffered { proxy_pass http://@UP@; proxy_request_buffering off; }
-    location /impatient { proxy_pass http://@UP@; proxy_read_timeout 20ms; }
-    """,
+    http=HTTP,
+    server=SERVER,
 )
 def test_rude_clients(stage: Stage) -> None:
     failures: list[str] = []

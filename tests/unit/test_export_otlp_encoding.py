@@ -68,6 +68,7 @@ FIELDS: dict[tuple[str, str], st.SearchStrategy[int]] = {
     ("upstream_attempt", "connect_msec"): st.sampled_from([0, 7, 2**64 - 1]),
     ("upstream_attempt", "header_msec"): st.sampled_from([0, 7, 2**64 - 1]),
 }
+signed = st.one_of(st.sampled_from([0, 127, 128, 2**35, 2**63 - 1, -1, -58, -(2**63)]), st.integers(0, 10**5))
 RANGES = {"__u8": (0, 2**8 - 1), "__u16": (0, 2**16 - 1), "__u32": (0, 2**32 - 1), "__s32": (-(2**31), 2**31 - 1)}
 
 
@@ -79,7 +80,7 @@ def structs(layout: CStruct, **given_fields: st.SearchStrategy[int]) -> st.Searc
             return FIELDS[layout.name, name]
         if name.endswith("_ns"):
             return times
-        return st.integers(*RANGES[kind]) if kind in RANGES else sizes
+        return st.integers(*RANGES[kind]) if kind in RANGES else signed if kind == "__s64" else sizes
 
     return st.tuples(*(value(kind, name) for kind, name in layout.fields)).map(lambda row: layout.struct.pack(*row))
 

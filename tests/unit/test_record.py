@@ -113,3 +113,38 @@ def test_the_status_is_what_nginx_logs(
     rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int, status: int
 ) -> None:
     assert record._status(rc, err_status, out_status, sent_bytes, http_version) == status
+
+
+@pytest.mark.parametrize(
+    ("changes", "impossible"),
+    [
+        ({}, 0),
+        ({"request_length": -58}, 1),
+        ({"request_length": -1, "bytes_sent": -1}, 2),
+        *(({"out_status": status}, 1) for status in (0, 9, 99, 600, 1234, 2**40)),
+        *(({"out_status": status}, 0) for status in (100, 599)),
+    ],
+)
+def test_a_number_that_cannot_be_is_left_out(changes: dict[str, int], impossible: int) -> None:
+    request = record.decode(make_record({}, [], created_ns=MONO_NS, **{"out_status": 200, **changes}))
+    assert request.impossible == impossible
+    assert request.request_bytes == (None if "request_length" in changes else 0)
+    assert request.sent_bytes == (None if "bytes_sent" in changes else 0)
+
+
+def test_an_attempts_numbers_that_cannot_be_are_left_out() -> None:
+    none, decades = 2**64 - 1, 2**40
+    attempts: list[tuple[dict[str, int], int]] = [
+        ({"status": 200, "connect_msec": none, "header_msec": none, "response_msec": 10_600, "bytes_sent": -1}, 0),
+        ({"status": 1234, "response_msec": decades, "header_msec": none - 1}, 3),
+        ({"status": 999, "bytes_sent": -2, "bytes_received": -1}, 3),
+    ]
+    request = record.decode(
+        make_record({}, [("-", numbers) for numbers, _ in attempts], created_ns=MONO_NS, out_status=200)
+    )
+    assert [attempt.impossible for attempt in request.attempts] == [count for _, count in attempts]
+    assert request.impossible == 6
+    usual, slow, negative = request.attempts
+    assert (usual.response_ms, usual.sent_bytes, usual.status) == (10_600, None, 200)
+    assert (slow.response_ms, slow.header_ms, slow.connect_ms) == (None, None, 0)
+    assert (negative.sent_bytes, negative.received_bytes, negative.status) == (None, None, 999)

@@ -438,3 +438,20 @@ def test_an_exchange_that_a_leaving_client_ended_is_no_error() -> None:
 
 def test_an_upstreams_own_499_is_no_termination() -> None:
     assert "nginx.termination" not in build(replace(REQUEST, status=499)).spans[0].attributes
+
+
+@pytest.mark.parametrize("status", [0, 9, 99, 600, 1234])
+def test_a_status_that_is_none_of_https_is_no_status_and_no_error(status: int) -> None:
+    trace = build(replace(REQUEST, status=status, attempts=(replace(ATTEMPT, status=status),)))
+    exchange = trace.spans[3]
+    for span in (trace.spans[0], exchange):
+        assert not {"http.response.status_code", "error.type"} & span.attributes.keys()
+        assert span.error is None
+    assert exchange.attributes["nginx.upstream.status"] == status
+
+
+def test_a_size_below_0_is_none() -> None:
+    trace = build(replace(REQUEST, request_bytes=None, attempts=(replace(ATTEMPT, received_bytes=None),)))
+    assert "http.request.size" not in trace.spans[0].attributes
+    assert "http.response.size" not in trace.spans[3].attributes
+    assert trace.spans[0].attributes["http.response.size"] == REQUEST.sent_bytes
