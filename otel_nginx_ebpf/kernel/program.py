@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
-_HEADERS = ("record.h", "metrics.h", "x86_64.h", "context.h", "layout.h")
+_HEADERS = ("record.h", "metrics.h", "x86_64.h", "context.h", "layout.h", "layout_upstream.h")
 _SOURCES = (
     "state.c",
     "processes.c",

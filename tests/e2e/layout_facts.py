@@ -41,6 +41,7 @@ static inline int bpf_probe_read_user(void *to, u32 bytes, const void *from)
 
 #include "record.h"
 #include "layout.h"
+#include "layout_upstream.h"
 
 static struct layout_look look;
 static u8 request[4096] __attribute__((aligned(16))), connection[1024] __attribute__((aligned(16)));
