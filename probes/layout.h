@@ -6,7 +6,7 @@
  * needs beyond the layout's members lies beside one of them in every release from 1.14 on, and is named here.
  */
 
-#define LOG_CONNECTION (OFFSET_ngx_log_s__data - 24)        /* ngx_log_t: connection, disk_full_time, handler, data */
+#define LOG_CONNECTION 16                                    /* ngx_log_t: log_level, file, connection */
 #define HEADERS_OUT_TRAILERS (OFFSET_ngx_http_headers_out_t__status - SIZEOF_ngx_list_t) /* trailers, status */
 #define HTTP_CONNECTION (OFFSET_ngx_http_request_s__err_status + 8) /* err_status, http_connection */
 #define HTTP_CONNECTION_CONF_CTX 8                           /* ngx_http_connection_t: addr_conf, conf_ctx */
@@ -38,7 +38,11 @@ struct layout_look {
 };
 
 #define MEMBER(bytes, type, structure, member) (*(type *)((bytes) + OFFSET_##structure##__##member))
-#define FOLLOWS(structure, member, bytes, next) (OFFSET_##structure##__##next == OFFSET_##structure##__##member + (bytes))
+/* What lies where from another member is nginx's: its forks put members between. */
+#ifndef OF_FORK
+#define OF_FORK 0
+#endif
+#define FOLLOWS(structure, member, bytes, next) (OF_FORK || OFFSET_##structure##__##next == OFFSET_##structure##__##member + (bytes))
 #define OF_R(type, member) MEMBER(request, type, ngx_http_request_s, member)
 #define OF_C(type, member) MEMBER(connection, type, ngx_connection_s, member)
 
@@ -227,7 +231,7 @@ static __always_inline void look_at_headers(struct layout_look *look, u8 *reques
     expect(look, is_list(trailers, out_address + HEADERS_OUT_TRAILERS) && POOL_OF_LIST(trailers) == pool, FACT_HEADERS_OUT);
     /* content_length_n, content_offset, date_time, last_modified_time; request_body, lingering_time, start_sec */
     u64 content_length = OFFSET_ngx_http_request_s__headers_out + OFFSET_ngx_http_headers_out_t__content_length_n;
-    expect(look, OFFSET_ngx_http_request_s__start_sec == content_length + 48, FACT_HEADERS_OUT);
+    expect(look, OF_FORK || OFFSET_ngx_http_request_s__start_sec == content_length + 48, FACT_HEADERS_OUT);
     /* pool, header_in */
     expect(look, *(u64 *)(request + OFFSET_ngx_http_request_s__header_in - 8) == pool && is_pointer(pool), FACT_HEADERS_OUT);
 
