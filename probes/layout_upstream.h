@@ -74,8 +74,6 @@ static __always_inline void look_at_upstream(struct layout_look *look, u8 *reque
     bool piping = word_at(pipe + 8) == look->c;
     bool is_pipe = is_pointer(pipe) && pipe_pool == (piping ? pool : 0) && pipe_log == (piping ? log : 0);
     expect(look, !pipe || is_pipe, FACT_PIPE);
-    /* allocated, bufs, tag, busy_size, read_length, length */
-    expect(look, FOLLOWS(ngx_event_pipe_s, allocated, 48, length), FACT_PIPE);
     if (chain) {
         u64 buf = word_at(chain + OFFSET_ngx_chain_s__buf), start = word_at(buf + OFFSET_ngx_buf_s__start);
         u64 pos = word_at(buf + OFFSET_ngx_buf_s__pos), last = word_at(buf + OFFSET_ngx_buf_s__last);
