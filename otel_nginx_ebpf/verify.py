@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from otel_nginx_ebpf.record import CStruct, c_enum
 
-_LAYOUT_DOUBT = CStruct("layout_doubt")
+LAYOUT_DOUBT = CStruct("layout_doubt")
 _FACTS = {value: name.removeprefix("FACT_").lower().replace("_", " ") for name, value in c_enum("layout_fact").items()}
 
 # A layout is wrong when so many connections in a row had requests that contradict it, and none agreed in between.
@@ -23,8 +23,8 @@ class Doubt(NamedTuple):
 
 def doubt(raw: bytes) -> Doubt | None:
     """What the kernel handed over instead of a record; None where it is a record, by its length."""
-    if len(raw) != _LAYOUT_DOUBT.size:
+    if len(raw) != LAYOUT_DOUBT.size:
         return None
-    facts, worker_pid, connections = _LAYOUT_DOUBT.struct.unpack(raw)
+    facts, worker_pid, connections = LAYOUT_DOUBT.struct.unpack(raw)
     what = ", ".join(words for bit, words in _FACTS.items() if facts >> bit & 1)
     return Doubt(what, worker_pid, connections >= _CONNECTIONS)

@@ -1,6 +1,7 @@
 """The record: both sides of the kernel boundary agree on it, and no bytes break its decoder."""
 
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 
 import pytest
@@ -8,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otel_nginx_ebpf import record
-from otel_nginx_ebpf.stats import LOSS_CAUSES
+from otel_nginx_ebpf.emitter import exporting
+from otel_nginx_ebpf.export import Completed
+from otel_nginx_ebpf.stats import LOSS_CAUSES, Stats
+from otel_nginx_ebpf.verify import LAYOUT_DOUBT
 from unit.c_compiler import DebugInfo, compile_object
 from unit.sample_traces import MONO_NS, RETRIED, STATIC
 from unit.sample_traces import record as make_record
@@ -16,13 +20,15 @@ from unit.sample_traces import record as make_record
 
 @pytest.fixture(scope="module")
 def compiled() -> DebugInfo:
-    structs = (record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER)
+    structs = (record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER, LAYOUT_DOUBT)
     uses = "\n".join(f"struct {layout.name} {layout.name}_used;" for layout in structs)
     return DebugInfo(compile_object(f"#include <linux/types.h>\n{record.HEADER_TEXT}\n{uses}\n"))
 
 
 @pytest.mark.parametrize(
-    "layout", [record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER], ids=lambda layout: layout.name
+    "layout",
+    [record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER, LAYOUT_DOUBT],
+    ids=lambda layout: layout.name,
 )
 def test_the_compiler_lays_the_record_out_as_the_decoder_reads_it(compiled: DebugInfo, layout: record.CStruct) -> None:
     offset, expected = 0, {}
@@ -148,3 +154,23 @@ def test_an_attempts_numbers_that_cannot_be_are_left_out() -> None:
     assert (usual.response_ms, usual.sent_bytes, usual.status) == (10_600, None, 200)
     assert (slow.response_ms, slow.header_ms, slow.connect_ms) == (None, None, 0)
     assert (negative.sent_bytes, negative.received_bytes, negative.status) == (None, None, 999)
+
+
+def test_what_is_left_out_is_counted() -> None:
+    taken: list[record.Request] = []
+
+    class Keeping:
+        at_once = 1
+
+        def take(self, completed: Sequence[Completed]) -> None:
+            taken.extend(request for request, _, _ in completed)
+
+        def shutdown(self, timeout_s: float) -> None:
+            pass
+
+    stats = Stats()
+    raw = make_record({}, [], created_ns=MONO_NS, request_length=-58, out_status=1234)
+    exporting(Keeping(), stats)([(raw, 0, {}), (STATIC, 0, {})])
+    assert [request.impossible for request in taken] == [2, 0]
+    assert stats.lost == {"partial_impossible_value": 2}
+    assert "lost 0 (partial_impossible_value 2)" in stats.summary()
