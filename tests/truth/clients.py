@@ -72,7 +72,7 @@ class _Requests:
     """HTTP/1: one after another, or pipelined."""
 
     def __init__(self, action: Action, address: Address, kept: list[Known]) -> None:
-        self._kept, self._pipelined = kept, action.pipelined
+        self._kept, self._pipelined, self._ended = kept, action.pipelined, False
         slow = any(known.ask.slow_reader for known in kept)
         tls = trusting_tls() if action.kind == "tls" else None
         self._connection = _TimedConnection(address, tls, 32_768 if slow else None, PATIENCE_S)
@@ -83,20 +83,26 @@ class _Requests:
     def run(self) -> None:
         with self._connection:
             if self._pipelined:
-                sent_ns = now_ns()
-                self._connection.send(b"".join(_head(known.ask) + known.ask.body for known in self._kept))
                 for known in self._kept:
-                    known.sent_ns, known.all_sent_ns = sent_ns, now_ns()
+                    known.sent_ns = now_ns()
+                try:
+                    self._connection.send(b"".join(_head(known.ask) + known.ask.body for known in self._kept))
+                except OSError as error:  # nginx takes no more of it, or is gone
+                    for known in self._kept:
+                        known.left_ns, known.problem = now_ns(), repr(error)
+                    return
+                for known in self._kept:
+                    known.all_sent_ns = now_ns()
             for known in self._kept:
-                goes_on = self._one(known)
-                if not goes_on:
-                    if known.left_ns is None:
-                        break
-                    for other in self._kept:
-                        other.left_ns = (
-                            other.left_ns or known.left_ns if other.sent_ns and not other.whole else other.left_ns
-                        )
+                if not self._one(known):
+                    self._leave_rest(known)
                     break
+
+    def _leave_rest(self, last: Known) -> None:
+        """What was asked for and not read is left with the connection, if nginx had not closed it."""
+        for each in self._kept:
+            if each.sent_ns and not each.whole and not self._ended:
+                each.left_ns = last.left_ns or now_ns()
 
     def _one(self, known: Known) -> bool:
         """One exchange; says whether the connection is still good."""
@@ -105,6 +111,7 @@ class _Requests:
                 return False
             return self._read(known)
         except ConnectionEnded as ended:
+            self._ended = True
             known.received_bytes = len(ended.received)
         except TimeoutError:
             known.problem = "no answer"
@@ -145,6 +152,7 @@ class _Requests:
     def _read(self, known: Known) -> bool:
         ask, connection = known.ask, self._connection
         if ask.fate == "half_close" and not isinstance(connection.socket, ssl.SSLSocket):
+            known.left_ns = now_ns()  # nginx takes it for that
             connection.socket.shutdown(socket.SHUT_WR)
         with connection.response_of(known):
             if ask.fate == "unanswered":

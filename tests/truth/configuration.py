@@ -88,7 +88,7 @@ def _block(chance: Random, number: int) -> str:
 
 NAMED = """
     location @static { root @HTML@; rewrite ^ /hello.txt break; }
-    location @proxied { proxy_pass http://block0; }
+    location @proxied { proxy_pass http://block0$request_uri; }
     location @text { return 200 'instead'; }
     location = /after {
         internal; proxy_pass http://block0/sub?id=$asked_id&sub=after;

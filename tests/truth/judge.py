@@ -18,8 +18,10 @@ from truth.witness import Seen
 
 CLOCK_NS = 1_000_000
 """How exactly the trace's clock and the processes' agree."""
-CLIENT_LAG_MS = 30.0
+CLIENT_LAG_MS = 100.0
 """The clients are threads of one interpreter, each waiting for its turn."""
+CLOSED_ON_PURPOSE = 444
+"""`return 444`: no response was meant."""
 UPSTREAM_LAG_MS = 60.0
 """One process serves all of them, one after another."""
 
@@ -34,6 +36,8 @@ class Case:
     seen: list[Seen]
     """By its id; of requests that share it, as those that nginx sends to itself, all."""
     subrequests: list[LogLine]
+    features: frozenset[str]
+    """Of the location that was asked for, and of what the request leads to."""
     lag_ms: float = LAG_MAX_MS
     violations: list[str] = field(default_factory=list)
     """What `judge` said of it."""
@@ -42,10 +46,6 @@ class Case:
     def complete(self) -> bool:
         """nginx says that the whole response was sent."""
         return self.log["request_completion"] == "OK"
-
-    @property
-    def features(self) -> set[str]:
-        return set(self.known.ask.features) if self.known else set()
 
     @property
     def query(self) -> dict[str, list[str]]:
@@ -62,9 +62,7 @@ def kind_of(violation: str) -> str:
 
 def judge(case: Case, pauses: Pauses) -> list[str]:
     """Every violation as text."""
-    end_ns = round(float(case.log["msec"]) * 1000) * 1_000_000
-    begin_ns = end_ns - round(float(case.log["request_time"]) * 1000) * 1_000_000
-    case.lag_ms = LAG_MAX_MS + pauses.between_ms(begin_ns, max(end_ns, case.trace.server.end_unix_ns))
+    case.lag_ms = LAG_MAX_MS + pauses.between_ms(*_between(case))
     known = case.known
     log = dict(case.log)
     if known:
@@ -81,6 +79,16 @@ def judge(case: Case, pauses: Pauses) -> list[str]:
     return violations
 
 
+def _between(case: Case) -> tuple[int, int]:
+    """From the request's beginning to the last that anybody says of it."""
+    end_ns = round(float(case.log["msec"]) * 1000) * 1_000_000
+    begin_ns = end_ns - round(float(case.log["request_time"]) * 1000) * 1_000_000
+    known = case.known
+    told = [known.first_byte_ns, known.last_byte_ns, known.left_ns, known.all_sent_ns] if known else []
+    told += [each.first_byte_ns for each in case.seen]
+    return begin_ns, max(end_ns, case.trace.server.end_unix_ns, *(at_ns for at_ns in told if at_ns))
+
+
 def _is_status(text: str) -> bool:
     return text.startswith(("error.type:", "span status:"))
 
@@ -94,7 +102,7 @@ def _slack(case: Case) -> Slack:
     return Slack(
         # A whole response ends with its last byte, which the client knows; nginx logs when all is done.
         end_early=case.complete or known is None,
-        header_early="head_ms" in query or bool(features & {"gateway"}) or expect,
+        header_early="head_ms" in query or expect,
         first_byte_unseen="tls_upstream" in features,
         response_early=("unbuffered" in features and slow_client) or bool(features & {"grpc"}),
         write_early=bool(expect or put_together or "early" in query),
@@ -112,7 +120,7 @@ def _check_end(case: Case) -> Iterator[str]:
         if told:
             yield f"complete, but nginx.termination is {told}"
         return
-    if status >= 500:
+    if status >= 500 or status == CLOSED_ON_PURPOSE:
         return  # it says so itself
     if not told and not failed:
         why = "its client left" if case.known and case.known.left_ns else "nobody knows why"
@@ -128,7 +136,13 @@ def _check_end(case: Case) -> Iterator[str]:
 def _upstream_broke(case: Case) -> bool:
     """It had begun to answer, and the client was there to the end."""
     known = case.known
-    if known is None or known.left_ns or known.whole or known.shared or case.log["status"] >= "400":
+    if (
+        known is None
+        or known.left_ns
+        or known.whole
+        or (known.shared and not known.http2)
+        or case.log["status"] >= "400"
+    ):
         return False
     broken = bool({"truncate", "abort"} & set(case.query.get("end", [])))
     return broken and any(not seen.sub and seen.sent_bytes for seen in case.seen)
@@ -180,7 +194,8 @@ def _check_client(case: Case, known: Known) -> Iterator[str]:
     if known.status is not None and status not in (444, 499) and known.status != status and not acted:
         yield f"the client got {known.status}, nginx logged {status}"
     for read in trace.named("downstream read"):
-        done_ns = None if known.shared and not known.http2 else known.all_sent_ns or known.left_ns
+        # nginx reads a large body when it wants it; a stream's frames it reads as they come.
+        done_ns = known.all_sent_ns if known.http2 or not (known.shared or known.ask.body) else None
         done_ns = done_ns and max(done_ns, server.start_unix_ns)
         yield from outside(
             "downstream read ends, by the client's last byte", read.end_unix_ns, None, done_ns and done_ns + lag_ns
@@ -190,7 +205,7 @@ def _check_client(case: Case, known: Known) -> Iterator[str]:
             yield from outside(
                 "downstream write starts, by the client", write.start_unix_ns, None, known.first_byte_ns + CLOCK_NS
             )
-        elif known.left_ns is None and not known.problem and known.ask.body_mode != "expect":
+        elif known.left_ns is None and not known.problem and not known.shared and known.ask.body_mode != "expect":
             yield "downstream write, but the client got nothing"
         if known.last_byte_ns:
             busy = known.all_sent_ns is None or write.end_unix_ns < known.all_sent_ns
@@ -257,7 +272,8 @@ def _pairs(seen: list[Seen], spans: list[Span]) -> list[tuple[Seen, Span]]:
 
 def _key(span: Span) -> tuple[str, str, int]:
     attributes = span.attributes
-    sub = attributes.get("nginx.subrequest.uri", "").removeprefix("/sub/")
+    uri = attributes.get("nginx.subrequest.uri", "")
+    sub = uri.removeprefix("/sub/") if uri.startswith("/sub/") else ""
     return sub, attributes["nginx.upstream.peer"], attributes["http.request.size"]
 
 

@@ -55,10 +55,11 @@ ANYWHERE = [
     ("satisfy any; deny all;", ""),
     ("deny all;", ""),
     ("early_hints $http2;", "hints"),
+    ("http2_push /l0/hello.txt;", ""),
     ("post_action /after;", "post_action"),
 ]
-SINCE = {"early_hints": (1, 29)}
-"""Directives that older releases do not have."""
+RELEASES = {"early_hints": ((1, 29), (9,)), "http2_push": ((1, 13, 9), (1, 25, 1))}
+"""Directives that not all releases have: from the first one up to, and not in, the second."""
 
 PROXY = [
     "proxy_request_buffering off;",
@@ -97,7 +98,8 @@ def location(chance: Random, number: int, version: tuple[int, ...]) -> tuple[Loc
     chosen = chance.sample(ANYWHERE, chance.choice([0, 0, 1, 1, 2, 3]))
     for text, feature in chosen:
         name = text.partition(" ")[0]
-        if name in " ".join(lines) or version < SINCE.get(name, (0,)):
+        since, until = RELEASES.get(name, ((0,), (9,)))
+        if name in " ".join(lines) or not since <= version < until:
             continue  # a directive stands once in a location, and only in a release that has it
         lines.append(text)
         features |= {feature} - {""}

@@ -24,6 +24,8 @@ from truth.knowledge import Known
 from truth.pauses import Pauses
 
 CLIENTS = 8
+OWN_PROBLEMS = ("[crit]", "http finalize non-active request")
+"""What rude clients make nginx log, and slices inside of other subrequests."""
 IDLE = "location / { stub_status; }"
 
 
@@ -64,13 +66,14 @@ def play(
     done.nginx_conf = (prefix / "nginx.conf").read_text()
     (prefix / "temp").chmod(0o777)
     with site:
-        with Pauses(site.nginx.worker_pids()) as pauses:
+        with Pauses([*site.nginx.worker_pids(), witness.pid(directory)]) as pauses:
             known = _clients(site, chosen)
             _settle(site, directory)
         done.pauses = pauses
         for text in _end(site):
             done.findings.append((f"at the end: {kind_of(text)}", text))
-        _judge_all(done, site, known, witness.read(directory), pauses)
+        features = {location.prefix: location.features for location in made.locations}
+        _judge_all(done, site, features, known, witness.read(directory))
     done.seconds = time.monotonic() - began_s
     return done
 
@@ -112,10 +115,12 @@ def _end(site: Site) -> Iterator[str]:
     counts = re.search(r"received (\d+), exported (\d+), lost (\d+)", last)
     if counts is None or [int(number) for number in counts.groups()] != [traced.total(), traced.total(), 0]:
         yield f"{traced.total()} traces, {logged.total()} log lines, but: {last}"
-    yield from (line for line in site.nginx.problems() if "[crit]" not in line)
+    yield from (line for line in site.nginx.problems() if not any(text in line for text in OWN_PROBLEMS))
 
 
-def _judge_all(done: Round, site: Site, known: list[Known], seen: list[witness.Seen], pauses: Pauses) -> None:
+def _judge_all(
+    done: Round, site: Site, features: dict[str, frozenset[str]], known: list[Known], seen: list[witness.Seen]
+) -> None:
     traces = {key_of_trace(trace): trace for trace in site.agent.traces}
     clients = {(each.port, each.ask.id): each for each in known}
     subrequests: dict[tuple[int, int, str], list[LogLine]] = {}
@@ -129,8 +134,10 @@ def _judge_all(done: Round, site: Site, known: list[Known], seen: list[witness.S
         id_ = parse_qs(urlsplit(line["request_uri"]).query).get("id", [""])[0]
         asked = clients.get((line["remote_port"], id_))
         own = [each for each in seen if each.id == id_] if asked and "slice" not in asked.ask.features else []
-        case = Case(line, trace, asked, own, subrequests.get(key_of_log(line), []))
+        prefix = "/".join([*line["request_uri"].split("/")[:2], ""])
+        of_it = features.get(prefix, frozenset()) | set(asked.ask.features if asked else ())
+        case = Case(line, trace, asked, own, subrequests.get(key_of_log(line), []), of_it)
         done.cases.append(case)
-        case.violations = judge(case, pauses)
+        case.violations = judge(case, done.pauses)
         for text in case.violations:
             done.findings.append((kind_of(text), describe(case, text)))

@@ -21,9 +21,12 @@ from e2e.scenario import peers_that_fail
 from e2e.upstreams import UpstreamProcess, make_certificate
 
 from truth import witness
+from truth.judge import kind_of
 from truth.round import Round, play
 
 ACTIONS = 250
+EXAMPLES = 4
+"""Of a kind of finding, that are kept."""
 RESULTS = Path(__file__).parents[2] / ".cache" / "truth"
 
 
@@ -34,7 +37,7 @@ class Report:
     rounds: int = 0
     requests: int = 0
     kinds: dict[str, int] = field(default_factory=lambda: defaultdict(int))
-    examples: dict[str, str] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, done: Round, directory: Path) -> None:
         self.rounds += 1
@@ -42,8 +45,8 @@ class Report:
         fresh = []
         for kind, example in done.findings:
             self.kinds[kind] += 1
-            if kind not in self.examples:
-                self.examples[kind] = example
+            if len(self.examples[kind]) < EXAMPLES:
+                self.examples[kind].append(example)
                 fresh.append(f"{kind}\n{example}\n")
         if fresh:
             kept = directory / f"seed-{done.seed}"
@@ -104,7 +107,10 @@ def run(
         directory.chmod(0o755)
         with upstreams(directory) as addresses:
             for seed in seeds:
-                done = play(seed, directory, addresses, count, only)
+                try:
+                    done = play(seed, directory, addresses, count, only)
+                except (TimeoutError, RuntimeError) as error:
+                    done = Round(seed, findings=[(f"a round that did not start: {kind_of(str(error))}", str(error))])
                 report.add(done, results)
                 print(
                     f"seed {seed}: {done.requests} requests in {done.seconds:.1f} s, {len(done.findings)} findings",
@@ -135,8 +141,8 @@ def main() -> int:
         seeds, time.monotonic() + options.minutes * 60, options.results, options.actions, frozenset(options.only)
     )
     print(report.text())
-    for kind, example in report.examples.items():
-        print(f"\n--- {kind}\n{example}")
+    for kind, examples in report.examples.items():
+        print(f"\n--- {kind}\n{examples[0]}")
     if report.examples:
         print(f"\nkept in {options.results}")
     return 1 if report.kinds else 0

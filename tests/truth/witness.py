@@ -46,6 +46,11 @@ class Seen:
     """The connection stayed open."""
 
 
+def pid(directory: Path) -> int:
+    """Of the process that serves there."""
+    return int((directory / "witness.pid").read_text())
+
+
 def read(directory: Path) -> list[Seen]:
     """All requests that began so far; `over_ns` says which of them are over."""
     path = directory / "witness.jsonl"
@@ -139,6 +144,7 @@ class _Connection:
 
 
 async def _main(directory: Path) -> None:
+    (directory / "witness.pid").write_text(str(os.getpid()))
     output = os.open(directory / "witness.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
