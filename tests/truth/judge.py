@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
@@ -44,8 +43,15 @@ class Case:
 
     @property
     def complete(self) -> bool:
-        """nginx says that the whole response was sent."""
-        return self.log["request_completion"] == "OK"
+        """nginx says that the whole response was sent, and no client that waited for its end says otherwise."""
+        known = self.known
+        cut_off = (
+            known is not None
+            and not (known.whole or known.left_ns or known.problem)
+            # A connection that nginx closes while it is sent to is reset, and what was under way is lost.
+            and (known.http2 or not (known.shared or known.ask.body))
+        )
+        return self.log["request_completion"] == "OK" and not cut_off
 
     @property
     def query(self) -> dict[str, list[str]]:
@@ -68,9 +74,12 @@ def judge(case: Case, pauses: Pauses) -> list[str]:
     if known:
         # After an internal redirect nginx's variables are the other location's.
         log |= {"request_method": known.ask.method}
-    violations = [text for text in check_facts(case.trace, log) if case.complete or not _is_status(text)]
-    with suppress(ValueError):  # the attempts are not the log's: the facts say so
+    violations = []
+    try:
+        violations += [text for text in check_facts(case.trace, log) if case.complete or not _is_status(text)]
         violations += check_times(case.trace, log, Lags(), _slack(case))
+    except ValueError as error:  # an attempt too many or too few is in the facts; whatever else is said here
+        violations += [f"the oracle: {error}"] if not violations else []
     violations += _check_end(case)
     violations += _check_subrequests(case)
     if known:
@@ -117,7 +126,7 @@ def _check_end(case: Case) -> Iterator[str]:
     failed = server.status == "ERROR"
     status = int(case.log["status"])
     if case.complete:
-        if told:
+        if told and (case.known is None or case.known.whole):
             yield f"complete, but nginx.termination is {told}"
         return
     if status >= 500 or status == CLOSED_ON_PURPOSE:
