@@ -130,6 +130,8 @@ static __always_inline void begin_attempt(
     }
     struct request_progress *progress = find_progress(&request_key, owner->main_request);
     if (!progress)
+        progress = keep_progress(&request_key, owner->main_request);
+    if (!progress)
         return;
     if (progress->attempts >= ATTEMPTS_MAX) {
         count_loss(PARTIAL_ATTEMPTS_LIMIT);

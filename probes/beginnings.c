@@ -55,6 +55,18 @@ static __always_inline struct request_progress *find_progress(struct request_key
     return socket && !is_upstream(socket) && !socket->datagrams ? &socket->progress : NULL;
 }
 
+/* Of a stream whose beginning no probe has marked: from its first attempt on. NULL: it is none, or there is no room. */
+static __always_inline struct request_progress *keep_progress(struct request_key *key, u64 main_request)
+{
+    struct active_request unmarked = {};
+    u64 stream = 0;
+    if (bpf_probe_read_user(&stream, sizeof(stream), (void *)(main_request + OFFSET_ngx_http_request_s__stream)) != 0 || !stream)
+        return NULL;
+    active_requests.update(key, &unmarked);
+    struct active_request *active = active_requests.lookup(key);
+    return active ? &active->progress : NULL;
+}
+
 /* When the request began; 0: not known, and counted. nginx notes it by its cached clock, in Unix milliseconds. That clock and
  * ngx_current_msec are taken at one moment (ngx_time_update), so that their difference leads from the one to the other. */
 static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 load_address, u64 now)
@@ -159,6 +171,8 @@ static __always_inline bool take_times(struct process *process, struct request_k
     if (marked) {
         *active = *marked;
         active_requests.delete(key);
+        if (!active->created_ns)
+            marked = NULL;
     } else if (!record->multiplexed && socket) {
         active->progress = socket->progress;
     }

@@ -176,10 +176,10 @@ struct request_key {
     u64 connection;           /* the client's ngx_connection_t *; a stream of HTTP/2 has its own */
 };
 
-/* A request whose beginning a probe has marked. A plain HTTP/1 request has none while that probe is let go: its client's
- * socket tells all of it. */
+/* A request whose beginning a probe has marked, or a stream that has an upstream. A plain HTTP/1 request has none while that
+ * probe is let go: its client's socket tells all of it. */
 struct active_request {
-    u64 created_ns;
+    u64 created_ns;           /* 0: no probe has marked it */
     u64 read_ns;              /* the client socket's last read when the request was created; 0: none since an earlier one's end */
     u64 first_write_ns;       /* HTTP/2: its first frame was handed to the connection */
     u64 last_flush_ns;        /* HTTP/2: its last one was */
