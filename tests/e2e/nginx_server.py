@@ -42,6 +42,11 @@ def nginx_version(start: Path = START) -> tuple[int, ...]:
     return tuple(int(number) for number in told[1].split(".")) if told else ()
 
 
+def nginx_release() -> str:
+    """Such as `1.22.1`."""
+    return ".".join(map(str, nginx_version()))
+
+
 def nginx_build(start: Path = START) -> str:
     """What `nginx -V` says: its version and configure arguments; empty where there is no nginx."""
     return subprocess.run([start, "-V"], capture_output=True, text=True, check=True).stderr if start.exists() else ""

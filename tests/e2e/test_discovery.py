@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from e2e.agent_process import PROGRAM, AgentProcess, Trace
-from e2e.nginx_server import NGINX, wait_until
+from e2e.nginx_server import NGINX, nginx_release, wait_until
 from e2e.private_nginx import PrivateNginx, StartAgent, paths, wait_for_paths, wait_for_ready_lines
 
 
@@ -34,7 +34,7 @@ def test_two_builds_at_once_each_with_its_resource(make_nginx: type[PrivateNginx
     for nginx in (one, two):
         resource = found[f"/{nginx.server.prefix.name}"]
         assert resource["service.name"] == "nginx"
-        assert resource["service.version"] == "1.22.1"
+        assert resource["service.version"] == nginx_release()
         assert resource["process.pid"] == nginx.server.pid
         assert resource["process.executable.path"] == str(nginx.binary)
         assert resource["host.name"] == Path("/etc/hostname").read_text().strip()

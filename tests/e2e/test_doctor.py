@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 from e2e.agent_process import PROGRAM, AgentProcess
-from e2e.nginx_server import NGINX, NginxServer, free_ports
+from e2e.nginx_server import NGINX, NginxServer, free_ports, nginx_release
+from otel_nginx_ebpf.nginx.binary import Binary
 from otel_nginx_ebpf.sites import BOUNDARIES
+
+UNKNOWN = f"9{nginx_release()[1:]}"
+"""A release that there is not; as long as this machine's."""
 
 _BREAKPOINT = 0xCC
 # Starts a program under a filter (seccomp(2)): words of its first argument, then the program and its arguments.
@@ -147,7 +151,7 @@ def test_without_root_it_tells_what_it_can(start: Callable[..., NginxServer]) ->
 
 def test_all_problems_at_once(start: Callable[..., NginxServer]) -> None:
     """Of two that cannot be traced, one whose release is not known, one without an export; and one that is no nginx."""
-    unknown = start("unknown", lambda raw: raw.replace(b"nginx/1.22.1", b"nginx/9.22.1"))
+    unknown = start("unknown", unknown_release)
     blind = start("blind", lambda raw: raw.replace(b"\0ngx_http_free_request\0", b"\0ngx_http_free_requesX\0"))
     partial = start("partial", lambda raw: raw.replace(b"\0ngx_setproctitle\0", b"\0ngx_setproctitlX\0"))
     sleeper = subprocess.Popen(["sleep", "60"])
@@ -162,7 +166,7 @@ def test_all_problems_at_once(start: Callable[..., NginxServer]) -> None:
     by_pid = {nginx["instances"][0]["pid"]: nginx for nginx in report["nginx"]}
 
     told = by_pid[unknown.pid]
-    assert (told["state"], told["version"], told["layout"]) == ("fail", "9.22.1", None)
+    assert (told["state"], told["version"], told["layout"]) == ("fail", UNKNOWN, None)
     assert "layouts add" in told["problems"][0]
     assert all(each["state"] == "ok" for each in told["boundaries"]), "the binary tells its sites without a layout"
 
@@ -271,16 +275,18 @@ def test_modules_beside_the_user_are_not_imported(tmp_path: Path) -> None:
     assert json.loads(ended.stdout)["system"]["bcc"]["state"] == "ok"
 
 
+def unknown_release(raw: bytes) -> bytes:
+    return raw.replace(f"nginx/{nginx_release()}".encode(), f"nginx/{UNKNOWN}".encode())
+
+
 def instruction_bytes(server: NginxServer, binary: Path) -> set[int]:
-    """What each worker has in its memory at the entry of the function that begins a request."""
-    symbols = run("readelf", "--wide", "--dyn-syms", binary).stdout
-    entry = re.search(r"([0-9a-f]{16}) .* ngx_http_create_request$", symbols, re.MULTILINE)
-    assert entry
+    """What each worker has in its memory at the probe's place in the function that begins a request."""
+    place = Binary(binary).site("ngx_http_create_request", 1).address
     found = set()
     for pid in server.worker_pids():
         base = int(Path(f"/proc/{pid}/maps").read_text().split("-")[0], 16)
         with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
-            memory.seek(base + int(entry[1], 16))
+            memory.seek(base + place)
             found.update(struct.unpack("B", memory.read(1)))
     return found
 
@@ -298,15 +304,15 @@ def test_a_dry_run_says_ready_and_leaves_nothing(start: Callable[..., NginxServe
     output = tmp_path / "dry"
     ended = run(PROGRAM, "run", "--dry-run", "--pid", str(server.pid), "--exporter", "json", "--output", output)
     assert (ended.returncode, ended.stdout) == (0, "")
-    assert ended.stderr.startswith(f"ready: nginx 1.22.1 (pid {server.pid}), 2 workers, sites ")
+    assert ended.stderr.startswith(f"ready: nginx {nginx_release()} (pid {server.pid}), 2 workers, sites ")
     assert ended.stderr.count("\n") == 1
     assert not output.exists()
     assert instruction_bytes(server, binary) == before
 
 
 def test_a_dry_run_says_why_not(start: Callable[..., NginxServer]) -> None:
-    server = start("refused", lambda raw: raw.replace(b"nginx/1.22.1", b"nginx/9.22.1"))
+    server = start("refused", unknown_release)
     ended = run(PROGRAM, "run", "--dry-run", "--pid", str(server.pid))
     assert ended.returncode == 2
-    assert "the struct layout of nginx 9.22.1" in ended.stderr
+    assert f"the struct layout of nginx {UNKNOWN}" in ended.stderr
     assert "ready" not in ended.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from e2e.agent_process import PROGRAM
-from e2e.nginx_server import NGINX, NginxServer, free_ports
+from e2e.nginx_server import NGINX, NginxServer, free_ports, nginx_release
 
 
 @pytest.fixture
@@ -89,9 +89,9 @@ def test_no_usable_probe_site(changed: Callable[[bytes, bytes], Path], start: Ca
 
 
 def test_an_unknown_release(changed: Callable[[bytes, bytes], Path], start: Callable[[Path], NginxServer]) -> None:
-    nginx = start(changed(b"nginx/1.22.1", b"nginx/9.22.1"))
+    nginx = start(changed(f"nginx/{nginx_release()}".encode(), f"nginx/9{nginx_release()[1:]}".encode()))
     message = refusal("--pid", str(nginx.pid))
-    assert "nginx 9.22.1" in message
+    assert f"nginx 9{nginx_release()[1:]}" in message
     assert "layout" in message
 
 
