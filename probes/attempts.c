@@ -205,23 +205,33 @@ static __always_inline void turn_began(struct process *process, u32 tgid, u64 ev
 
 #define UNTIL_EOF -1
 
-/* Whether a response that nginx passed on came whole, by what nginx still waits for: u->pipe where it buffers, else u->length.
- * `eof`: the peer has closed the connection. */
-static __always_inline bool is_whole(u64 upstream, bool eof)
+/* How far a peer's response has come. */
+enum response_state {
+    RESPONSE_WHOLE,
+    RESPONSE_FAILED,          /* nginx could not read the rest, or waited too long for it */
+    RESPONSE_UNFINISHED,
+};
+
+/* Of a response that nginx passes on, by what it still waits for: u->pipe where it buffers, else u->length. `eof`: the peer has
+ * closed the connection. */
+static __always_inline u32 response_state(u64 upstream, bool eof)
 {
     u64 pipe = 0;
     s64 pipe_length = UNTIL_EOF, length = 0;
     u32 flags = 0;
     if (bpf_probe_read_user(&length, sizeof(length), (void *)(upstream + OFFSET_ngx_http_upstream_s__length)) != 0
         || !read_quietly(&pipe, upstream + OFFSET_ngx_http_upstream_s__pipe))
-        return true;
+        return RESPONSE_WHOLE;
     if (pipe
         && (bpf_probe_read_user(&flags, sizeof(flags), (void *)(pipe + PIPE_FLAGS)) != 0
             || bpf_probe_read_user(&pipe_length, sizeof(pipe_length), (void *)(pipe + OFFSET_ngx_event_pipe_s__length)) != 0))
-        return true;
+        return RESPONSE_WHOLE;
     if (!length || !pipe_length || flags & PIPE_UPSTREAM_DONE)
-        return true;
+        return RESPONSE_WHOLE;
     if (flags & PIPE_UPSTREAM_ERROR)
-        return false;
-    return length == UNTIL_EOF && pipe_length == UNTIL_EOF && (eof || flags & PIPE_UPSTREAM_EOF);
+        return RESPONSE_FAILED;
+    if (length != UNTIL_EOF || pipe_length != UNTIL_EOF)
+        return RESPONSE_UNFINISHED;
+    /* without a pipe: no body was wanted (HEAD) */
+    return !pipe || eof || flags & PIPE_UPSTREAM_EOF ? RESPONSE_WHOLE : RESPONSE_UNFINISHED;
 }

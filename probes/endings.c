@@ -51,10 +51,27 @@ static __always_inline bool is_exiting(u64 load_address)
         && exiting;
 }
 
-/* A stream that its client resets ends while nginx reads that. */
-static __always_inline bool is_read_from(struct process *process, struct socket *socket, s32 fd, u64 since_ns)
+#define STREAM_OUT_CLOSED (1 << 4) /* of the bit-fields that end ngx_http_v2_stream_s: waiting, blocked, exhausted, … */
+#define STREAM_RST_SENT (1 << 5)
+
+/* Whether the client has reset the stream. Over HTTP/3, where the stream does not say: whether it ended while nginx read. */
+static __always_inline bool was_reset(struct process *process, struct socket *socket, const struct request_record *record)
 {
-    return process->latest_read_fd == fd && socket->last_read_ns > since_ns;
+    u32 flags = 0;
+    u64 stream = MEMBER(process->request, u64, ngx_http_request_s, stream);
+    if (record->http_version == HTTP_VERSION_3)
+        return process->latest_read_fd == MEMBER(process->connection, s32, ngx_connection_s, fd)
+            && socket->last_read_ns > record->created_ns;
+    return stream && bpf_probe_read_user(&flags, sizeof(flags), (void *)(stream + SIZEOF_ngx_http_v2_stream_s - 8)) == 0
+        && flags & STREAM_OUT_CLOSED && !(flags & STREAM_RST_SENT);
+}
+
+/* Whether the response was out before nginx gave up: it waited for the rest of the request only. */
+static __always_inline bool had_answered(
+    struct process *process, struct socket *socket, const struct request_record *record, u64 load_address)
+{
+    s64 length = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, s64, ngx_http_headers_out_t, content_length_n);
+    return has_lingered(process, socket, load_address) && length >= 0 && record->bytes_sent > length;
 }
 
 /* `outcome`: of the main request's last attempt. */
@@ -68,22 +85,21 @@ static __always_inline u8 ending_of(
     if (unsent && status == CLIENT_CLOSED_REQUEST)
         return ENDED_CLIENT_CLOSED_REQUEST;
     if (was_finalized(process, load_address))
-        return outcome == OUTCOME_INCOMPLETE ? ENDED_UPSTREAM_INCOMPLETE
-            : outcome == OUTCOME_TIMEOUT     ? ENDED_UPSTREAM_TIMEOUT
-                                             : ENDED_WHOLE;
-    if (status == SWITCHING_PROTOCOLS)
+        return outcome == OUTCOME_WHOLE       ? ENDED_WHOLE
+            : outcome == OUTCOME_INCOMPLETE   ? ENDED_UPSTREAM_INCOMPLETE
+                                              : ENDED_UPSTREAM_TIMEOUT;
+    if (status == SWITCHING_PROTOCOLS || !socket || had_answered(process, socket, record, load_address))
         return ENDED_WHOLE;
     if (write_timed_out(process))
         return ENDED_TIMEOUT;
-    if (socket && socket->peer_closed)
-        return ENDED_CLIENT_CLOSED_REQUEST;
-    if (!socket || !record->bytes_sent)
-        return ENDED_WHOLE; /* no response was begun: `return 444` */
-    if (record->multiplexed
-        && is_read_from(process, socket, MEMBER(process->connection, s32, ngx_connection_s, fd), record->created_ns))
+    if (socket->peer_closed || was_reset(process, socket, record))
         return ENDED_CLIENT_CLOSED_REQUEST;
     if (outcome == OUTCOME_INCOMPLETE)
         return ENDED_UPSTREAM_INCOMPLETE;
+    if (outcome == OUTCOME_TIMEOUT)
+        return ENDED_UPSTREAM_TIMEOUT;
+    if (!record->bytes_sent && outcome == OUTCOME_WHOLE)
+        return ENDED_WHOLE; /* no response was begun: `return 444` */
     return is_exiting(load_address) ? ENDED_SHUTDOWN : ENDED_ABORTED;
 }
 
@@ -101,27 +117,33 @@ static __always_inline struct upstream_attempt *attempt_of(struct process *proce
     return (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
 }
 
-/* An attempt's outcome, where it was the last that its request made. At the detail of requests no socket tells whether the peer
- * has closed the connection. */
+/* An attempt's outcome, where it was the last that its request made. OUTCOME_ABANDONED: only the request's end tells more. At
+ * the detail of requests no socket tells whether the peer has closed the connection. */
 static __always_inline u8 outcome_of(const struct attempt_state *ended, const struct upstream_attempt *attempt)
 {
     u64 state = 0;
     if (attempt->header_msec == -1ULL || !attempt->status || attempt->status == SWITCHING_PROTOCOLS
         || bpf_probe_read_user(&state, sizeof(state), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__state)) != 0
-        || state != ended->state || is_whole(ended->upstream, ended->peer_closed || attempt->tls || DETAIL_REQUEST))
+        || state != ended->state)
         return OUTCOME_WHOLE;
-    return ended->peer_closed || DETAIL_REQUEST ? OUTCOME_INCOMPLETE : OUTCOME_TIMEOUT;
+    u32 response = response_state(ended->upstream, ended->peer_closed || attempt->tls || DETAIL_REQUEST);
+    if (response == RESPONSE_WHOLE)
+        return OUTCOME_WHOLE;
+    if (ended->peer_closed || DETAIL_REQUEST)
+        return OUTCOME_INCOMPLETE;
+    return response == RESPONSE_FAILED ? OUTCOME_TIMEOUT : OUTCOME_ABANDONED;
 }
 
 /* What the request's end says of an attempt's: whose fault it was, and when its exchange ended. */
 static __always_inline void conclude(struct process *process, const struct request_record *record, struct upstream_attempt *attempt)
 {
     bool answered = attempt->header_msec != -1ULL && attempt->status;
-    bool given_up = record->ending == ENDED_CLIENT_CLOSED_REQUEST || record->ending == ENDED_TIMEOUT
-        || record->ending == ENDED_SHUTDOWN || record->ending == ENDED_ABORTED;
-    if (given_up
-        && (answered ? attempt->outcome == OUTCOME_TIMEOUT
-                     : !attempt->connect_errno && attempt->ended_ns >= process->turn_began_ns))
+    bool aborted = record->ending == ENDED_ABORTED;
+    bool given_up =
+        record->ending == ENDED_CLIENT_CLOSED_REQUEST || record->ending == ENDED_TIMEOUT || record->ending == ENDED_SHUTDOWN;
+    if (answered && attempt->outcome == OUTCOME_ABANDONED && !given_up)
+        attempt->outcome = aborted ? OUTCOME_INCOMPLETE : OUTCOME_TIMEOUT;
+    if (!answered && (given_up || aborted) && !attempt->connect_errno && attempt->ended_ns >= process->turn_began_ns)
         attempt->outcome = OUTCOME_ABANDONED;
     attempt->ends_with_read = answered && attempt->last_read_ns && attempt->outcome == OUTCOME_WHOLE
         && attempt->status != SWITCHING_PROTOCOLS;

@@ -158,7 +158,7 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
         if (bytes || socket->client || !socket->first_read_ns)
             return NOT_WANTED;
         struct attempt_state *attempt = attempt_on(key, socket);
-        if (attempt && !is_whole(attempt->upstream, false)) /* the end of file ends the answer; else it is seen late */
+        if (attempt && response_state(attempt->upstream, false) != RESPONSE_WHOLE) /* the end of file ends the answer; else it is seen late */
             socket->last_read_ns = now;
         return NOT_WANTED;
     }
