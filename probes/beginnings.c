@@ -157,6 +157,15 @@ static __always_inline u64 last_frame_ns(struct process *process, struct socket_
     return ended_ns ? *ended_ns : 0;
 }
 
+/* When the last of an HTTP/1 response was written. What TLS writes behind it, the alert that closes the connection, adds
+ * nothing to ngx_connection_s.sent. */
+static __always_inline u64 last_response_byte_ns(struct process *process, struct socket *socket)
+{
+    bool closed = socket->tls_connection && socket->earlier_write_ns > socket->first_write_ns
+        && socket->last_sent == MEMBER(process->connection, u64, ngx_connection_s, sent);
+    return closed ? socket->earlier_write_ns : socket->last_write_ns;
+}
+
 /* Fills in the record's times, and makes the client's socket, if it is known, ready for the connection's next request. False: the
  * request is not to be traced, which is counted. */
 static __always_inline bool take_times(struct process *process, struct request_key *key, struct socket *socket,
@@ -178,7 +187,8 @@ static __always_inline bool take_times(struct process *process, struct request_k
     }
     if (socket) {
         record->accepted_ns = socket->opened_ns;
-        record->last_write_ns = record->multiplexed ? last_frame_ns(process, &socket_key, socket, active) : socket->last_write_ns;
+        record->last_write_ns =
+            record->multiplexed ? last_frame_ns(process, &socket_key, socket, active) : last_response_byte_ns(process, socket);
     }
     if (record->multiplexed) {
         record->first_write_ns = active->first_write_ns;

@@ -66,12 +66,17 @@ static __always_inline bool was_reset(struct process *process, struct socket *so
         && flags & STREAM_OUT_CLOSED && !(flags & STREAM_RST_SENT);
 }
 
-/* Whether the response was out before nginx gave up: it waited for the rest of the request only. */
-static __always_inline bool had_answered(
-    struct process *process, struct socket *socket, const struct request_record *record, u64 load_address)
+#define HEADER_SIZE (OFFSET_ngx_http_request_s__request_length - 8) /* header_size, request_length */
+#define METHOD_HEAD 4
+
+/* Whether the response was out before nginx gave up: it waited for the rest of the request, or a mirror. */
+static __always_inline bool had_answered(struct process *process, const struct request_record *record, u64 status)
 {
     s64 length = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, s64, ngx_http_headers_out_t, content_length_n);
-    return has_lingered(process, socket, load_address) && length >= 0 && record->bytes_sent > length;
+    s64 header_size = *(s64 *)(process->request + HEADER_SIZE);
+    if (record->method == METHOD_HEAD || status == 204 || status == 304)
+        length = 0;
+    return record->bytes_sent > 0 && length >= 0 && record->bytes_sent - header_size >= length;
 }
 
 /* `outcome`: of the main request's last attempt. */
@@ -88,18 +93,20 @@ static __always_inline u8 ending_of(
         return outcome == OUTCOME_WHOLE       ? ENDED_WHOLE
             : outcome == OUTCOME_INCOMPLETE   ? ENDED_UPSTREAM_INCOMPLETE
                                               : ENDED_UPSTREAM_TIMEOUT;
-    if (status == SWITCHING_PROTOCOLS || !socket || had_answered(process, socket, record, load_address))
+    if (status == SWITCHING_PROTOCOLS || !socket)
         return ENDED_WHOLE;
-    if (write_timed_out(process))
+    if (status == REQUEST_TIME_OUT || write_timed_out(process))
         return ENDED_TIMEOUT;
+    if (had_answered(process, record, status))
+        return ENDED_WHOLE;
     if (socket->peer_closed || was_reset(process, socket, record))
         return ENDED_CLIENT_CLOSED_REQUEST;
     if (outcome == OUTCOME_INCOMPLETE)
         return ENDED_UPSTREAM_INCOMPLETE;
     if (outcome == OUTCOME_TIMEOUT)
         return ENDED_UPSTREAM_TIMEOUT;
-    if (!record->bytes_sent && outcome == OUTCOME_WHOLE)
-        return ENDED_WHOLE; /* no response was begun: `return 444` */
+    if (outcome == OUTCOME_WHOLE && (!record->bytes_sent || has_lingered(process, socket, load_address)))
+        return ENDED_WHOLE; /* no response was begun (`return 444`), or nginx waited for the rest of the request */
     return is_exiting(load_address) ? ENDED_SHUTDOWN : ENDED_ABORTED;
 }
 

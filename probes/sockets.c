@@ -180,6 +180,10 @@ static __always_inline void note_write(struct socket *socket, u64 began_ns, u64 
 {
     if (!has_begun_to_write(socket))
         socket->first_write_ns = began_ns;
+    if (socket->tls_connection) {
+        read_quietly(&socket->last_sent, socket->tls_connection + OFFSET_ngx_connection_s__sent);
+        socket->earlier_write_ns = socket->last_write_ns;
+    }
     socket->last_write_ns = now;
     socket->announced = 0;
 }

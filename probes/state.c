@@ -158,6 +158,8 @@ struct socket {
     u64 attempt_serial;       /* 0: none */
     u64 client_connection;    /* of that attempt's request: ngx_connection_t * */
     u64 connection;           /* its own ngx_connection_t *; 0: not known */
+    u64 earlier_write_ns;     /* of a client over TLS: the last write but one */
+    u64 last_sent;            /* and ngx_connection_s.sent at the last one: without that one's bytes */
     u64 flush_began_ns;       /* of an HTTP/2 client connection: its frames were last to be sent */
     u64 requests;             /* that ended on this client connection */
     u64 next_began_ns;        /* the next one, whose first bytes had come with the last one's; 0: it did not */
