@@ -10,7 +10,7 @@ the clients; `UpstreamProcess` starts it. Query parameters, all optional:
     parts=N part_ms=N              the body in N pieces, with a wait before each
     end=close|reset                close or reset without answer
     end=truncate|abort             close or reset in the middle of the body
-    end=head|nonsense              close inside the header; answer what is no HTTP
+    end=head|nonsense|garble       close inside the header; answer what is no HTTP; send chunks that are none
     keep_alive=0                   answer `Connection: close`, then close
     etag=TEXT                      answer 304 to a matching If-None-Match
     header=NAME:VALUE              one more response header, repeatable
@@ -138,7 +138,9 @@ async def _respond(writer: asyncio.StreamWriter, head: list[str], query: dict[st
         await writer.drain()
         await asyncio.sleep(stall / 1000)
     if method != "HEAD" and status not in (204, 304):
-        if end in ("truncate", "abort"):
+        if end in ("truncate", "abort", "garble"):
+            if chunked and end != "garble":
+                writer.write(b"%x\r\n" % total)
             writer.write(b"x" * (total // 2))
             return False
         if echo:

@@ -155,7 +155,7 @@ def _upstream(chance: Random, features: set[str]) -> dict[str, str]:
     if "gateway" in features:
         return query
     if chance.random() < 0.2:
-        query["end"] = chance.choice(["close", "reset", "truncate", "abort", "head", "nonsense"])
+        query["end"] = chance.choice(["close", "reset", "truncate", "abort", "head", "nonsense", "garble"])
     if chance.random() < 0.1:
         query["stall_ms"] = str(chance.choice([60, 200]))
     if chance.random() < 0.06:

@@ -15,7 +15,7 @@ LISTEN = """
     ssl_certificate @CERTIFICATE@; ssl_certificate_key @KEY@;
 """
 KINDS = ("ipv4", "ipv6", "unix", "tls", "clear2", "tls2")
-"""The addresses that LISTEN makes; those that end with 2 speak HTTP/2."""
+"""The addresses that `listen` makes; those that end with 2 speak HTTP/2."""
 
 PEERS = [
     ("@UP@",),
@@ -49,6 +49,11 @@ ASKED = "".join(
     f"map $request_uri $asked_{name} {{ '~[?&]{name}=(?<{name}_value>[^&]+)' ${name}_value; }}\n    "
     for name in ("id", "auth", "sub_ms", "sub_end")
 )
+
+
+def listen(version: tuple[int, ...]) -> str:
+    """All addresses; since 1.25.1 HTTP/2 is a server's."""
+    return LISTEN if version < (1, 25, 1) else LISTEN.replace(" http2;", ";") + "    http2 on;\n"
 
 
 def generate(seed: int, version: tuple[int, ...] = (1, 22)) -> Configuration:

@@ -17,7 +17,7 @@ from e2e.stage import Site, key_of_log, key_of_trace
 from truth import witness
 from truth.actions import Action, actions
 from truth.clients import perform
-from truth.configuration import LISTEN, generate
+from truth.configuration import generate, listen
 from truth.description import describe
 from truth.judge import Case, judge, kind_of
 from truth.knowledge import Known
@@ -46,7 +46,7 @@ def scenarios(seed: int) -> list[Scenario]:
     """The random server, and one that says whether nginx is idle."""
     made = generate(seed, nginx_version())
     return [
-        Scenario("truth", made.server, made.http, LISTEN, ""),
+        Scenario("truth", made.server, made.http, listen(nginx_version()), ""),
         Scenario("idle", IDLE, "", "listen @LISTEN@;", ""),
     ]
 

@@ -13,7 +13,7 @@ from e2e.stage import Site
 from e2e.upstreams import make_certificate
 
 from truth.actions import actions
-from truth.configuration import generate
+from truth.configuration import generate, listen
 from truth.judge import Case, judge
 from truth.pauses import Pauses
 from truth.round import Round, play, scenarios
@@ -34,6 +34,7 @@ def test_same_seed_same_round() -> None:
 def test_a_release_has_its_own_directives() -> None:
     assert any("early_hints" in generate(seed, (1, 31)).server for seed in range(30))
     assert not any("early_hints" in generate(seed, (1, 22)).server for seed in range(30))
+    assert ("http2 on;" in listen((1, 26)), " http2;" in listen((1, 26))) == (True, False)
 
 
 def test_every_configuration_is_good(public_directory: Path) -> None:
@@ -110,7 +111,7 @@ def _plain(case: Case) -> bool:
     known = case.known
     return bool(
         not case.violations and case.trace.outline() == names and known and known.whole and not known.shared
-        and case.log["connection_requests"] == "1" and len(case.seen) == 1 and known.ask.body_mode != "expect"
+        and case.log["connection_requests"] == "1" and len(case.seen) == 1 and not known.ask.body
     )  # fmt: skip
 
 
