@@ -19,8 +19,6 @@ CLOCK_NS = 1_000_000
 """How exactly the trace's clock and the processes' agree."""
 CLIENT_LAG_MS = 100.0
 """The clients are threads of one interpreter, each waiting for its turn."""
-CLOSED_ON_PURPOSE = 444
-"""`return 444`: no response was meant."""
 NO_STATUS_LINE = 9
 """What nginx makes of an upstream that speaks HTTP/0.9, and passes on."""
 UPSTREAM_LAG_MS = 60.0
@@ -128,19 +126,22 @@ def _check_end(case: Case) -> Iterator[str]:
     failed = server.status == "ERROR"
     status = int(case.log["status"])
     if case.complete:
-        if told and (case.known is None or case.known.whole):
+        # A response whose end is the connection's is whole for a client of HTTP/1.0, whatever it lacks.
+        by_the_end = case.known is not None and case.known.ask.version == "HTTP/1.0"
+        if told and (case.known is None or case.known.whole) and not (by_the_end and told.startswith("upstream")):
             yield f"complete, but nginx.termination is {told}"
         return
-    if status >= 500 or status == CLOSED_ON_PURPOSE:
-        return  # it says so itself
+    if status >= 400:
+        return  # it says so itself, as `return 444` does
     if not told and not failed:
         why = "its client left" if case.known and case.known.left_ns else "nobody knows why"
         why = "its upstream broke off" if _upstream_broke(case) else why
         yield f"incomplete response, {why}: looks well, status {status}"
-    upstream_fault = _upstream_broke(case)
-    if upstream_fault and not failed:
+    ends = set(case.query.get("end", []))
+    if _upstream_broke(case) and not failed:
         yield "the upstream broke the response off: no error"
-    if case.known and case.known.left_ns and not upstream_fault and failed:
+    left_ns = case.known.left_ns if case.known else None
+    if left_ns and left_ns < server.end_unix_ns and failed and not {"truncate", "abort", "garble"} & ends:
         yield f"the client left: an error, {server.error}"
 
 

@@ -19,6 +19,8 @@ class _TimedConnection(Http2Connection):
         self.first_ns: dict[int, int] = {}
         self.last_ns: dict[int, int] = {}
         self.sent_ns: dict[int, int] = {}
+        self.whole: set[int] = set()
+        """Those whose response ended; nginx resets a stream after that if it does not want the rest of a body."""
         super().__init__(address, tls)
 
     def release_bodies(self) -> None:
@@ -30,6 +32,8 @@ class _TimedConnection(Http2Connection):
         if isinstance(event, h2.events.ResponseReceived | h2.events.DataReceived | h2.events.StreamEnded):
             self.first_ns.setdefault(event.stream_id, now_ns())
             self.last_ns[event.stream_id] = now_ns()
+        if isinstance(event, h2.events.StreamEnded):
+            self.whole.add(event.stream_id)
         super()._handle(event)
 
     def receive_until(self, until_ns: int) -> None:
@@ -98,7 +102,7 @@ class Streams:
             known.all_sent_ns = known.all_sent_ns or connection.sent_ns.get(stream)
             known.status = response.status or None
             known.received_bytes = response.body_bytes
-            if response.ended and not response.reset and known.left_ns is None:
+            if stream in connection.whole and known.left_ns is None:
                 known.last_byte_ns = connection.last_ns.get(stream)
             elif known.left_ns is None and not response.reset:
                 known.left_ns = closed_ns
