@@ -9,10 +9,13 @@ import pytest
 
 from e2e.agent_process import Trace
 from e2e.gateways import Memcached
-from e2e.http1_client import request_bytes
+from e2e.http1_client import request_bytes, trusting_tls
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.stage import Stage
 from e2e.timing import Slack
+
+TLS = "listen @LISTEN@ ssl; ssl_certificate @CERTIFICATE@; ssl_certificate_key @KEY@;"
+
 
 pytestmark = pytest.mark.skipif(not shutil.which("memcached"), reason="needs memcached; `make setup` installs it")
 
@@ -151,3 +154,78 @@ def test_client_resets_a_stream(stage: Stage, target: str) -> None:
     """nginx goes on until it has something to write."""
     server = _reset(stage, target).server
     assert (server.status, server.attributes.get("nginx.termination")) == ("UNSET", "client_closed_request")
+
+
+@pytest.mark.nginx(
+    listen=TLS,
+    server="""
+    keepalive_timeout 0; lingering_close always;
+    location / { mirror /mirror; root @HTML@; }
+    location = /mirror { internal; proxy_pass http://@UP@/?delay_ms=300; }
+    """,
+)
+def test_tls_goodbye_is_no_part_of_the_response(stage: Stage) -> None:
+    """nginx says it when the mirror is done, long after the response, and then lingers."""
+    with stage.connect(tls=trusting_tls()) as connection:
+        assert connection.request("/hello.txt").status == 200
+        connection.read_until_closed()
+    trace = stage.exchange(Slack(end_early=True)).trace
+    assert trace.server.seconds > 0.29
+    assert trace.named("downstream write")[0].seconds < 0.1
+
+
+@pytest.mark.nginx(listen="listen @LISTEN@ http2;", server="location / { mirror /waiting; root @HTML@; }" + WAITING)
+def test_client_leaves_when_it_has_all(stage: Stage) -> None:
+    """Only the mirror is still asked."""
+    connection = Http2Connection(stage.addresses["ipv4"], tls=False)
+    assert connection.exchange([Http2Request("/hello.txt")])[0].status == 200
+    connection.close()
+    server = stage.exchange(Slack(end_early=True)).trace.server
+    assert (server.status, server.attributes.get("nginx.termination")) == ("UNSET", None)
+
+
+@both
+@pytest.mark.nginx(
+    listen=BOTH,
+    server="location / { root @HTML@; post_action /after; } location = /after { internal; proxy_pass http://@UP@; }",
+)
+def test_post_action(stage: Stage, http2: bool) -> None:
+    """nginx takes the request's protocol version away before it acts."""
+    _ask(stage, "/hello.txt", http2)
+    trace = stage.exchange(Slack(write_early=True)).trace
+    assert sorted(trace.outline()) == ["downstream read", "downstream write", "upstream connect", "upstream exchange"]
+
+
+@both
+@pytest.mark.nginx(listen=BOTH, server="location / { proxy_pass http://@UP@; }")
+def test_upstream_without_a_status_line(stage: Stage, http2: bool) -> None:
+    """nginx takes it for HTTP/0.9, and the request's own version away."""
+    _ask(stage, "/?end=nonsense", http2)
+    each = stage.exchange()
+    assert each.log["status"] == "009"
+    assert sorted(each.trace.outline()) == [
+        "downstream read",
+        "downstream write",
+        "upstream connect",
+        "upstream exchange",
+    ]
+    assert each.trace.server.attributes["http.route"] == "/"
+    assert "http.response.status_code" not in each.trace.server.attributes
+
+
+@pytest.mark.nginx(
+    server="""
+    error_page 404 =200 /sorry;
+    location = /sorry { return 200 sorry; }
+    location = /none { return 404; }
+    location /asks { proxy_pass http://@UP@; }
+    """
+)
+@pytest.mark.parametrize("target", ["/none", "/asks?header=X-Accel-Redirect:/sorry"])
+def test_method_after_an_internal_redirect(stage: Stage, target: str) -> None:
+    """nginx answers as to a GET, and says so in $request_method: the client sent a DELETE."""
+    assert stage.get(target, "DELETE").body == b"sorry"
+    (line,) = stage.lines(1)
+    line["request_method"] = "DELETE"
+    server = stage.exchange().trace.server
+    assert (server.name.split()[0], server.attributes["http.request.method"]) == ("DELETE", "DELETE")

@@ -137,3 +137,8 @@ def test_an_incomplete_response_that_looks_well_is_found(rounds: list[Round]) ->
     case, pauses = _first(rounds, "200")
     found = judge(replace(case, log={**case.log, "request_completion": ""}), pauses)
     assert any("incomplete response" in text for text in found), found
+
+
+def test_nothing_is_found(rounds: list[Round]) -> None:
+    assert [(done.seed, kind, example) for done in rounds for kind, example in done.findings] == []
+    assert sum(done.requests for done in rounds) > len(SEEDS) * CONNECTIONS
