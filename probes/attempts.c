@@ -209,11 +209,12 @@ static __always_inline void turn_began(struct process *process, u32 tgid, u64 ev
 enum response_state {
     RESPONSE_WHOLE,
     RESPONSE_FAILED,          /* nginx could not read the rest, or waited too long for it */
+    RESPONSE_CLOSED,          /* the peer closed the connection before the rest */
     RESPONSE_UNFINISHED,
 };
 
 /* Of a response that nginx passes on, by what it still waits for: u->pipe where it buffers, else u->length. `eof`: the peer has
- * closed the connection. */
+ * closed the connection, or nothing says whether it has. */
 static __always_inline u32 response_state(u64 upstream, bool eof)
 {
     u64 pipe = 0;
@@ -231,7 +232,7 @@ static __always_inline u32 response_state(u64 upstream, bool eof)
     if (flags & PIPE_UPSTREAM_ERROR)
         return RESPONSE_FAILED;
     if (length != UNTIL_EOF || pipe_length != UNTIL_EOF)
-        return RESPONSE_UNFINISHED;
+        return flags & PIPE_UPSTREAM_EOF ? RESPONSE_CLOSED : RESPONSE_UNFINISHED;
     /* without a pipe: no body was wanted (HEAD) */
     return !pipe || eof || flags & PIPE_UPSTREAM_EOF ? RESPONSE_WHOLE : RESPONSE_UNFINISHED;
 }

@@ -74,7 +74,7 @@ static __always_inline bool had_answered(struct process *process, const struct r
 {
     s64 length = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, s64, ngx_http_headers_out_t, content_length_n);
     s64 header_size = *(s64 *)(process->request + HEADER_SIZE);
-    if (record->method == METHOD_HEAD || status == 204 || status == 304)
+    if (MEMBER(process->request, u64, ngx_http_request_s, method) == METHOD_HEAD || status == 204 || status == 304)
         length = 0;
     return record->bytes_sent > 0 && length >= 0 && record->bytes_sent - header_size >= length;
 }
@@ -90,9 +90,9 @@ static __always_inline u8 ending_of(
     if (unsent && status == CLIENT_CLOSED_REQUEST)
         return ENDED_CLIENT_CLOSED_REQUEST;
     if (was_finalized(process, load_address))
-        return outcome == OUTCOME_WHOLE       ? ENDED_WHOLE
-            : outcome == OUTCOME_INCOMPLETE   ? ENDED_UPSTREAM_INCOMPLETE
-                                              : ENDED_UPSTREAM_TIMEOUT;
+        return outcome == OUTCOME_WHOLE                            ? ENDED_WHOLE
+            : outcome == OUTCOME_INCOMPLETE || process->main_tls ? ENDED_UPSTREAM_INCOMPLETE
+                                                                  : ENDED_UPSTREAM_TIMEOUT;
     if (status == SWITCHING_PROTOCOLS || !socket)
         return ENDED_WHOLE;
     if (status == REQUEST_TIME_OUT || write_timed_out(process))
@@ -125,7 +125,7 @@ static __always_inline struct upstream_attempt *attempt_of(struct process *proce
 }
 
 /* An attempt's outcome, where it was the last that its request made. OUTCOME_ABANDONED: only the request's end tells more. At
- * the detail of requests no socket tells whether the peer has closed the connection. */
+ * the detail of requests no socket tells whether the peer has closed the connection; nor over TLS, where nginx does not buffer. */
 static __always_inline u8 outcome_of(const struct attempt_state *ended, const struct upstream_attempt *attempt)
 {
     u64 state = 0;
@@ -136,7 +136,7 @@ static __always_inline u8 outcome_of(const struct attempt_state *ended, const st
     u32 response = response_state(ended->upstream, ended->peer_closed || attempt->tls || DETAIL_REQUEST);
     if (response == RESPONSE_WHOLE)
         return OUTCOME_WHOLE;
-    if (ended->peer_closed || DETAIL_REQUEST)
+    if (response == RESPONSE_CLOSED || ended->peer_closed || DETAIL_REQUEST)
         return OUTCOME_INCOMPLETE;
     return response == RESPONSE_FAILED ? OUTCOME_TIMEOUT : OUTCOME_ABANDONED;
 }
@@ -149,7 +149,7 @@ static __always_inline void conclude(struct process *process, const struct reque
     bool given_up =
         record->ending == ENDED_CLIENT_CLOSED_REQUEST || record->ending == ENDED_TIMEOUT || record->ending == ENDED_SHUTDOWN;
     if (answered && attempt->outcome == OUTCOME_ABANDONED && !given_up)
-        attempt->outcome = aborted ? OUTCOME_INCOMPLETE : OUTCOME_TIMEOUT;
+        attempt->outcome = aborted || attempt->tls ? OUTCOME_INCOMPLETE : OUTCOME_TIMEOUT;
     if (!answered && (given_up || aborted) && !attempt->connect_errno && attempt->ended_ns >= process->turn_began_ns)
         attempt->outcome = OUTCOME_ABANDONED;
     attempt->ends_with_read = answered && attempt->last_read_ns && attempt->outcome == OUTCOME_WHOLE

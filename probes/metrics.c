@@ -99,7 +99,7 @@ static __always_inline struct durations *client_durations_of(struct process *pro
 /* r->method, 0 where the request line was not parsed. */
 static __always_inline u32 measured_method(struct process *process, u32 method)
 {
-    struct ngx_str *name = (struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__method_name);
+    struct ngx_str *name = &process->method_name;
     u64 text = 0;
     if (!name->len)
         return 0;

@@ -13,7 +13,7 @@
  */
 
 enum string_kind {
-    STRING_METHOD = 1,        /* r->method_name */
+    STRING_METHOD = 1,        /* r->method_name, or the request line's method where nginx has overwritten that */
     STRING_URI = 2,           /* r->unparsed_uri */
     STRING_HOST = 3,          /* the Host header, or :authority */
     STRING_USER_AGENT = 4,

@@ -243,7 +243,7 @@ static __always_inline void append_tracestate(struct process *process)
 /* First what each request has of its own, then what it has in common with others: user space keeps that decoded. */
 static __always_inline void append_request_strings(struct process *process)
 {
-    struct ngx_str *method = REQUEST_STR(method_name), *uri = REQUEST_STR(unparsed_uri);
+    struct ngx_str *method = &process->method_name, *uri = REQUEST_STR(unparsed_uri);
     u8 *headers_in = process->request + OFFSET_ngx_http_request_s__headers_in;
     u64 host = MEMBER(headers_in, u64, ngx_http_headers_in_t, host);
     u64 user_agent = MEMBER(headers_in, u64, ngx_http_headers_in_t, user_agent);
@@ -381,8 +381,10 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     if (!ended->request) {
         process->seen_peers[slot(process->seen_peers_count)] = process->attempt_peers[index];
         process->seen_peers_count++;
-        if (ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream))
+        if (ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream)) {
             process->main_outcome = attempt->outcome;
+            process->main_tls = attempt->tls && attempt->outcome != OUTCOME_TIMEOUT;
+        }
     }
 #if ADOPT_UPSTREAM_CONTEXT
     u64 span_id = told_span_of(process, key->tgid, ended->state);
@@ -466,6 +468,61 @@ static __always_inline void forget_attempts(struct attempt_key *attempt_key, u32
         attempt_key->index = i;
         attempts.delete(attempt_key);
     }
+}
+
+#define METHOD_BYTES_MAX 16 /* with the space behind it; a longer one is as nginx has it */
+
+/* ngx_http_request.h, by the method's text as a little-endian number. */
+static __always_inline u32 method_of_text(u64 text)
+{
+    switch (text) {
+    case 0x544547: /* GET */
+        return 0x2;
+    case 0x44414548: /* HEAD */
+        return 0x4;
+    case 0x54534f50: /* POST */
+        return 0x8;
+    case 0x545550: /* PUT */
+        return 0x10;
+    case 0x4554454c4544: /* DELETE */
+        return 0x20;
+    case 0x534e4f4954504f: /* OPTIONS */
+        return 0x200;
+    case 0x4843544150: /* PATCH */
+        return 0x4000;
+    case 0x4543415254: /* TRACE */
+        return 0x8000;
+    }
+    return 1;
+}
+
+/* The method that the client sent: an internal redirect makes GET of r->method and r->method_name, but not of the request line.
+ * nginx's own name begins there, unless it was redirected or came over HTTP/2. */
+static __always_inline void find_method(struct process *process, struct request_record *record)
+{
+    struct ngx_str *name = REQUEST_STR(method_name), *line = REQUEST_STR(request_line);
+    u8 text[METHOD_BYTES_MAX] = {};
+    process->method_name = *name;
+    record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
+    if (name->data == line->data || !line->len
+        || bpf_probe_read_user(text, sizeof(text), (void *)line->data) != 0)
+        return;
+    u64 bytes = 0, number = 0;
+    for (int i = 0; i < METHOD_BYTES_MAX; i++) {
+        if (text[i] == ' ')
+            break;
+        if (i < 8)
+            number |= (u64)text[i] << (8 * i);
+        bytes = i + 1;
+    }
+    if (!bytes || bytes == METHOD_BYTES_MAX || (bytes == name->len && record->method != 0x2))
+        return;
+    u32 method = method_of_text(bytes <= 8 ? number : 0);
+    if (method == record->method)
+        return;
+    process->method_name.data = line->data;
+    process->method_name.len = bytes;
+    record->method = method;
 }
 
 /* What the client said, where nginx has overwritten it: with HTTP/0.9, behind post_action and a peer that sent no header. */
@@ -581,7 +638,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
     record->worker_pid = tgid;
-    record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
+    find_method(process, record);
 
 #if ADOPT_UPSTREAM_CONTEXT
     __builtin_memset(&process->told, 0, sizeof(process->told));
@@ -589,6 +646,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     process->seen_peers_count = 0;
     process->main_outcome = OUTCOME_WHOLE;
+    process->main_tls = 0;
     record->attempts = 0;
     u32 attempts_count = active.progress.attempts;
     EACH(i, attempts_count, ATTEMPTS_TAKEN_MAX) {

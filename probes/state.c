@@ -107,6 +107,7 @@ struct process {
     struct layout_look layout;
     struct layout_trust layout_trust[LAYOUT_PARTS];
     struct attempt_state attempt;
+    struct ngx_str method_name;                /* as the client sent it */
     u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
     u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
     u64 seen_peers[ATTEMPTS_MAX];              /* the main request's among them */
@@ -114,6 +115,7 @@ struct process {
     u64 seen_peers_count;
     u64 unseen_peers_count;
     u64 next_seen;
+    u64 main_tls;                              /* that attempt's */
     u64 main_outcome;                          /* enum outcome, of the main request's last attempt */
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];

@@ -25,7 +25,7 @@ PATIENCE = float(os.environ.get("OTEL_NGINX_EBPF_TEST_PATIENCE", "1"))
 # Every variable is logged as a JSON string; empty means that nginx has no value.
 LOG_VARIABLES = """
     msec request_time status bytes_sent request_length connection connection_requests pid
-    request_method request_uri uri server_protocol request_completion
+    request request_method request_uri uri server_protocol request_completion
     remote_addr remote_port http_user_agent host ssl_protocol
     upstream_addr upstream_status upstream_connect_time upstream_header_time upstream_response_time
     upstream_bytes_sent upstream_bytes_received upstream_cache_status

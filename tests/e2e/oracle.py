@@ -113,8 +113,9 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("error.type", attributes.get("error.type"), error)
     yield from _differ("span status", server.status, "ERROR" if error else "UNSET")
 
-    # A request line that nginx could not read has no method, no version and no URI.
-    method, route = log["request_method"], attributes.get("http.route")
+    # A request line that nginx could not read has no method, no version and no URI. An internal redirect overwrites
+    # $request_method, but not $request.
+    method, route = log["request_method"] and log["request"].partition(" ")[0], attributes.get("http.route")
     known = method if method in KNOWN_METHODS else "_OTHER"
     yield from _differ("method", attributes.get("http.request.method"), known if method else None)
     name = method if method in KNOWN_METHODS else "HTTP"
