@@ -126,9 +126,8 @@ def _check_end(case: Case) -> Iterator[str]:
     failed = server.status == "ERROR"
     status = int(case.log["status"])
     if case.complete:
-        # A response whose end is the connection's is whole for a client of HTTP/1.0, whatever it lacks.
-        by_the_end = case.known is not None and case.known.ask.version == "HTTP/1.0"
-        if told and (case.known is None or case.known.whole) and not (by_the_end and told.startswith("upstream")):
+        whole = case.known is None or (case.known.whole and not case.known.by_the_end)
+        if told and whole:
             yield f"complete, but nginx.termination is {told}"
         return
     if status >= 400:

@@ -27,6 +27,8 @@ class Known:
     status: int | None = None
     left_ns: int | None = None
     received_bytes: int = 0
+    by_the_end: bool = False
+    """The response ended with its connection: whole as far as the client can know."""
     problem: str = ""
 
     @property
