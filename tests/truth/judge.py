@@ -113,7 +113,7 @@ def _slack(case: Case) -> Slack:
         end_early=case.complete or known is None,
         header_early="head_ms" in query or expect,
         first_byte_unseen="tls_upstream" in features,
-        response_early=("unbuffered" in features and slow_client) or bool(features & {"grpc"}),
+        response_early=("unbuffered" in features and (slow_client or "parts" in features)) or bool(features & {"grpc"}),
         write_early=bool(expect or put_together or "early" in query),
         late_max_ms=case.lag_ms,
     )
