@@ -9,7 +9,7 @@ import pytest
 
 from e2e.agent_process import Trace
 from e2e.gateways import Memcached
-from e2e.http1_client import request_bytes, trusting_tls
+from e2e.http1_client import ConnectionEnded, request_bytes, trusting_tls
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.stage import Stage
 from e2e.timing import Slack
@@ -227,3 +227,14 @@ def test_method_after_an_internal_redirect(stage: Stage, target: str) -> None:
     assert stage.get(target, "DELETE").body == b"sorry"
     server = stage.exchange().trace.server
     assert (server.name.split()[0], server.attributes["http.request.method"]) == ("DELETE", "DELETE")
+
+
+@pytest.mark.parametrize("query", ["", "&chunked=1"], ids=["length", "chunked"])
+@pytest.mark.nginx(server="location / { proxy_pass https://@UP_TLS@; proxy_http_version 1.1; }")
+def test_tls_upstream_closes_in_the_middle(stage: Stage, query: str) -> None:
+    """At once: nobody waited for it."""
+    with pytest.raises(ConnectionEnded):
+        stage.get(f"/?bytes=70000&end=truncate{query}")
+    trace = stage.exchange(Slack(end_early=True, response_early=True, first_byte_unseen=True)).trace
+    assert trace.server.attributes.get("nginx.termination") == "upstream_incomplete"
+    assert trace.named("upstream exchange")[0].error == "incomplete_response"
