@@ -2,6 +2,7 @@
 
 #define SWITCHING_PROTOCOLS 101
 #define REQUEST_TIME_OUT 408
+#define NO_RESPONSE 444 /* NGX_HTTP_CLOSE */
 #define CLIENT_CLOSED_REQUEST 499
 
 /* $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
@@ -54,16 +55,23 @@ static __always_inline bool is_exiting(u64 load_address)
 #define STREAM_OUT_CLOSED (1 << 4) /* of the bit-fields that end ngx_http_v2_stream_s: waiting, blocked, exhausted, … */
 #define STREAM_RST_SENT (1 << 5)
 
-/* Whether the client has reset the stream. Over HTTP/3, where the stream does not say: whether it ended while nginx read. */
-static __always_inline bool was_reset(struct process *process, struct socket *socket, const struct request_record *record)
+/* Whether an HTTP/2 stream is closed on nginx's side: its response is out, or the client has reset it. */
+static __always_inline bool is_out_closed(struct process *process)
 {
     u32 flags = 0;
     u64 stream = MEMBER(process->request, u64, ngx_http_request_s, stream);
+    return stream && bpf_probe_read_user(&flags, sizeof(flags), (void *)(stream + SIZEOF_ngx_http_v2_stream_s - 8)) == 0
+        && flags & STREAM_OUT_CLOSED && !(flags & STREAM_RST_SENT);
+}
+
+/* Whether nginx gave up as the client left. A stream that its client resets ends at once. So one that is closed where the
+ * connection is gone was whole. HTTP/3's does not say: there it ends while nginx reads. */
+static __always_inline bool did_client_leave(struct process *process, struct socket *socket, const struct request_record *record)
+{
     if (record->http_version == HTTP_VERSION_3)
         return process->latest_read_fd == MEMBER(process->connection, s32, ngx_connection_s, fd)
             && socket->last_read_ns > record->created_ns;
-    return stream && bpf_probe_read_user(&flags, sizeof(flags), (void *)(stream + SIZEOF_ngx_http_v2_stream_s - 8)) == 0
-        && flags & STREAM_OUT_CLOSED && !(flags & STREAM_RST_SENT);
+    return is_out_closed(process) != socket->peer_closed;
 }
 
 #define HEADER_SIZE (OFFSET_ngx_http_request_s__request_length - 8) /* header_size, request_length */
@@ -99,14 +107,18 @@ static __always_inline u8 ending_of(
         return ENDED_TIMEOUT;
     if (had_answered(process, record, status))
         return ENDED_WHOLE;
-    if (socket->peer_closed || was_reset(process, socket, record))
+    if (did_client_leave(process, socket, record))
         return ENDED_CLIENT_CLOSED_REQUEST;
+    if (socket->peer_closed)
+        return ENDED_WHOLE;
     if (outcome == OUTCOME_INCOMPLETE)
         return ENDED_UPSTREAM_INCOMPLETE;
     if (outcome == OUTCOME_TIMEOUT)
         return ENDED_UPSTREAM_TIMEOUT;
-    if (outcome == OUTCOME_WHOLE && (!record->bytes_sent || has_lingered(process, socket, load_address)))
-        return ENDED_WHOLE; /* no response was begun (`return 444`), or nginx waited for the rest of the request */
+    if (!record->bytes_sent && (record->rc || status == NO_RESPONSE))
+        return ENDED_WHOLE;
+    if (record->bytes_sent && outcome == OUTCOME_WHOLE && has_lingered(process, socket, load_address))
+        return ENDED_WHOLE; /* it waited for the rest of the request */
     return is_exiting(load_address) ? ENDED_SHUTDOWN : ENDED_ABORTED;
 }
 

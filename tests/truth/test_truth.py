@@ -19,7 +19,7 @@ from truth.pauses import Pauses
 from truth.round import Round, play, scenarios
 from truth.run import upstreams
 
-SEEDS = (1, 2, 3)
+SEEDS = (12, 13, 14)
 CONNECTIONS = 120
 MS = 1_000_000
 
