@@ -55,7 +55,7 @@ static __always_inline bool is_exiting(u64 load_address)
 #define STREAM_OUT_CLOSED (1 << 4) /* of the bit-fields that end ngx_http_v2_stream_s: waiting, blocked, exhausted, … */
 #define STREAM_RST_SENT (1 << 5)
 
-/* Whether an HTTP/2 stream is closed on nginx's side: its response is out, or the client has reset it. */
+/* Whether an HTTP/2 stream is closed on nginx's side, not by nginx: the client has reset it. (Or its response is out.) */
 static __always_inline bool is_out_closed(struct process *process)
 {
     u32 flags = 0;
@@ -64,14 +64,13 @@ static __always_inline bool is_out_closed(struct process *process)
         && flags & STREAM_OUT_CLOSED && !(flags & STREAM_RST_SENT);
 }
 
-/* Whether nginx gave up as the client left. A stream that its client resets ends at once. So one that is closed where the
- * connection is gone was whole. HTTP/3's does not say: there it ends while nginx reads. */
+/* Whether nginx gave up as the client left. An HTTP/3 stream does not say: there it ends while nginx reads. */
 static __always_inline bool did_client_leave(struct process *process, struct socket *socket, const struct request_record *record)
 {
     if (record->http_version == HTTP_VERSION_3)
         return process->latest_read_fd == MEMBER(process->connection, s32, ngx_connection_s, fd)
             && socket->last_read_ns > record->created_ns;
-    return is_out_closed(process) != socket->peer_closed;
+    return is_out_closed(process) || socket->peer_closed;
 }
 
 #define HEADER_SIZE (OFFSET_ngx_http_request_s__request_length - 8) /* header_size, request_length */
@@ -109,8 +108,6 @@ static __always_inline u8 ending_of(
         return ENDED_WHOLE;
     if (did_client_leave(process, socket, record))
         return ENDED_CLIENT_CLOSED_REQUEST;
-    if (socket->peer_closed)
-        return ENDED_WHOLE;
     if (outcome == OUTCOME_INCOMPLETE)
         return ENDED_UPSTREAM_INCOMPLETE;
     if (outcome == OUTCOME_TIMEOUT)

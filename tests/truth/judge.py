@@ -113,7 +113,8 @@ def _slack(case: Case) -> Slack:
         end_early=case.complete or known is None,
         header_early="head_ms" in query or expect,
         first_byte_unseen="tls_upstream" in features,
-        response_early=("unbuffered" in features and (slow_client or "parts" in features)) or bool(features & {"grpc"}),
+        response_early=("unbuffered" in features and (slow_client or "parts" in features))
+        or bool(features & {"grpc", "memcached"}),
         write_early=bool(expect or put_together or "early" in query),
         late_max_ms=case.lag_ms,
     )
@@ -127,7 +128,9 @@ def _check_end(case: Case) -> Iterator[str]:
     status = int(case.log["status"])
     if case.complete:
         whole = case.known is None or (case.known.whole and not case.known.by_the_end)
-        if told and whole:
+        # A mirror ends with a client that leaves. If the length of the response is not known, nothing tells that it was
+        # whole.
+        if told and whole and not (told == "client_closed_request" and case.features & {"mirror", "post_action"}):
             yield f"complete, but nginx.termination is {told}"
         return
     if status >= 400:
