@@ -17,6 +17,9 @@ _SOURCES = (
     "adoption.c",
     "endings.c",
     "metrics.c",
+    "progress.c",
+    "strings.c",
+    "taken_attempts.c",
     "requests.c",
 )
 
