@@ -323,6 +323,7 @@ static __always_inline int system_call_ended(
             was_added(&key, entry.argument4);
         break;
     case SYS_epoll_wait:
+    case SYS_epoll_pwait: /* musl */
         if (worker)
             turn_began(process, tgid, entry.argument2, result, now);
         break;

@@ -19,6 +19,7 @@
 #define SYS_fork 57
 #define SYS_epoll_wait 232
 #define SYS_epoll_ctl 233
+#define SYS_epoll_pwait 281
 #define SYS_accept4 288
 
 /* The end of pt_regs from r10 on: number and arguments of a system call in one read. */
