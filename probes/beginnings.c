@@ -139,9 +139,13 @@ static __always_inline u64 coarse_start(struct process *process, u64 load_addres
 /* Whether the server promised the stream, and no client asked for it: its number is even (RFC 9113, 5.1.1). */
 static __always_inline bool was_pushed(struct process *process)
 {
+#ifndef SIZEOF_ngx_http_v2_stream_s
+    return false; /* a build without HTTP/2 */
+#else
     u64 node = 0, id = 0, stream = MEMBER(process->request, u64, ngx_http_request_s, stream);
     return stream && bpf_probe_read_user(&node, sizeof(node), (void *)(stream + OFFSET_ngx_http_v2_stream_s__node)) == 0 && node
         && bpf_probe_read_user(&id, sizeof(id), (void *)(node + OFFSET_ngx_http_v2_node_s__id)) == 0 && id && !(id & 1);
+#endif
 }
 
 /* When the last of an HTTP/2 stream's own frames was written. 0: not known. */

@@ -58,10 +58,14 @@ static __always_inline bool is_exiting(u64 load_address)
 /* Whether an HTTP/2 stream is closed on nginx's side, not by nginx: the client has reset it. (Or its response is out.) */
 static __always_inline bool is_out_closed(struct process *process)
 {
+#ifndef SIZEOF_ngx_http_v2_stream_s
+    return false; /* a build without HTTP/2 */
+#else
     u32 flags = 0;
     u64 stream = MEMBER(process->request, u64, ngx_http_request_s, stream);
     return stream && bpf_probe_read_user(&flags, sizeof(flags), (void *)(stream + SIZEOF_ngx_http_v2_stream_s - 8)) == 0
         && flags & STREAM_OUT_CLOSED && !(flags & STREAM_RST_SENT);
+#endif
 }
 
 /* Whether nginx gave up as the client left. An HTTP/3 stream does not say: there it ends while nginx reads. */

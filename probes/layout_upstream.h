@@ -4,9 +4,11 @@
 static __always_inline void look_at_stream(struct layout_look *look, u8 *request)
 {
     u64 stream = OF_R(u64, stream);
+#ifdef SIZEOF_ngx_http_v2_stream_s
     expect(look, word_at(stream + OFFSET_ngx_http_v2_stream_s__request) == look->r, FACT_STREAM);
     expect(look, is_pointer(word_at(stream + SIZEOF_ngx_http_v2_stream_s - 16)), FACT_STREAM);
     expect(look, (u32)word_at(stream + SIZEOF_ngx_http_v2_stream_s - 8) < 256, FACT_STREAM);
+#endif
 #ifdef OFFSET_ngx_http_v2_connection_s__last_out
     u64 h2c = word_at(stream + OFFSET_ngx_http_v2_stream_s__connection);
     u64 connection = word_at(h2c + OFFSET_ngx_http_v2_connection_s__connection);
