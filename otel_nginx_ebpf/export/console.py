@@ -17,6 +17,7 @@ from otel_nginx_ebpf.sockaddr import Address
 from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
 
 UPSTREAM_PEER = "nginx.upstream.peer"
+TERMINATION = "nginx.termination"
 CONNECTION_REUSED = "nginx.upstream.connection.reused"
 
 _KIND_STYLES = {"SERVER": "bold cyan", "CLIENT": "magenta", "INTERNAL": "blue"}
@@ -114,7 +115,10 @@ def _header(trace: Trace, width: int) -> Text:
         (clip(method, 10), "bold"),
         " ",
     )
-    tail = Text.assemble("  ", (str(status or "-"), _status_style(status)), "  ", (duration(_length(root)), "bold"))
+    tail = Text.assemble("  ", (str(status or "-"), _status_style(status)))
+    if termination := _text(attributes, TERMINATION):
+        tail.append(f" {termination}", style="" if root.error is None else _ERROR_STYLE)
+    tail.append("  ").append(duration(_length(root)), style="bold")
     room = width - head.cell_len - tail.cell_len
     line = head + Text(clip(uri, room), style="bold" if root.error is None else _ERROR_STYLE) + tail
     if line.cell_len + 2 + cell_len(way) <= width:

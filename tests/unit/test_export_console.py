@@ -43,6 +43,14 @@ def test_a_wide_terminal_has_everything_on_one_line() -> None:
     assert shown[5].endswith("11.5 ms  200")
 
 
+def test_a_response_that_was_given_up_says_so_beside_its_status() -> None:
+    trace = static_trace()
+    attributes = {**trace.spans[0].attributes, "nginx.termination": "upstream_timeout"}
+    server = replace(trace.spans[0], attributes=attributes, error="upstream_timeout")
+    shown = lines(waterfall(replace(trace, spans=(server, *trace.spans[1:])), 160).plain)
+    assert shown[0].startswith("TIME GET /index.html  200 upstream_timeout  ")
+
+
 def test_a_continued_trace_looks_like_one_that_begins_here() -> None:
     trace = retried_trace()
     continued = replace(trace, spans=(replace(trace.spans[0], parent_span_id=77), *trace.spans[1:]))
