@@ -52,6 +52,11 @@ static __always_inline void find_method(struct process *process, struct request_
     u8 text[METHOD_BYTES_MAX] = {};
     process->method_name = *name;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
+    if (!line->len && !record->multiplexed) { /* nginx could not read it: a method is its own, for error_page */
+        process->method_name.len = 0;
+        record->method = 0;
+        return;
+    }
     if (name->data == line->data || !line->len
         || bpf_probe_read_user(text, sizeof(text), (void *)line->data) != 0)
         return;

@@ -116,6 +116,8 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     # A request line that nginx could not read has no method, no version and no URI. An internal redirect overwrites
     # $request_method, but not $request.
     method, route = log["request_method"] and log["request"].partition(" ")[0], attributes.get("http.route")
+    if status in (400, 505) and "http.request.method" not in attributes:
+        method = ""  # with error_page, nginx says GET of it
     known = method if method in KNOWN_METHODS else "_OTHER"
     yield from _differ("method", attributes.get("http.request.method"), known if method else None)
     name = method if method in KNOWN_METHODS else "HTTP"
