@@ -54,7 +54,7 @@ class Fcgiwrap:
 
 class Memcached:
     def __init__(self, directory: Path) -> None:
-        own = _own_directory(directory, "memcached")
+        own = self._own = _own_directory(directory, "memcached")
         path = own / "socket"
         with (own / "log").open("wb") as log:
             self._process = _start(["memcached", "-s", str(path), "-a", "0666", "-u", UNPRIVILEGED], log, own)
@@ -70,6 +70,7 @@ class Memcached:
         self._client.close()
         self._process.terminate()
         self._process.wait(10)
+        shutil.rmtree(self._own)
 
 
 def _own_directory(directory: Path, name: str) -> Path:
