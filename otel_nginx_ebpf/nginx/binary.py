@@ -108,16 +108,7 @@ class Binary:
         configure = _CONFIGURE.search(rodata)
         self.configure_arguments = configure[1].decode("utf-8", "replace").strip() if configure else ""
         self.signature = Signature(signature[1].decode() if signature else "")
-        self.build_id = next(
-            (
-                note["n_desc"]
-                for section in elf.iter_sections()
-                if isinstance(section, NoteSection)
-                for note in section.iter_notes()
-                if note["n_type"] == "NT_GNU_BUILD_ID"
-            ),
-            "",
-        )
+        self.build_id = read_build_id(elf)
 
     def _identity(self, rodata: bytes) -> tuple[str, str]:
         """The product and its release: nginx, or what was made of nginx.
@@ -196,6 +187,16 @@ class Binary:
             if leaves or watched & set(written):
                 raise NoSiteError(f"{function} has no instruction to probe cheaply before `{text}`")
         raise NoSiteError(f"{function} has no instruction to probe cheaply in its first {_PROLOGUE_BYTES} bytes")
+
+
+def read_build_id(elf: ELFFile) -> str:
+    """In hexadecimal digits, empty if there is none. A note of the same number may be another owner's: SystemTap's."""
+    for section in elf.iter_sections():
+        if isinstance(section, NoteSection):
+            for note in section.iter_notes():
+                if (note["n_name"], note["n_type"]) == ("GNU", "NT_GNU_BUILD_ID"):
+                    return str(note["n_desc"])
+    return ""
 
 
 def _is_emulated(instruction: capstone.CsInsn) -> bool:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from elftools.elf.elffile import ELFFile
-from elftools.elf.sections import NoteSection
 
 from otel_nginx_ebpf.nginx import debuginfod
-from otel_nginx_ebpf.nginx.binary import Binary
+from otel_nginx_ebpf.nginx.binary import Binary, read_build_id
 
 _log = logging.getLogger(__name__)
 
@@ -131,22 +130,13 @@ def _opened(path: Path) -> BinaryIO | None:
 def _belongs(file: BinaryIO, build_id: str, link: _Link | None) -> bool:
     """Whether a debug file is of the build that looks for it."""
     try:
-        its_build_id = _build_id(file)
+        its_build_id = read_build_id(ELFFile(file))
     except Exception as error:  # pyelftools raises whatever it stumbles over in a damaged file
         _log.warning("%s cannot be read: %s", getattr(file, "name", "a debug file"), error)
         return False
     if build_id and its_build_id:
         return its_build_id == build_id
     return link is not None and _checksum(file) == link.checksum
-
-
-def _build_id(file: BinaryIO) -> str:
-    for section in ELFFile(file).iter_sections():
-        if isinstance(section, NoteSection):
-            for note in section.iter_notes():
-                if note["n_type"] == "NT_GNU_BUILD_ID":
-                    return str(note["n_desc"])
-    return ""
 
 
 def _checksum(file: BinaryIO) -> int:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
+from otel_nginx_ebpf.nginx.debug_files import debug_files
 from otel_nginx_ebpf.nginx.layouts import layout_for
 from otel_nginx_ebpf.sites import BOUNDARIES, Boundary
 from unit.nginx_structs import configure, measure
@@ -36,6 +37,18 @@ def test_version_and_build_are_those_nginx_prints(binary: Binary) -> None:
     assert binary.with_compat == ("--with-compat" in printed)
     notes = subprocess.run(["readelf", "-n", NGINX], capture_output=True, text=True, check=True).stdout
     assert f"Build ID: {binary.build_id}" in notes
+
+
+def test_another_owners_note_of_the_same_number_is_no_build_id(tmp_path: Path) -> None:
+    """NT_GNU_BUILD_ID is 3, as is NT_STAPSDT: SystemTap's probes in what is linked statically."""
+    build_id, stap = (pack("<III", 4, 20, 3) + owner for owner in (b"GNU\0", b"stp\0"))
+    content = NGINX.read_bytes()
+    assert content.count(build_id) == 1
+    copy = tmp_path / "nginx"
+    copy.write_bytes(content.replace(build_id, stap))
+    binary = Binary(copy)
+    assert binary.build_id == ""
+    assert [file.source for file in debug_files(binary)] == ["DWARF"]
 
 
 @pytest.mark.parametrize(
