@@ -51,6 +51,11 @@ def test_notes_are_shown() -> None:
     assert "damaged at byte &lt;7&gt;" in report_of(decode(STATIC)).page("a", ["damaged at byte <7>"])
 
 
+def test_a_request_without_a_status_is_shown() -> None:
+    page = report_of(replace(decode(STATIC), status=0)).page("a", [])
+    assert '<span class="status s0">-</span>' in page
+
+
 def hostile() -> Request:
     retried = decode(RETRIED)
     attempts = tuple(replace(attempt, peer=HOSTILE, upstream=HOSTILE) for attempt in retried.attempts)
