@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import count
+from operator import itemgetter
 from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
@@ -171,7 +172,7 @@ class Sketcher(Generic[P]):
                 children.append(child)
                 if end_mono_ns > last_end_mono_ns:
                     last_end_mono_ns = end_mono_ns
-        children.sort()
+        children.sort(key=itemgetter(0))
         return [
             (
                 request.first_read_mono_ns or request.created_mono_ns,

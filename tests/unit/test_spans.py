@@ -185,6 +185,16 @@ def test_a_pipelined_request_whose_bytes_had_come_before_has_no_downstream_read(
     assert children(replace(REQUEST, first_read_mono_ns=None)) == [("downstream write", 5_000, 6_000, None)]
 
 
+def test_spans_of_one_start_one_end_and_one_id_stay_in_order() -> None:
+    class OneId:
+        def generate_span_id(self) -> int:
+            return 7
+
+    trace = build_trace(replace(REQUEST, attempts=(ATTEMPT, replace(ATTEMPT, peer="other"))), 0, OneId())
+    peers = [span.attributes.get("nginx.upstream.peer") for span in trace.spans if span.name == "upstream exchange"]
+    assert peers == [ATTEMPT.peer, "other"]
+
+
 def test_a_slow_request_body_belongs_to_downstream_read() -> None:
     assert children(replace(REQUEST, last_read_mono_ns=4_800))[0] == ("downstream read", 1_000, 4_800, None)
 
