@@ -39,4 +39,4 @@ ENTRYPOINT ["/opt/otel-nginx-ebpf/bin/otel-nginx-ebpf"]
 # A sidecar may be there before its nginx.
 CMD ["run", "--wait"]
 # Whether probes are live, or waited with.
-HEALTHCHECK --interval=10s --start-period=15s CMD ["/opt/otel-nginx-ebpf/bin/python", "-P", "-m", "otel_nginx_ebpf.health"]
+HEALTHCHECK --interval=10s --start-period=15s CMD ["/opt/otel-nginx-ebpf/bin/python", "-P", "-m", "otel_nginx_ebpf.process.health"]

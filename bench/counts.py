@@ -12,7 +12,7 @@ from bench.programs import programs_of
 from bench.recording import record
 from bench.site import Site
 from bench.variants import Variant, tracing
-from otel_nginx_ebpf.capture import read_capture
+from otel_nginx_ebpf.traces.capture import read_capture
 
 RECORDS = 400
 

@@ -22,9 +22,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from bench import stages
 from bench.figures import summary
 from bench.machine import NGINX_CPU
-from otel_nginx_ebpf.capture import CaptureWriter, read_capture
-from otel_nginx_ebpf.export.otlp_encoding import Encoder
-from otel_nginx_ebpf.spans import RandomIds
+from otel_nginx_ebpf.export.otlp.encoding import Encoder
+from otel_nginx_ebpf.traces.capture import CaptureWriter, read_capture
+from otel_nginx_ebpf.traces.spans import RandomIds
 
 COUNTING_COLLECTOR = """
 receivers:

@@ -106,13 +106,13 @@ def _wait_for_quiet(pid: int) -> None:
 
 _IMPORTS = {
     "Python": "",
-    "the program without exporters": "otel_nginx_ebpf.emitter",
+    "the program without exporters": "otel_nginx_ebpf.emitter.loop",
     "and the SDK": "opentelemetry.sdk.trace.export",
     "and OTLP's protobuf messages": "opentelemetry.proto.collector.trace.v1.trace_service_pb2",
     "and the exporter over HTTP": "opentelemetry.exporter.otlp.proto.http.trace_exporter",
     "and the exporter over gRPC": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
     "and what does not stay: the command line": "otel_nginx_ebpf.cli",
-    "and what reads binaries": "otel_nginx_ebpf.plan",
+    "and what reads binaries": "otel_nginx_ebpf.planner.plan",
 }
 
 

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 from bench.stages import decoded, encoded
-from otel_nginx_ebpf.capture import read_capture
-from otel_nginx_ebpf.export.otlp_encoding import Encoder
-from otel_nginx_ebpf.spans import RandomIds
+from otel_nginx_ebpf.export.otlp.encoding import Encoder
+from otel_nginx_ebpf.traces.capture import read_capture
+from otel_nginx_ebpf.traces.spans import RandomIds
 
 if __name__ == "__main__":
     frames = list(read_capture(Path(sys.argv[1])))

@@ -11,8 +11,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
 from bench.stages import RESOURCE, decoded, made_by_sdk, readable
-from otel_nginx_ebpf.capture import read_capture
-from otel_nginx_ebpf.spans import RandomIds
+from otel_nginx_ebpf.traces.capture import read_capture
+from otel_nginx_ebpf.traces.spans import RandomIds
 
 _CHUNK = 200
 

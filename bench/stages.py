@@ -9,11 +9,11 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import Status, StatusCode, Tracer, set_span_in_context
 
-from otel_nginx_ebpf.capture import Frame
-from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
-from otel_nginx_ebpf.record import Request, decode
-from otel_nginx_ebpf.spans import RandomIds, build_trace
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.traces.capture import Frame
+from otel_nginx_ebpf.traces.model import Trace
+from otel_nginx_ebpf.traces.record import Request, decode
+from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 RESOURCE = Resource.create({"service.name": "nginx"})
 _BATCH = 128

@@ -8,10 +8,12 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from otel_nginx_ebpf import __version__, config, entry, service
-from otel_nginx_ebpf.messages import PROGRAM, complain
+from otel_nginx_ebpf import __version__, commands
 from otel_nginx_ebpf.printable import printable
-from otel_nginx_ebpf.settings import Settings, Sort, Top
+from otel_nginx_ebpf.process import entry
+from otel_nginx_ebpf.process.stdio import PROGRAM, complain, forget_stdout
+from otel_nginx_ebpf.settings import sources
+from otel_nginx_ebpf.settings.model import Settings, Sort, Top
 
 _ABOUT = """
 OpenTelemetry traces of a running nginx, by eBPF.
@@ -58,8 +60,8 @@ def _choices(annotation: Any) -> list[str]:
 
 def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
     """The option of a setting. It takes text: all sources of a setting are checked by the same code."""
-    field = config.Source.model_fields[name]
-    notes = [f"env: {', '.join(config.variables(name))}"]
+    field = sources.Source.model_fields[name]
+    notes = [f"env: {', '.join(sources.variables(name))}"]
     if field.default not in (None, (), False):
         default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
         notes.append(f"default: {default}")
@@ -67,7 +69,7 @@ def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
         notes.append("may be repeated")
     words = _choices(field.annotation)
     return typer.Option(
-        *(declarations or (config.flag(name),)),
+        *(declarations or (sources.flag(name),)),
         autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None,
         metavar=metavar,
         help=f"{field.description} \\[{'; '.join(notes)}]",
@@ -77,7 +79,7 @@ def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", metavar="FILE", help=f"A TOML file of settings. \\[env: {config.CONFIG_VARIABLE}]"),
+    typer.Option("--config", metavar="FILE", help=f"A TOML file of settings. \\[env: {sources.CONFIG_VARIABLE}]"),
 ]
 Pid = Annotated[list[str] | None, _option("pid", "PID")]
 Binary = Annotated[list[str] | None, _option("binary", "PATH")]
@@ -114,9 +116,9 @@ GraceSeconds = Annotated[str | None, _option("grace_seconds", "S")]
 
 
 def _settings(context: typer.Context) -> Settings:
-    given = {name: context.params.get(name) for name in config.Source.model_fields}
+    given = {name: context.params.get(name) for name in sources.Source.model_fields}
     given = {name: value for name, value in given.items() if value not in (None, [], ())}
-    return config.load(given, context.params["config_file"])
+    return sources.load(given, context.params["config_file"])
 
 
 def _print_version(wanted: bool) -> None:
@@ -193,10 +195,10 @@ def run(
     """
     settings = _settings(context)
     if not dry_run:
-        entry.become(service.run, settings)
-    from otel_nginx_ebpf import supervisor
+        entry.become(commands.run, settings)
+    from otel_nginx_ebpf.supervisor import supervise
 
-    supervisor.dry_run(settings)
+    supervise.dry_run(settings)
 
 
 @app.command()
@@ -262,8 +264,8 @@ def top(
         metrics_listen=None,
     )
     if file is None:
-        entry.become(service.top, settings)
-    return service.replay(settings, file)
+        entry.become(commands.top, settings)
+    return commands.replay(settings, file)
 
 
 @app.command()
@@ -295,7 +297,7 @@ def record(
 
         otel-nginx-ebpf record --pid $(cat /run/nginx.pid) -o day.capture
     """
-    entry.become(service.record, _settings(context), file)
+    entry.become(commands.record, _settings(context), file)
 
 
 @app.command()
@@ -324,7 +326,7 @@ def replay(
 
         otel-nginx-ebpf replay day.capture --exporter console
     """
-    return service.replay(_settings(context), file)
+    return commands.replay(_settings(context), file)
 
 
 @app.command()
@@ -347,7 +349,7 @@ def report(
 
         otel-nginx-ebpf report day.capture -o day.html
     """
-    return service.report(_settings(context), file, output)
+    return commands.report(_settings(context), file, output)
 
 
 @app.command()
@@ -370,20 +372,21 @@ def doctor(
         otel-nginx-ebpf doctor --json --pid $(cat /run/nginx.pid)
     """
     settings = _settings(context)
-    from otel_nginx_ebpf import doctor
+    from otel_nginx_ebpf.doctor.examine import examine
+    from otel_nginx_ebpf.doctor.render import text
     from otel_nginx_ebpf.export.console import make_console
     from otel_nginx_ebpf.export.text import open_output
 
-    report = doctor.examine(settings)
+    examination = examine(settings)
     stdout = open_output()
     try:
         if json_:
-            print(json.dumps(report.to_dict(), indent=2), file=stdout, flush=True)
+            print(json.dumps(examination.to_dict(), indent=2), file=stdout, flush=True)
         else:
-            print(doctor.text(report, make_console(stdout, settings.color)), end="", file=stdout, flush=True)
+            print(text(examination, make_console(stdout, settings.color)), end="", file=stdout, flush=True)
     except BrokenPipeError:
-        service.forget_stdout()
-    if not report.ok:
+        forget_stdout()
+    if not examination.ok:
         raise typer.Exit(1)
 
 
@@ -396,7 +399,7 @@ Catalogue = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help=f"Your own catalogue. \\[env: {config.PREFIX}CATALOGUE; default: in the XDG data directory]",
+        help=f"Your own catalogue. \\[env: {sources.PREFIX}CATALOGUE; default: in the XDG data directory]",
         show_default=False,
     ),
 ]

@@ -1,7 +1,7 @@
 /*
  * How long requests took, counted in the kernel whatever is sampled: keys and values of the maps of metrics.c.
  *
- * This file is their only declaration: otel_nginx_ebpf/durations.py parses it, as record.py does record.h.
+ * This file is their only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py does record.h.
  * A value is a u64 sum of nanoseconds, then for each of `duration_bound_ms`, and for what is above them all, a u64 count.
  */
 

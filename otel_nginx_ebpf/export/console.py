@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from otel_nginx_ebpf.printable import printable
-from otel_nginx_ebpf.sockaddr import Address
-from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
+from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
+from otel_nginx_ebpf.traces.sockaddr import Address
 
 UPSTREAM_PEER = "nginx.upstream.peer"
 TERMINATION = "nginx.termination"

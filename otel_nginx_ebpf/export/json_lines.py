@@ -4,7 +4,7 @@ import json
 
 from opentelemetry.sdk.resources import Resource
 
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.traces.model import Trace
 
 
 def to_json(trace: Trace, resource: Resource) -> str:

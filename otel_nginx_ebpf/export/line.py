@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
 
 from otel_nginx_ebpf.printable import printable
-from otel_nginx_ebpf.record import Attempt, Request
-from otel_nginx_ebpf.sockaddr import parse
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.traces.model import Trace
+from otel_nginx_ebpf.traces.record import Attempt, Request
+from otel_nginx_ebpf.traces.sockaddr import parse
 
 
 def _field(text: str | None) -> str:

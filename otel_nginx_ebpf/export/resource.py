@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 
-from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, OTELResourceDetector, Resource
+from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME, OTELResourceDetector
+from opentelemetry.sdk.resources import Resource as Resource
 from opentelemetry.semconv._incubating.attributes.telemetry_attributes import (
     TELEMETRY_DISTRO_NAME,
     TELEMETRY_DISTRO_VERSION,
 )
 
 from otel_nginx_ebpf import __version__
-from otel_nginx_ebpf.trace import AttributeValue
+from otel_nginx_ebpf.traces.model import AttributeValue
 
 
 def make_resource() -> Resource:

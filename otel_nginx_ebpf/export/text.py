@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TextIO
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.stats import Stats
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces.model import Trace
 
 
 class TextExporter:

@@ -15,7 +15,7 @@ from otel_nginx_ebpf.kernel.loader import HELD_MAPS, READABLE_MAPS, loader_comma
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray
 from otel_nginx_ebpf.kernel.runs import Runs, runs_of
-from otel_nginx_ebpf.stats import LOSS_CAUSES
+from otel_nginx_ebpf.traces.losses import KERNEL_CAUSES
 
 _PID = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
@@ -76,7 +76,7 @@ class Attachment:
         self.readable = tuple(maps[name] for name in READABLE_MAPS if name in maps)
         """Descriptors of what the emitter reads."""
         self._held = [maps[name] for name in HELD_MAPS if name in maps]
-        self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(LOSS_CAUSES))
+        self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(KERNEL_CAUSES))
         self._processes = HashMap(maps["processes"], key_bytes=4)
         self._sockets = HashMap(maps["sockets"], key_bytes=8)
         self._active_requests = HashMap(maps["active_requests"], key_bytes=16)
@@ -99,7 +99,7 @@ class Attachment:
 
     def losses(self) -> dict[str, int]:
         """The kernel's loss counters since the probes went live, by cause."""
-        return dict(zip(LOSS_CAUSES, self._loss_counts.read(), strict=True))
+        return dict(zip(KERNEL_CAUSES, self._loss_counts.read(), strict=True))
 
     def runs(self) -> dict[str, Runs]:
         """How often each handler ran, and for how long, while the kernel counted it (`runs.Counting`)."""

@@ -10,7 +10,7 @@ import time
 
 from otel_nginx_ebpf.kernel import uprobes
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray
-from otel_nginx_ebpf.record import c_enum
+from otel_nginx_ebpf.traces.abi import c_enum
 
 _log = logging.getLogger(__name__)
 

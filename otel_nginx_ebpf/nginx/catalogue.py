@@ -12,9 +12,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from otel_nginx_ebpf.config import PREFIX
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.nginx.dwarf import SIZEOF, Structs
+from otel_nginx_ebpf.settings.sources import PREFIX
 
 ABOUT = (
     "Byte offsets of nginx struct members on x86-64 Linux, for builds configured --with-compat; sizeof is the struct's "

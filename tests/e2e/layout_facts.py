@@ -13,8 +13,8 @@ from elftools.elf.elffile import ELFFile
 
 from otel_nginx_ebpf.nginx.binary import Binary
 from otel_nginx_ebpf.nginx.layouts import layout_for
-from otel_nginx_ebpf.record import c_enum
-from otel_nginx_ebpf.sites import OBJECTS
+from otel_nginx_ebpf.planner.sites import OBJECTS
+from otel_nginx_ebpf.traces.abi import c_enum
 from tests.unit.c_compiler import compile_library
 
 PROBES = Path(__file__).parents[2] / "probes"

@@ -16,7 +16,7 @@ import pytest
 from e2e.agent_process import PROGRAM, AgentProcess
 from e2e.nginx_server import NGINX, NginxServer, free_ports, nginx_release
 from otel_nginx_ebpf.nginx.binary import Binary
-from otel_nginx_ebpf.sites import BOUNDARIES
+from otel_nginx_ebpf.planner.sites import BOUNDARIES
 
 UNKNOWN = f"9{nginx_release()[1:]}"
 """A release that there is not; as long as this machine's."""

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from e2e.nginx_server import NginxServer
-from otel_nginx_ebpf.config import load
 from otel_nginx_ebpf.kernel.attachment import Attachment
 from otel_nginx_ebpf.nginx.processes import instance_of
-from otel_nginx_ebpf.plan import make_plan
+from otel_nginx_ebpf.planner.plan import make_plan
+from otel_nginx_ebpf.settings.sources import load
 
 NEWER = {
     ("ngx_connection_s", "proxy_protocol"),

@@ -12,7 +12,7 @@ from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, record
 
 from e2e.agent_process import PROGRAM
 from e2e.terminal import Terminal
-from otel_nginx_ebpf.capture import CaptureWriter
+from otel_nginx_ebpf.traces.capture import CaptureWriter
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = """/</script><script>document.title='taken'</script>'"><img src=x onerror="document.title='taken'">"""

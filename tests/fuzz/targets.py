@@ -25,25 +25,29 @@ from unit.context_library import Context, read
 from unit.sample_traces import CLIENT, CLIENT_V6, MONO_NS, RETRIED, STATIC, UNIX_OFFSET_NS, record
 
 from fuzz.nginx_files import WANTED, damaged, damages, small_executables
-from otel_nginx_ebpf import capture, config, emitter
-from otel_nginx_ebpf.capture import CaptureError
+from otel_nginx_ebpf.analysis.report import Report
+from otel_nginx_ebpf.emitter import pipeline
+from otel_nginx_ebpf.emitter.exporters import _Readable
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.export import TraceExporter, _Readable
 from otel_nginx_ebpf.export.console import make_renderer
+from otel_nginx_ebpf.export.interface import TraceExporter
 from otel_nginx_ebpf.export.json_lines import to_json
 from otel_nginx_ebpf.export.line import to_line
-from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
-from otel_nginx_ebpf.export.report import Report
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
 from otel_nginx_ebpf.export.resource import make_resource
 from otel_nginx_ebpf.export.text import TextExporter
+from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
 from otel_nginx_ebpf.nginx.layouts import _measured
-from otel_nginx_ebpf.record import STRING_KINDS, RecordError, decode
-from otel_nginx_ebpf.sites import BOUNDARIES
-from otel_nginx_ebpf.spans import build_trace
-from otel_nginx_ebpf.stats import Stats
-from otel_nginx_ebpf.trace_state import canonical
-from otel_nginx_ebpf.verify import doubt
+from otel_nginx_ebpf.planner.sites import BOUNDARIES
+from otel_nginx_ebpf.settings import sources
+from otel_nginx_ebpf.traces import capture
+from otel_nginx_ebpf.traces.abi import STRING_KINDS
+from otel_nginx_ebpf.traces.capture import CaptureError
+from otel_nginx_ebpf.traces.plausibility import doubt
+from otel_nginx_ebpf.traces.record import RecordError, decode
+from otel_nginx_ebpf.traces.spans import build_trace
+from otel_nginx_ebpf.traces.trace_state import canonical
 
 SCRATCH = Path("/dev/shm") / f"otel-nginx-ebpf-fuzz-{os.getpid()}"
 """A file for those that read files."""
@@ -137,11 +141,11 @@ def check_capture(data: bytes) -> None:
         with suppress(UserError, CaptureError):
             capture.read_header(SCRATCH)
         with suppress(UserError, CaptureError):
-            emitter.replay(capture.read_capture(SCRATCH), _Readable(exporters, query=False), stats)
+            pipeline.replay(capture.read_capture(SCRATCH), _Readable(exporters, query=False), stats)
         report = Report(Stats(), query=True)
         if data[:1] >= b"\xf0":
             with suppress(UserError, CaptureError):
-                emitter.replay(capture.read_capture(SCRATCH), report, Stats())
+                pipeline.replay(capture.read_capture(SCRATCH), report, Stats())
     lost = sum(count for cause, count in stats.lost.items() if not cause.startswith("partial_"))
     assert stats.exported + len(renders) * lost == len(renders) * stats.received
     assert output.getvalue().replace("\n", "").isprintable()
@@ -270,10 +274,10 @@ def check_nginx(data: bytes) -> None:
 # Settings.
 
 _VARIABLES = (
-    *(variable for name in config.Source.model_fields for variable in config.variables(name)),
+    *(variable for name in sources.Source.model_fields for variable in sources.variables(name)),
     *("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_EXPERIMENTAL_RESOURCE_DETECTORS"),
 )
-_FLAGS = tuple(config.Source.model_fields)
+_FLAGS = tuple(sources.Source.model_fields)
 
 
 def check_config(data: bytes) -> None:
@@ -290,7 +294,7 @@ def check_config(data: bytes) -> None:
             flags[_FLAGS[number % len(_FLAGS)]] = value
     with patch.dict(os.environ, environment, clear=True):
         try:
-            settings = config.load(flags, SCRATCH)
+            settings = sources.load(flags, SCRATCH)
         except UserError:
             return
         make_resource().attributes["service.name"]
@@ -305,7 +309,7 @@ def check_config(data: bytes) -> None:
 def config_seeds() -> Iterator[bytes]:
     values = {"query": "false", "keep_slower_than": '"500ms"', "sampler_arg": "0.25", "propagators": '["b3", "none"]'}
     yield "\n".join(f"{name} = {value}" for name, value in values.items()).encode()
-    defaults = config.load({})
+    defaults = sources.load({})
     for number, name in enumerate(_FLAGS):
         value = str(getattr(defaults, name, ""))
         yield f"{name} = {json.dumps(value)}".encode()

@@ -5,7 +5,7 @@ import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
-from otel_nginx_ebpf.record import c_enum
+from otel_nginx_ebpf.traces.abi import c_enum
 from tests.unit.c_compiler import compile_library
 
 PROBES = Path(__file__).parents[2] / "probes"

@@ -6,16 +6,9 @@ from dataclasses import replace
 
 from opentelemetry.trace import SpanKind
 
-from otel_nginx_ebpf.record import (
-    REQUEST_RECORD,
-    STRING_HEADER,
-    STRING_KINDS,
-    UPSTREAM_ATTEMPT,
-    CStruct,
-    Request,
-    decode,
-)
-from otel_nginx_ebpf.trace import AttributeValue, Span, Trace
+from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
+from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
+from otel_nginx_ebpf.traces.record import Request, decode
 
 UNIX_OFFSET_NS = 1_700_000_000_000_000_000
 MONO_NS = 5_000_000_000

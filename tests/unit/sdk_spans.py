@@ -11,7 +11,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from otel_nginx_ebpf import __version__
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.traces.model import Trace
 
 
 def to_readable_spans(trace: Trace, resource: Resource) -> list[ReadableSpan]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from otel_nginx_ebpf import attaching
-from otel_nginx_ebpf.attaching import Attaching
 from otel_nginx_ebpf.errors import TemporaryError, UserError
 from otel_nginx_ebpf.nginx.processes import Instance, file_identity, is_brief
+from otel_nginx_ebpf.supervisor import attaching
+from otel_nginx_ebpf.supervisor.attaching import Attaching
 
 
 class Processes:

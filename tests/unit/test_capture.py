@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf import capture
-from otel_nginx_ebpf.capture import MAGIC, CaptureError, CaptureWriter, read_capture, read_header
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.record import LIMITS
+from otel_nginx_ebpf.traces import capture
+from otel_nginx_ebpf.traces.abi import LIMITS
+from otel_nginx_ebpf.traces.capture import MAGIC, CaptureError, CaptureWriter, read_capture, read_header
 from unit.sample_traces import RETRIED, STATIC
 
 one_file = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

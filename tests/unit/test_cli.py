@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from otel_nginx_ebpf import __version__, config
-from otel_nginx_ebpf.capture import CaptureWriter
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.settings import sources
+from otel_nginx_ebpf.traces.capture import CaptureWriter
 from unit.otlp_receiver import GrpcReceiver, HttpReceiver
 from unit.sample_traces import MONO_NS, RETRIED, STATIC, UNIX_OFFSET_NS
 
@@ -58,16 +59,16 @@ def test_help_names_every_option_s_variable(command: str) -> None:
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
     # record's --output is its own: the capture file.
-    names = [name for name in config.Source.model_fields if (command, name) != ("record", "output")]
-    shown = [name for name in names if f" {config.flag(name)} " in out]
+    names = [name for name in sources.Source.model_fields if (command, name) != ("record", "output")]
+    shown = [name for name in names if f" {sources.flag(name)} " in out]
     assert len(shown) >= 4
     for name in shown:
-        assert config.variables(name)[0] in out
+        assert sources.variables(name)[0] in out
 
 
 def test_help_of_run_has_every_setting() -> None:
     _, out, _ = run("run", "--help")
-    missing = [name for name in config.Source.model_fields if config.flag(name) not in out]
+    missing = [name for name in sources.Source.model_fields if sources.flag(name) not in out]
     assert missing == ["sdk_disabled"], "OTEL_SDK_DISABLED is a variable only"
 
 

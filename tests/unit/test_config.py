@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from otel_nginx_ebpf import config
-from otel_nginx_ebpf.config import Source, load
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.settings import sources
+from otel_nginx_ebpf.settings.sources import Source, load
 
 
 @pytest.fixture(autouse=True)
@@ -113,12 +113,12 @@ def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyP
 def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variable = config.variables(name)[0]
+    variable = sources.variables(name)[0]
     monkeypatch.setenv(variable, "-7.x")
     with pytest.raises(UserError) as caught:
         load({})
     message = str(caught.value)
-    assert config.flag(name) in message
+    assert sources.flag(name) in message
     assert variable in message
     assert str(Source.model_fields[name].examples[0]) in message  # type: ignore[index]
     assert message.endswith("it is '-7.x'")
@@ -148,7 +148,7 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     ],
 )
 def test_values_outside_of_what_is_allowed(name: str, text: object) -> None:
-    with pytest.raises(UserError, match=config.flag(name)):
+    with pytest.raises(UserError, match=sources.flag(name)):
         load({name: text})
 
 

@@ -12,8 +12,8 @@ from opentelemetry.propagators.textmap import TextMapPropagator
 from opentelemetry.sdk.trace.sampling import DEFAULT_OFF, DEFAULT_ON, ParentBasedTraceIdRatio, TraceIdRatioBased
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from otel_nginx_ebpf.config import load
-from otel_nginx_ebpf.sampling import constants
+from otel_nginx_ebpf.planner.sampling import constants
+from otel_nginx_ebpf.settings.sources import load
 from tests.unit.context_library import VALUE_BYTES, Context, is_sampled, read, traceparent
 
 TRACE_ID, SPAN_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -8,10 +8,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.export.json_lines import to_json
-from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
-from otel_nginx_ebpf.record import Request, decode
-from otel_nginx_ebpf.spans import RandomIds, build_trace
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.traces.model import Trace
+from otel_nginx_ebpf.traces.record import Request, decode
+from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, record, string
 
 TRACE_ID, PARENT, TOLD = 0x4BF92F3577B34DA6A3CE929D0E0E4736, 0x00F067AA0BA902B7, 0xFFFF_0000_1111_2222

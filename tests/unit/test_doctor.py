@@ -12,19 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from otel_nginx_ebpf import sites
-from otel_nginx_ebpf.config import load
-from otel_nginx_ebpf.doctor import (
+from otel_nginx_ebpf.doctor.examine import (
     BoundaryReport,
+    Examination,
     InstanceReport,
     LayoutReport,
     NginxReport,
-    Report,
     examine,
-    text,
 )
+from otel_nginx_ebpf.doctor.render import text
 from otel_nginx_ebpf.export.console import make_console
 from otel_nginx_ebpf.kernel.preflight import Check
+from otel_nginx_ebpf.planner import sites
+from otel_nginx_ebpf.settings.sources import load
 
 GOOD = BoundaryReport("request begins", "ok", "ngx_http_create_request", 4, "push rbx", (0.6, 1.1), None, None)
 ABSENT = BoundaryReport(
@@ -46,7 +46,7 @@ NGINX = NginxReport(
     boundaries=(GOOD, ABSENT),
     problems=(),
 )
-FINE = Report("1.0", True, {"kernel": Check("kernel", "ok", "Linux 6.1")}, (NGINX,), ())
+FINE = Examination("1.0", True, {"kernel": Check("kernel", "ok", "Linux 6.1")}, (NGINX,), ())
 BAD = replace(
     FINE,
     ok=False,
@@ -61,7 +61,7 @@ def _no_color_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
 
 
-def shown(report: Report, width: int = 80, color: Literal["auto", "always", "never"] = "auto") -> str:
+def shown(report: Examination, width: int = 80, color: Literal["auto", "always", "never"] = "auto") -> str:
     console = make_console(io.StringIO(), color)
     console.width = width
     return text(report, console)

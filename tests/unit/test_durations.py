@@ -4,8 +4,8 @@ from collections.abc import Collection, Iterator
 
 import pytest
 
-from otel_nginx_ebpf import durations
-from otel_nginx_ebpf.durations import OVERFLOW, Counts, RequestDurations, Series
+from otel_nginx_ebpf.metrics import totals
+from otel_nginx_ebpf.metrics.totals import OVERFLOW, Counts, RequestDurations, Series
 
 METRIC = "http.server.request.duration"
 ONE = (5, 1, 0)
@@ -97,13 +97,13 @@ def test_an_nginx_that_ended_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> No
     subject = attached(maps)
     subject.sweep(maps, ())
     assert told(subject) == {"a": ONE}
-    monkeypatch.setattr(durations, "_TOLD_S", -1.0)
+    monkeypatch.setattr(totals, "_TOLD_S", -1.0)
     subject.sweep(maps, ())
     assert told(subject) == {}
 
 
 def test_more_series_than_a_metric_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durations, "_SERIES_MAX", 3)
+    monkeypatch.setattr(totals, "_SERIES_MAX", 3)
     subject = attached(WorkersCounts(w1a=ONE, w1b=ONE, w1c=ONE, w2d=ONE, w2a=ONE))
     assert {series.attributes: counts for _, series, counts in subject.collect()} == {
         (("http.route", "a"),): (10, 2, 0),

@@ -9,7 +9,7 @@ from opentelemetry.sdk.resources import Resource
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.json_lines import to_json
 from otel_nginx_ebpf.export.text import TextExporter, open_output
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.metrics.stats import Stats
 from unit.sample_traces import retried_trace, static_trace
 
 RESOURCE = Resource({"service.name": "nginx", "list": ["a", "b"]})

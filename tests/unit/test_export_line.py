@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from otel_nginx_ebpf.export.line import to_line
 from otel_nginx_ebpf.export.text import TextExporter
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.metrics.stats import Stats
 from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, retried_trace, static_trace
 
 

@@ -18,12 +18,12 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
 )
 from opentelemetry.sdk.resources import Resource
 
-from otel_nginx_ebpf.config import load
-from otel_nginx_ebpf.emitter import tell_losses
+from otel_nginx_ebpf.emitter.loop import tell_losses
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.export.metrics import Metrics
-from otel_nginx_ebpf.settings import Settings
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.export.metrics.own import Metrics
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.settings.sources import load
 
 
 def settings(**chosen: object) -> Settings:

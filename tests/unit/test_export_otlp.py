@@ -9,9 +9,9 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.export.otlp import OtlpExporter
-from otel_nginx_ebpf.export.otlp_sender import make_sender
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
+from otel_nginx_ebpf.export.otlp.sender import make_sender
+from otel_nginx_ebpf.metrics.stats import Stats
 from unit.otlp_receiver import GrpcReceiver, HttpReceiver, Received
 from unit.sample_traces import MONO_NS, UNIX_OFFSET_NS, renumbered, retried_trace, static_trace
 

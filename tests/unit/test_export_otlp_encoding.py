@@ -9,20 +9,11 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 
-from otel_nginx_ebpf.export.otlp_encoding import Encoder, encode_resource_spans
-from otel_nginx_ebpf.record import (
-    LIMITS,
-    REQUEST_RECORD,
-    STRING_HEADER,
-    STRING_KINDS,
-    UPSTREAM_ATTEMPT,
-    CStruct,
-    RecordError,
-    Request,
-    decode,
-)
-from otel_nginx_ebpf.spans import build_trace
-from otel_nginx_ebpf.trace import Trace
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
+from otel_nginx_ebpf.traces.model import Trace
+from otel_nginx_ebpf.traces.record import RecordError, Request, decode
+from otel_nginx_ebpf.traces.spans import build_trace
 from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS, retried_trace
 from unit.sdk_spans import sdk_encoding
 

@@ -18,9 +18,9 @@ import grpc
 import pytest
 from opentelemetry.sdk.resources import Resource
 
-from otel_nginx_ebpf.export.otlp import OtlpExporter
-from otel_nginx_ebpf.export.otlp_sender import make_sender
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
+from otel_nginx_ebpf.export.otlp.sender import make_sender
+from otel_nginx_ebpf.metrics.stats import Stats
 from unit.otlp_receiver import GrpcReceiver, HttpReceiver, Later
 from unit.sample_traces import renumbered, static_trace
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf.histogram import PRECISION, Histogram
+from otel_nginx_ebpf.analysis.histogram import PRECISION, Histogram
 
 durations = st.lists(st.integers(0, 10**13) | st.integers(0, 200), min_size=1, max_size=200)
 

@@ -17,7 +17,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
 from otel_nginx_ebpf.nginx.debug_files import debug_files
 from otel_nginx_ebpf.nginx.layouts import layout_for
-from otel_nginx_ebpf.sites import BOUNDARIES, Boundary
+from otel_nginx_ebpf.planner.sites import BOUNDARIES, Boundary
 from unit.nginx_structs import configure, measure
 
 NGINX = Path("/usr/sbin/nginx")

@@ -9,11 +9,11 @@ import pytest
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.export import otlp
-from otel_nginx_ebpf.export.otlp import OtlpExporter
-from otel_nginx_ebpf.export.otlp_sender import make_sender
-from otel_nginx_ebpf.export.queue_dir import QueueDir, Stored
-from otel_nginx_ebpf.stats import Stats
+from otel_nginx_ebpf.export.otlp import exporter as otlp
+from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
+from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir, Stored
+from otel_nginx_ebpf.export.otlp.sender import make_sender
+from otel_nginx_ebpf.metrics.stats import Stats
 from unit.otlp_receiver import GrpcReceiver
 from unit.sample_traces import renumbered, static_trace
 

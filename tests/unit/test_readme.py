@@ -5,19 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from otel_nginx_ebpf import config, spans
-from otel_nginx_ebpf.record import c_enum
+from otel_nginx_ebpf.settings import sources
+from otel_nginx_ebpf.traces import spans
+from otel_nginx_ebpf.traces.abi import c_enum
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SOURCES = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "otel_nginx_ebpf").rglob("*.py"))
 
 
-@pytest.mark.parametrize("name", [name for name in config.Source.model_fields if name != "sdk_disabled"])
+@pytest.mark.parametrize("name", [name for name in sources.Source.model_fields if name != "sdk_disabled"])
 def test_settings(name: str) -> None:
-    row = re.search(rf"^\| `{config.flag(name)}\b.* \| (`OTEL_.*) \| `{name}\b.*$", README, re.MULTILINE)
+    row = re.search(rf"^\| `{sources.flag(name)}\b.* \| (`OTEL_.*) \| `{name}\b.*$", README, re.MULTILINE)
     assert row
-    assert re.findall(r"`(OTEL_\w+)", row[1]) == list(config.variables(name))
+    assert re.findall(r"`(OTEL_\w+)", row[1]) == list(sources.variables(name))
 
 
 @pytest.mark.parametrize("name", sorted(value for key, value in vars(spans).items() if key.startswith("NGINX_")))

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf import record
-from otel_nginx_ebpf.emitter import exporting
-from otel_nginx_ebpf.export import Completed
-from otel_nginx_ebpf.stats import LOSS_CAUSES, Stats
-from otel_nginx_ebpf.verify import LAYOUT_DOUBT
+from otel_nginx_ebpf.emitter.pipeline import exporting
+from otel_nginx_ebpf.export.interface import Completed
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces import abi, record
+from otel_nginx_ebpf.traces.losses import KERNEL_CAUSES
+from otel_nginx_ebpf.traces.plausibility import LAYOUT_DOUBT
 from unit.c_compiler import DebugInfo, compile_object
 from unit.sample_traces import MONO_NS, RETRIED, STATIC
 from unit.sample_traces import record as make_record
@@ -20,32 +21,32 @@ from unit.sample_traces import record as make_record
 
 @pytest.fixture(scope="module")
 def compiled() -> DebugInfo:
-    structs = (record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER, LAYOUT_DOUBT)
+    structs = (abi.REQUEST_RECORD, abi.UPSTREAM_ATTEMPT, abi.STRING_HEADER, LAYOUT_DOUBT)
     uses = "\n".join(f"struct {layout.name} {layout.name}_used;" for layout in structs)
-    return DebugInfo(compile_object(f"#include <linux/types.h>\n{record.HEADER_TEXT}\n{uses}\n"))
+    return DebugInfo(compile_object(f"#include <linux/types.h>\n{abi.HEADER_TEXT}\n{uses}\n"))
 
 
 @pytest.mark.parametrize(
     "layout",
-    [record.REQUEST_RECORD, record.UPSTREAM_ATTEMPT, record.STRING_HEADER, LAYOUT_DOUBT],
+    [abi.REQUEST_RECORD, abi.UPSTREAM_ATTEMPT, abi.STRING_HEADER, LAYOUT_DOUBT],
     ids=lambda layout: layout.name,
 )
-def test_the_compiler_lays_the_record_out_as_the_decoder_reads_it(compiled: DebugInfo, layout: record.CStruct) -> None:
+def test_the_compiler_lays_the_record_out_as_the_decoder_reads_it(compiled: DebugInfo, layout: abi.CStruct) -> None:
     offset, expected = 0, {}
     for kind, name in layout.fields:
         expected[name] = offset
-        offset += struct.calcsize("<" + record._FORMATS[kind])
+        offset += struct.calcsize("<" + abi._FORMATS[kind])
     assert compiled.offsets(layout.name) == expected
     assert compiled.size(layout.name) == layout.size
 
 
 def test_enums_are_whole() -> None:
-    losses = record.c_enum("loss")
-    assert losses.pop("LOSS_CAUSES") == len(LOSS_CAUSES)
-    assert sorted(losses.values()) == list(range(len(LOSS_CAUSES)))
-    assert len(set(record.STRING_KINDS.values())) == len(record.STRING_KINDS)
-    assert max(record.STRING_KINDS.values()) < 256
-    assert record.LIMITS["ATTEMPTS_MAX"] * record.UPSTREAM_ATTEMPT.size < record.LIMITS["RECORD_BYTES_MAX"]
+    losses = abi.c_enum("loss")
+    assert losses.pop("LOSS_CAUSES") == len(KERNEL_CAUSES)
+    assert sorted(losses.values()) == list(range(len(KERNEL_CAUSES)))
+    assert len(set(abi.STRING_KINDS.values())) == len(abi.STRING_KINDS)
+    assert max(abi.STRING_KINDS.values()) < 256
+    assert abi.LIMITS["ATTEMPTS_MAX"] * abi.UPSTREAM_ATTEMPT.size < abi.LIMITS["RECORD_BYTES_MAX"]
 
 
 def test_a_record_with_attempts() -> None:
@@ -74,7 +75,7 @@ def test_a_truncated_record_is_refused_unless_it_ends_between_strings() -> None:
         with suppress(record.RecordError):
             decoded.append((length, record.decode(RETRIED[:length])))
     # The fixed parts alone, and then one more string each time.
-    assert decoded[0][0] == record.REQUEST_RECORD.size + 2 * record.UPSTREAM_ATTEMPT.size
+    assert decoded[0][0] == abi.REQUEST_RECORD.size + 2 * abi.UPSTREAM_ATTEMPT.size
     assert [request.uri for _, request in decoded] == [
         None,
         None,
@@ -89,12 +90,12 @@ def test_a_truncated_record_is_refused_unless_it_ends_between_strings() -> None:
 def test_any_bytes_give_a_request_or_a_record_error(raw: bytes) -> None:
     with suppress(record.RecordError):
         request = record.decode(raw)
-        assert len(raw) >= record.REQUEST_RECORD.size + len(request.attempts) * record.UPSTREAM_ATTEMPT.size
+        assert len(raw) >= abi.REQUEST_RECORD.size + len(request.attempts) * abi.UPSTREAM_ATTEMPT.size
 
 
 @given(st.binary(max_size=200), st.integers(0, len(STATIC) - 1))
 def test_damage_inside_a_record_never_raises_anything_else(damage: bytes, at: int) -> None:
-    raw = (STATIC[:at] + damage + STATIC[at + len(damage) :])[: record.LIMITS["RECORD_BYTES_MAX"]]
+    raw = (STATIC[:at] + damage + STATIC[at + len(damage) :])[: abi.LIMITS["RECORD_BYTES_MAX"]]
     try:
         request = record.decode(raw)
     except record.RecordError:

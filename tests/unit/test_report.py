@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf.export.report import SLOWEST, Report
-from otel_nginx_ebpf.export.report.charts import latency_chart, rate_chart, time_chart
-from otel_nginx_ebpf.export.report.series import SLOTS_MAX, Series
-from otel_nginx_ebpf.record import Request, decode
-from otel_nginx_ebpf.stats import Stats
-from otel_nginx_ebpf.tally import Row, Tally
+from otel_nginx_ebpf.analysis.report import SLOWEST, Report
+from otel_nginx_ebpf.analysis.report.charts import latency_chart, rate_chart, time_chart
+from otel_nginx_ebpf.analysis.report.series import SLOTS_MAX, Series
+from otel_nginx_ebpf.analysis.tally import Row, Tally
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces.record import Request, decode
 from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
 
 HOSTILE = """/</script><script>alert(1)</script>'"><img src=x onerror=alert(1)>{{ 7 * 7 }}\x1b[2J\u202e"""

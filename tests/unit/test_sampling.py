@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.sampling import TraceIdRatioBased
 
-from otel_nginx_ebpf.config import load
-from otel_nginx_ebpf.sampling import constants
+from otel_nginx_ebpf.planner.sampling import constants
+from otel_nginx_ebpf.settings.sources import load
 
 SAMPLE = ("SAMPLE_BY_PARENT", "SAMPLE_ALWAYS", "SAMPLE_RATIO_BOUND")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf.sockaddr import Address, parse, parse_peer
+from otel_nginx_ebpf.traces.sockaddr import Address, parse, parse_peer
 
 
 def inet(host: str, port: int) -> bytes:

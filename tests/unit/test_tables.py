@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from otel_nginx_ebpf.export.tables import SORTS, WIDE, View, rows_of, screen, short_duration, short_number
-from otel_nginx_ebpf.record import decode
-from otel_nginx_ebpf.tally import Tally
+from otel_nginx_ebpf.analysis.tables import SORTS, WIDE, View, rows_of, screen, short_duration, short_number
+from otel_nginx_ebpf.analysis.tally import Tally
+from otel_nginx_ebpf.traces.record import decode
 from unit.sample_traces import RETRIED, STATIC
 
 

@@ -6,10 +6,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf.record import Request, decode
-from otel_nginx_ebpf.spans import RandomIds, build_trace
-from otel_nginx_ebpf.tally import CONNECT, NGINX, OTHERS, PHASES, READ, ROWS_MAX, TRANSFER, WAIT, WRITE, Row, Tally
-from otel_nginx_ebpf.tally import _divide as divide
+from otel_nginx_ebpf.analysis.tally import (
+    CONNECT,
+    NGINX,
+    OTHERS,
+    PHASES,
+    READ,
+    ROWS_MAX,
+    TRANSFER,
+    WAIT,
+    WRITE,
+    Row,
+    Tally,
+)
+from otel_nginx_ebpf.analysis.tally import _divide as divide
+from otel_nginx_ebpf.traces.record import Request, decode
+from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 from unit.sample_traces import MONO_NS, RETRIED, STATIC
 
 PARTS = [0.0, 1.0]

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from otel_nginx_ebpf.export.tables import PERCENTILES, SORTS, View
-from otel_nginx_ebpf.export.top import _KEY, Controls, Recent
-from otel_nginx_ebpf.record import decode
-from otel_nginx_ebpf.tally import Tally
+from otel_nginx_ebpf.analysis.tables import PERCENTILES, SORTS, View
+from otel_nginx_ebpf.analysis.tally import Tally
+from otel_nginx_ebpf.analysis.top import _KEY, Controls, Recent
+from otel_nginx_ebpf.traces.record import decode
 from unit.sample_traces import STATIC
 
 REQUEST = decode(STATIC)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import TraceState
 
-from otel_nginx_ebpf.trace_state import canonical
+from otel_nginx_ebpf.traces.trace_state import canonical
 
 THIRTY_TWO = ",".join(f"k{number}=v" for number in range(32))
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from otel_nginx_ebpf.kernel.tracepoints import handlers
+from otel_nginx_ebpf.planner.tracepoints import handlers
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import struct
 
 import pytest
 
-from otel_nginx_ebpf.record import REQUEST_RECORD, c_enum
-from otel_nginx_ebpf.verify import doubt
+from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, c_enum
+from otel_nginx_ebpf.traces.plausibility import doubt
 
 FACTS = c_enum("layout_fact")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from otel_nginx_ebpf.watchdog import Limits, Measurement, Watchdog
+from otel_nginx_ebpf.supervisor.cost_limit import Limits, Measurement, Watchdog
 
 LIMITS = Limits(cost_ns=10_000, loss=0.01, pause_s=60)
 FINE = Measurement(requests=1000, cost_ns=10_000_000, lost=10)

@@ -2,7 +2,7 @@
 
 import os
 
-from otel_nginx_ebpf.kernel import tracepoints
+from otel_nginx_ebpf.planner import tracepoints
 
 _HANDLERS = dict(each.split(":") for each in os.environ["TEST_HANDLERS"].split())
 tracepoints.handlers = lambda **_: _HANDLERS  # type: ignore[assignment]

@@ -1,0 +1,187 @@
+"""Requests added up by location and by upstream peer: how many, how many failed, and how long each phase took.
+
+Which phases a request has, and from when to when, `spans` decides: each is as long as its span, or as a part of it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from otel_nginx_ebpf.analysis.histogram import Histogram
+from otel_nginx_ebpf.traces import spans
+from otel_nginx_ebpf.traces.record import Attempt, Request
+
+PHASES = ("client read", "connect", "upstream wait", "upstream transfer", "client write", "nginx")
+"""`upstream wait` is from the first byte sent to the first received, or to the end of an attempt without a response;
+`upstream transfer` the rest of the exchange. `nginx` is the time in none of the others: its own work, and what it waits
+for by itself (a limit, a resolver, a disk, another request for the same cache entry)."""
+
+READ, CONNECT, WAIT, TRANSFER, WRITE, NGINX = range(len(PHASES))
+
+ROWS_MAX = 200
+
+OTHERS = ("", "(others)")
+"""The row of what came when there were `ROWS_MAX` already."""
+
+_CLIENT_CLOSED_REQUEST = 499
+
+Interval = tuple[int, int, int]
+"""Start and end, CLOCK_MONOTONIC nanoseconds, and which of the phases it is."""
+
+
+@dataclass(slots=True)
+class Row:
+    """Of some requests, or of some attempts of a peer."""
+
+    count: int = 0
+    refused: int = 0
+    """How many had a status of 4xx."""
+    failed: int = 0
+    """How many had a status of 5xx. Attempts that got no status count here, or where the client left as 4xx."""
+    length: Histogram = field(default_factory=Histogram)
+    """How long each was; an attempt from the begin of its connect to the end of its exchange."""
+    phases: tuple[Histogram, ...] = field(default_factory=lambda: tuple(Histogram() for _ in PHASES))
+    """How long each phase was, where it was."""
+    time_ns: list[int] = field(default_factory=lambda: [0] * len(PHASES))
+    """How the requests' time divides among the phases; where several were under way, the first in `PHASES` has it."""
+
+    def merge(self, other: "Row") -> None:
+        """Adds all that `other` has."""
+        self.count += other.count
+        self.refused += other.refused
+        self.failed += other.failed
+        self.length.merge(other.length)
+        for mine, others in zip(self.phases, other.phases, strict=True):
+            mine.merge(others)
+        self.add_time(other.time_ns)
+
+    def add(self, refused: bool, failed: bool, length_ns: int | None, intervals: Iterable[Interval]) -> None:
+        """Counts one; None: it has no phases."""
+        self.count += 1
+        self.refused += refused
+        self.failed += failed
+        if length_ns is not None:
+            self.length.add(length_ns)
+        for start_ns, end_ns, phase in intervals:
+            self.phases[phase].add(end_ns - start_ns)
+
+    def add_time(self, time_ns: Iterable[int]) -> None:
+        self.time_ns = [mine + others for mine, others in zip(self.time_ns, time_ns, strict=True)]
+
+
+class Tally:
+    """The requests of some time, in bounded memory."""
+
+    def __init__(self) -> None:
+        self.locations: dict[tuple[str, str], Row] = {}
+        """By the server block's first name and the location's; empty: none."""
+        self.peers: dict[tuple[str, str], Row] = {}
+        """Attempts, by the upstream block's name, or the host of a `proxy_pass` without one, and the peer's address."""
+
+    def add(self, request: Request, *also: Row) -> int:
+        """Counts a request, in rows of the caller's, too. Returns how long it took, nanoseconds."""
+        (start_ns, end_ns, _, _), *children = spans.sketches(request)
+        intervals, of_attempts = _intervals(request, children)
+        time_ns = _divide(start_ns, end_ns, intervals)
+        for row in (_row(self.locations, (request.server_name or "", request.location or "")), *also):
+            row.add(400 <= request.status < 500, 500 <= request.status < 600, end_ns - start_ns, intervals)
+            row.add_time(time_ns)
+            row.phases[NGINX].add(time_ns[NGINX])
+        for attempt, own in zip(request.attempts, of_attempts, strict=True):
+            row = _row(self.peers, (attempt.upstream or "", attempt.peer or ""))
+            status = attempt.status or (_CLIENT_CLOSED_REQUEST if request.status == _CLIENT_CLOSED_REQUEST else 502)
+            row.add(400 <= status < 500, 500 <= status < 600, own[-1][1] - own[0][0] if own else None, own)
+        return end_ns - start_ns
+
+    def merge(self, other: "Tally") -> None:
+        """Adds all that `other` has."""
+        for mine, others in ((self.locations, other.locations), (self.peers, other.peers)):
+            for key, row in others.items():
+                _row(mine, key).merge(row)
+
+    def total(self) -> Row:
+        """All requests."""
+        total = Row()
+        for row in self.locations.values():
+            total.merge(row)
+        return total
+
+
+def _row(rows: dict[tuple[str, str], Row], key: tuple[str, str]) -> Row:
+    row = rows.get(key)
+    if row is None:
+        row = rows.setdefault(key if len(rows) < ROWS_MAX else OTHERS, Row())
+    return row
+
+
+def _intervals(
+    request: Request, children: Iterable[spans.Sketch[spans.Part]]
+) -> tuple[list[Interval], list[list[Interval]]]:
+    """All phases of a request, and those of each of its attempts."""
+    whole: list[Interval] = []
+    of_attempts: list[list[Interval]] = [[] for _ in request.attempts]
+    for start_ns, end_ns, _, parts in children:
+        name = parts[0].name
+        if name == spans.DOWNSTREAM_READ:
+            whole.append((start_ns, end_ns, READ))
+        elif name == spans.DOWNSTREAM_WRITE:
+            whole.append((start_ns, end_ns, WRITE))
+        else:
+            number = parts[0].attributes[spans.NGINX_UPSTREAM_ATTEMPT]
+            assert isinstance(number, int)
+            if name == spans.UPSTREAM_CONNECT:
+                found = [(start_ns, end_ns, CONNECT)]
+            else:
+                found = _exchange(request.attempts[number - 1], start_ns, end_ns, parts)
+            whole += found
+            of_attempts[number - 1] += found
+    return whole, of_attempts
+
+
+def _exchange(attempt: Attempt, start_ns: int, end_ns: int, parts: Iterable[spans.Part]) -> list[Interval]:
+    first_byte_ns = next((value for part in parts if (value := part.attributes.get(spans.NGINX_UPSTREAM_TTFB))), None)
+    if isinstance(first_byte_ns, int):
+        middle_ns = start_ns + first_byte_ns
+    elif attempt.header_ms is not None:
+        # Where the first byte is not to be told, nginx's own clock tells when the header was there.
+        middle_ns = (attempt.connect_start_mono_ns or start_ns) + attempt.header_ms * 1_000_000
+    else:
+        middle_ns = end_ns
+    middle_ns = min(max(middle_ns, start_ns), end_ns)
+    both = (start_ns, middle_ns, WAIT), (middle_ns, end_ns, TRANSFER)
+    return [interval for interval in both if interval[1] > interval[0]]
+
+
+def _divide(start_ns: int, end_ns: int, intervals: Iterable[Interval]) -> list[int]:
+    """How much of the time from start to end each phase has; of several at once the first in `PHASES`."""
+    time_ns = [0] * len(PHASES)
+    last_ns = start_ns
+    for begin_ns, stop_ns, phase in sorted(intervals):
+        if begin_ns < last_ns:
+            return _divide_overlapping(start_ns, end_ns, intervals)
+        time_ns[phase] += stop_ns - begin_ns
+        last_ns = stop_ns
+    time_ns[NGINX] = max(end_ns - start_ns - sum(time_ns), 0)
+    return time_ns
+
+
+def _divide_overlapping(start_ns: int, end_ns: int, intervals: Iterable[Interval]) -> list[int]:
+    time_ns = [0] * len(PHASES)
+    under_way = [0] * len(PHASES)
+    under_way[NGINX] = 1
+    turns = [(begin_ns, phase, 1) for begin_ns, _, phase in intervals]
+    turns += [(stop_ns, phase, -1) for _, stop_ns, phase in intervals]
+    now_ns = start_ns
+    for turn_ns, phase, change in sorted(turns):
+        if turn_ns > now_ns:
+            time_ns[_first(under_way)] += turn_ns - now_ns
+            now_ns = turn_ns
+        under_way[phase] += change
+    time_ns[NGINX] += max(end_ns - now_ns, 0)
+    return time_ns
+
+
+def _first(under_way: list[int]) -> int:
+    for phase, number in enumerate(under_way):
+        if number:
+            return phase
+    return NGINX

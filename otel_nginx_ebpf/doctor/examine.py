@@ -1,0 +1,198 @@
+"""What is in the way of tracing, on this machine and in every nginx that runs on it: looked at, not touched."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import psutil
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.kernel import preflight
+from otel_nginx_ebpf.kernel.preflight import Check, State
+from otel_nginx_ebpf.nginx.binary import Binary, Site
+from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
+from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, is_master, pid_namespace, title
+from otel_nginx_ebpf.planner import sites
+from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site
+from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.supervisor.tracing import by_binary, find_instances
+
+# Of a uprobe on an instruction that the kernel emulates, as every chosen site is: in a hot loop … on the proxied path.
+COST_US = (0.6, 1.1)
+
+_FLAGS = ("--with-compat", "--with-debug", "--with-http_ssl_module", "--with-http_v2_module", "--with-http_v3_module")
+
+
+# The fields of these are the keys of --json.
+
+
+@dataclass(frozen=True, slots=True)
+class BoundaryReport:
+    """Where the probe for a boundary of `sites.BOUNDARIES` would sit; what is None there is none of."""
+
+    boundary: str
+    state: State
+    function: str | None
+    displacement: int | None
+    """Bytes from the function's entry."""
+    instruction: str | None
+    cost_us: tuple[float, float] | None
+    """About what a hit costs nginx: at least, at most, in microseconds."""
+    reason: str | None
+    """Why there is no site."""
+    without: str | None
+    """What traces lack for want of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceReport:
+    """A master and its workers."""
+
+    pid: int
+    workers: int
+    pids: tuple[int, ...]
+    shares_pid_namespace: bool
+    """Whether it counts pids as this process does."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutReport:
+    """Where the struct layout would be from; `nginx.layouts.Layout` explains."""
+
+    source: str
+    assumed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NginxReport:
+    """One binary and all instances that run it. What could not be found out is None or empty."""
+
+    state: State
+    path: str | None
+    product: str | None
+    """nginx, or the fork of it."""
+    version: str | None
+    build_id: str | None
+    flags: dict[str, bool]
+    """Options of nginx's ./configure that matter here, and whether they were given."""
+    instances: tuple[InstanceReport, ...]
+    layout: LayoutReport | None
+    boundaries: tuple[BoundaryReport, ...]
+    problems: tuple[str, ...]
+    """Each with the next step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """All that was found out. `ok`: nothing is in the way of tracing."""
+
+    program_version: str
+    ok: bool
+    system: dict[str, Check]
+    nginx: tuple[NginxReport, ...]
+    problems: tuple[str, ...]
+    """Of finding nginx, each with the next step."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def examine(settings: Settings) -> Examination:
+    """Looks at everything and raises for nothing: each problem is reported beside the others."""
+    checks = (*(check() for check in preflight.CHECKS), preflight.bcc(), _pid_namespace())
+    instances, problems = _find(settings)
+    nginx = tuple(_examine_nginx(group) for group in by_binary(instances))
+    states = [check.state for check in checks] + [each.state for each in nginx]
+    ok = not problems and "fail" not in states
+    return Examination(__version__, ok, {check.name.replace(" ", "_"): check for check in checks}, nginx, problems)
+
+
+def _pid_namespace() -> Check:
+    name = "pid namespace"
+    if pid_namespace()[1] == HOST_PID_NAMESPACE_INODE:
+        return Check(name, "ok", "the host's own")
+    return Check(name, "note", "a container's", "only nginx in it is found; --pid=host or a shared one shows more")
+
+
+def _find(settings: Settings) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
+    """The instances that are wanted, and why others that are wanted were not found."""
+    found: dict[int, Instance] = {}
+    problems: list[str] = []
+    wanted = (
+        [replace(settings, pid=(pid,)) for pid in settings.pid]
+        or [replace(settings, binary=(path,)) for path in settings.binary]
+        or [settings]
+    )
+    for each in wanted:
+        try:
+            found |= {instance.master_pid: instance for instance in find_instances(each, Watch(each.binary))}
+        except UserError as error:
+            problems.append(str(error))
+    if not settings.pid and not settings.binary and (hidden := list(_hidden())):
+        problems = hidden
+    return tuple(found.values()), tuple(problems)
+
+
+def _hidden() -> Iterator[str]:
+    """Of each process that calls itself an nginx master but may not be looked at."""
+    for pid in psutil.pids():
+        if is_master(pid):
+            try:
+                file_identity(pid)
+            except PermissionError:
+                yield f"pid {pid} ({title(pid)}): not allowed to look at it; run as root or with CAP_SYS_PTRACE"
+            except OSError:
+                continue
+
+
+def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
+    running = tuple(
+        InstanceReport(each.master_pid, each.workers, each.pids, each.shares_our_pid_namespace) for each in instances
+    )
+    try:
+        binary = Binary(instances[0].executable)
+    except UserError as error:
+        return NginxReport("fail", None, None, None, None, {}, running, None, (), (str(error),))
+    problems: list[str] = []
+    layout: Layout | None = None
+    try:
+        layout = layout_for(binary)
+    except UserError as error:
+        problems.append(str(error))
+    # Without a layout the binary still tells where its probes would sit.
+    boundaries = tuple(_examine_boundary(binary, layout, boundary, problems) for boundary in sites.BOUNDARIES)
+    noted = any(boundary.state == "note" for boundary in boundaries) or (layout is not None and layout.assumed)
+    return NginxReport(
+        state="fail" if problems else "note" if noted else "ok",
+        path=binary.name,
+        product=binary.product,
+        version=binary.version,
+        build_id=binary.build_id or None,
+        flags=_flags(binary),
+        instances=running,
+        layout=LayoutReport(layout.source, layout.assumed) if layout else None,
+        boundaries=boundaries,
+        problems=tuple(problems),
+    )
+
+
+def _flags(binary: Binary) -> dict[str, bool]:
+    given = binary.configure_arguments.split()
+    # The module signature says it, whatever became of the arguments' text.
+    return {flag: flag in given for flag in _FLAGS} | {"--with-compat": binary.with_compat}
+
+
+def _examine_boundary(
+    binary: Binary, layout: Layout | None, boundary: sites.Boundary, problems: list[str]
+) -> BoundaryReport:
+    found = find_site(binary, layout, boundary)
+    if isinstance(found, Site):
+        return BoundaryReport(
+            boundary.name, "ok", found.function, found.displacement, found.instruction, COST_US, None, None
+        )
+    if boundary.required:
+        problems.append(no_site(binary, boundary, found))
+    state: State = "fail" if boundary.required else "note"
+    return BoundaryReport(boundary.name, state, None, None, None, None, found, boundary.without)

@@ -1,0 +1,160 @@
+"""The exporter, or exporters, that the settings ask for."""
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.interface import Completed, Exporter, TraceExporter
+from otel_nginx_ebpf.export.resource import Resource, Resources
+from otel_nginx_ebpf.export.text import TextExporter, open_output
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.settings.model import ExporterName, Settings
+from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.export.metrics.own import Metrics
+    from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
+    from otel_nginx_ebpf.metrics.exemplars import Exemplars
+
+
+class _Readable:
+    """Builds traces to be read, and gives each to every one of several exporters."""
+
+    at_once = 1
+    """So that nothing is under way when the reader of stdout goes."""
+
+    def __init__(
+        self, exporters: Sequence[TraceExporter], *, query: bool, exemplars: "Exemplars | None" = None
+    ) -> None:
+        self._exporters = exporters
+        self._exemplars = exemplars
+        self._ids = RandomIds()
+        self._query = query
+
+    def take(self, completed: Sequence[Completed]) -> None:
+        for request, unix_offset_ns, resource in completed:
+            trace = build_trace(request, unix_offset_ns, self._ids, query=self._query, resource=resource)
+            for exporter in self._exporters:
+                exporter.export(trace)
+            if self._exemplars:
+                self._exemplars.offer(
+                    request,
+                    unix_offset_ns,
+                    resource,
+                    [
+                        (span.start_unix_ns - unix_offset_ns, span.end_unix_ns - unix_offset_ns, span.span_id, ())
+                        for span in trace.spans
+                    ],
+                )
+
+    def shutdown(self, timeout_s: float) -> None:
+        for exporter in self._exporters:
+            exporter.shutdown(timeout_s)
+
+
+class _Measured:
+    """Tells of itself until it has nothing more to deliver."""
+
+    def __init__(self, exporter: Exporter, metrics: "Metrics") -> None:
+        self._exporter = exporter
+        self._metrics = metrics
+        self.at_once = exporter.at_once
+        self.take = exporter.take
+
+    def shutdown(self, timeout_s: float) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        self._exporter.shutdown(timeout_s)
+        self._metrics.shutdown(deadline_s - time.monotonic())
+
+
+def make_exporter(
+    settings: Settings, stats: Stats, resource: Resource, output: int | None = None, *, wait_for_room: bool = False
+) -> Exporter:
+    """The exporter, or exporters, that `settings` ask for; with `wait_for_room` they rather block than drop.
+
+    `output` is the descriptor of the file that they name for text.
+
+    A trace counts as exported once: when the collector has it or, without a collector, when the first of
+    the other exporters has written it.
+
+    Raises:
+        UserError: A value that an exporter refuses.
+    """
+    if settings.top is not None:
+        from otel_nginx_ebpf.analysis.top import Top, Totals
+
+        return Totals(settings, stats) if settings.top.of_file else Top(settings, stats)
+    names = list(dict.fromkeys(settings.exporter))
+    if settings.sdk_disabled and "otlp" in names:
+        names.remove("otlp")
+        if not names:
+            raise UserError("OTEL_SDK_DISABLED is true and otlp is the only exporter: there is nothing to do")
+    counting = "otlp" if "otlp" in names else names[0]
+    uncounted = Stats()
+    uncounted.lost = stats.lost
+    exporter: Exporter
+    metrics = exemplars = None
+    if settings.metrics or settings.metrics_listen:
+        from otel_nginx_ebpf.export.metrics.own import Metrics
+
+        metrics = Metrics(settings, stats, resource)
+        exemplars = metrics.exemplars if settings.measures_requests else None
+    if names == ["otlp"]:  # No trace need be built that nobody reads.
+        exporter = _make_otlp(settings, stats, resource, wait_for_room, exemplars)
+    else:
+        each = [
+            _make(name, settings, stats if name == counting else uncounted, resource, output, wait_for_room)
+            for name in names
+        ]
+        exporter = _Readable(each, query=settings.query, exemplars=exemplars)
+    return _Measured(exporter, metrics) if metrics else exporter
+
+
+# Imported where chosen, which spares the others their time and memory.
+
+
+def _make_otlp(
+    settings: Settings,
+    stats: Stats,
+    resource: Resource,
+    wait_for_room: bool,
+    exemplars: "Exemplars | None" = None,
+) -> "OtlpExporter":
+    from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
+    from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir
+    from otel_nginx_ebpf.export.otlp.sender import make_sender
+
+    return OtlpExporter(
+        make_sender(settings.otlp_protocol),
+        resource,
+        stats,
+        queue_spans=settings.queue_size,
+        queue_bytes=settings.queue_mib << 20,
+        batch_spans=settings.batch_size,
+        delay_s=settings.batch_delay_ms / 1000,
+        query=settings.query,
+        wait_for_room=wait_for_room,
+        queue_dir=QueueDir(settings.queue_dir, settings.queue_dir_mib << 20) if settings.queue_dir else None,
+        exemplars=exemplars,
+    )
+
+
+def _make(
+    name: ExporterName, settings: Settings, stats: Stats, resource: Resource, output: int | None, wait_for_room: bool
+) -> TraceExporter:
+    if name == "otlp":
+        return _make_otlp(settings, stats, resource, wait_for_room)
+    stream = open_output(output, settings.output)
+    if name == "console":
+        from otel_nginx_ebpf.export.console import make_renderer
+
+        return TextExporter(stream, stats, make_renderer(stream, settings.color))
+    if name == "line":
+        from otel_nginx_ebpf.export.line import to_line
+
+        return TextExporter(stream, stats, to_line)
+    from otel_nginx_ebpf.export.json_lines import to_json
+
+    resources = Resources(resource)
+    return TextExporter(stream, stats, lambda trace: to_json(trace, resources.of(trace.resource)))

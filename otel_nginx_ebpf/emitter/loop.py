@@ -1,0 +1,209 @@
+"""The emitter's loop: reads what the kernel hands over of every binary, and heeds what the supervisor says.
+
+What the emitter needs of the rest of the machine its supervisor tells it (`process.channel`).
+"""
+
+import logging
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from otel_nginx_ebpf.emitter.clock import Clock
+from otel_nginx_ebpf.emitter.pipeline import Record, Take, in_batches
+from otel_nginx_ebpf.emitter.source import Source
+from otel_nginx_ebpf.metrics.kept_stats import KeptStats
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.process.channel import EmitterEnd, Kind, Message
+from otel_nginx_ebpf.traces.losses import LOST, of_kind
+from otel_nginx_ebpf.traces.model import AttributeValue
+from otel_nginx_ebpf.traces.plausibility import Doubt, doubt
+from otel_nginx_ebpf.traces.record import worker_pid
+
+_log = logging.getLogger(__name__)
+
+# Records wait in the ring buffer for so long at most; the kernel wakes nobody, which keeps the cost out of nginx.
+_POLL_S = 0.02
+
+# How often what the metrics tell of is looked at.
+_NOTE_S = 1.0
+
+# How often to say what was lost.
+_REPORT_S = 60.0
+
+
+class NothingTracedError(Exception):
+    """The supervisor found nothing to trace."""
+
+
+def tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
+    """Logs what was lost since `told`, by cause. Returns what is told of now."""
+    lost = stats.losses()
+    new = {cause: count - told.get(cause, 0) for cause, count in sorted(of_kind(lost, LOST).items())}
+    if any(new.values()):
+        causes = ", ".join(f"{cause} {count}" for cause, count in new.items() if count)
+        _log.warning("traces lost in the last minute: %s", causes)
+    return lost
+
+
+class Emitter:
+    """Reads what the supervisor's probes hand over, until that says so or is gone."""
+
+    def __init__(self, channel: EmitterEnd, stats: Stats, counts: KeptStats, ring_buffer_bytes: int) -> None:
+        self._channel = channel
+        self._stats = stats
+        self._counts = counts
+        self._ring_buffer_bytes = ring_buffer_bytes
+        self._clock = Clock()
+        self._sources: dict[int, Source] = {}
+        self._retired: list[Source] = []
+        """Detached; what they had in their ring buffers is still read."""
+        self._resources: dict[frozenset[tuple[str, AttributeValue]], Mapping[str, AttributeValue]] = {}
+        self._fullest = 0.0
+        """Ring buffer since it was last noted, 0 to 1."""
+        self._attached = self._ending = False
+        self._grace_s: float | None = None
+
+    def run(self, take: Take, at_once: int) -> float | None:
+        """Gives every record to `take`, so many at once, until the supervisor ends it; then drains.
+
+        Returns:
+            For how many seconds to deliver; None where the supervisor is gone and could not say.
+
+        Raises:
+            NothingTracedError: There was nothing to read at any time.
+        """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service's end is told to all its processes
+        self._channel.report(Kind.BEGUN)
+        next_note_s = time.monotonic() + _NOTE_S
+        next_report_s, told = time.monotonic() + _REPORT_S, self._stats.losses()
+        try:
+            while not self._ending:
+                for message in self._channel.messages(_POLL_S):
+                    self._heed(message)
+                self._ending |= self._channel.ended
+                in_batches(self._records(), at_once, take)
+                if self._attached:
+                    take([])
+                self._counts.write()
+                now_s = time.monotonic()
+                if now_s >= next_note_s:
+                    self._close_retired()
+                    self._note_counters()
+                    next_note_s = now_s + _NOTE_S
+                if now_s >= next_report_s:
+                    told = tell_losses(self._stats, told)
+                    next_report_s = now_s + _REPORT_S
+        finally:
+            self._retired += self._sources.values()
+            self._sources.clear()
+            self._close_retired()
+            self._note_counters()
+        if not self._attached:
+            raise NothingTracedError
+        return self._grace_s
+
+    def _heed(self, message: Message) -> None:
+        values = message.values
+        if message.what == "attached":
+            self._attached = True
+            source = Source(message, self._ring_buffer_bytes)
+            self._sources[source.number] = source
+            self._add_durations(source)
+        elif message.what == "alive":
+            known = self._sources.get(values["number"])
+            if known and known.durations:
+                self._stats.durations.sweep(known.durations, values["pids"])
+        elif message.what == "retired":
+            if values["number"] in self._sources:
+                self._retired.append(self._sources.pop(values["number"]))
+        elif message.what == "abandoned":
+            source = Source(message, self._ring_buffer_bytes)
+            # Whether the last emitter has read, and sent, some of them is not known: a trace must not come twice.
+            self._counts.lose_unread("lost_emitter_killed", sum(1 for raw in source.records.read() if not doubt(raw)))
+            self._give_back(source)
+        elif message.what == "measured":
+            if values["number"] in self._sources:
+                self._sources[values["number"]].hits = values["hits"]
+            if values["cost_ns"] is not None:
+                self._stats.cost_s = values["cost_ns"] / 1e9
+            self._stats.detachments += values["passed"]
+        elif message.what == "lost":
+            self._counts.lose_unread(values["cause"], values["count"])
+        elif message.what == "end":
+            self._ending = True
+            self._grace_s = values["grace_s"]
+
+    def _add_durations(self, source: Source) -> None:
+        if source.durations is None:
+            return
+        try:
+            next(source.durations.read(), None)
+        except PermissionError:
+            _log.warning(
+                "no metrics of requests: before Linux 5.19 a process without privileges may not read them, unless "
+                "sysctl kernel.unprivileged_bpf_disabled is 0"
+            )
+            source.durations.close()
+            source.durations = None
+        else:
+            self._stats.durations.add(source.durations, partial(self._resource, source))
+
+    def _records(self) -> Iterator[Record]:
+        """Each new record, Unix time minus monotonic time for it, and the resource attributes of its nginx."""
+        for source in [*self._sources.values(), *self._retired]:
+            unix_offset_ns = self._clock.unix_offset_ns()
+            self._fullest = max(self._fullest, source.records.fill())
+            for raw in source.records.read(self._counts.write):
+                if found := doubt(raw):
+                    self._doubt(source, found)
+                    continue
+                self._stats.received += 1
+                if source.silence.fell_silent(raw):
+                    self._channel.report(Kind.SILENT, source.number)
+                yield raw, unix_offset_ns, self._resource(source, worker_pid(raw))
+
+    def _doubt(self, source: Source, found: Doubt) -> None:
+        """Of one request nothing comes but this; of several in a row the supervisor has to know."""
+        wrong = f"{source.target} does not look in memory as its layout ({source.layout_source}) says: {found.what}"
+        if found.refutes and found.worker_pid not in source.refuted:
+            source.refuted.add(found.worker_pid)
+            _log.error("%s", wrong)
+            self._channel.report(Kind.CONTRADICTED, source.number, found.worker_pid)
+        elif not source.doubted:
+            _log.warning("a request is left out: %s", wrong)
+        source.doubted = True
+
+    def _resource(self, source: Source, pid: int) -> Mapping[str, AttributeValue]:
+        found = source.resource_of.get(pid)
+        if found is None:
+            answer = self._channel.ask(Kind.WHOSE, source.number, pid)
+            attributes: Mapping[str, AttributeValue] = answer.values["attributes"] if answer else {}
+            # One object for all of an instance: exporters tell them apart by identity.
+            found = self._resources.setdefault(frozenset(attributes.items()), attributes)
+            source.resource_of[pid] = found
+        return found
+
+    def _close_retired(self) -> None:
+        for source in self._retired:
+            self._give_back(source)
+        self._retired.clear()
+
+    def _give_back(self, source: Source) -> None:
+        if source.durations:
+            self._stats.durations.remove(source.durations)
+        for cause, count in source.losses().items():
+            self._counts.lose_unread(cause, count)
+        source.close()
+
+    def _note_counters(self) -> None:
+        """For whoever asks while probes are live."""
+        lost: Counter[str] = Counter()
+        for source in [*self._sources.values(), *self._retired]:
+            lost.update(source.losses())
+        self._stats.lost_in_kernel = lost
+        counted = [source.hits for source in self._sources.values()]
+        probes = {probe for hits in counted for probe in hits}
+        self._stats.probe_hits = {probe: sum(hits.get(probe, 0) for hits in counted) for probe in probes}
+        self._stats.ring_buffer_fill, self._fullest = self._fullest, 0.0

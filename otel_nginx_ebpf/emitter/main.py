@@ -1,0 +1,66 @@
+"""What the emitter's process does, from its first call to its exit code.
+
+The supervisor's process hands these functions on and imports them for that: all else is imported when they are called.
+"""
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.process import handover
+from otel_nginx_ebpf.process.handover import Handover
+from otel_nginx_ebpf.process.stdio import complain
+from otel_nginx_ebpf.settings.model import Settings
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.export.interface import Exporter
+
+# How many records go to a capture file before it is flushed, at most.
+_WRITTEN_AT_ONCE = 1024
+
+
+def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
+    """The emitter's process: exports what the supervisor's probes hand over; the exit code. Raises `UserError`."""
+    handover.take_over(handed)
+    from otel_nginx_ebpf.emitter.deliver import deliver
+    from otel_nginx_ebpf.emitter.loop import Emitter, NothingTracedError
+    from otel_nginx_ebpf.emitter.pipeline import exporting
+    from otel_nginx_ebpf.metrics.kept_stats import KeptStats
+    from otel_nginx_ebpf.process.channel import EmitterEnd
+
+    stats = Stats()
+    kept = KeptStats(counts, stats)
+
+    def work(exporter: "Exporter") -> float | None:
+        kept.settle()
+        ring_buffer_bytes = settings.ring_buffer_mib << 20
+        reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes)
+        return reader.run(exporting(exporter, stats), exporter.at_once)
+
+    with suppress(NothingTracedError):
+        return deliver(settings, stats, work, handed.output, live=True)
+    return 0
+
+
+def emit_records(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
+    """The emitter's process of `record`: writes what the supervisor's probes hand over; the exit code."""
+    handover.take_over(handed)
+    from otel_nginx_ebpf.emitter.loop import Emitter, NothingTracedError
+    from otel_nginx_ebpf.emitter.pipeline import writing
+    from otel_nginx_ebpf.metrics.kept_stats import KeptStats
+    from otel_nginx_ebpf.process.channel import EmitterEnd
+    from otel_nginx_ebpf.traces.capture import CaptureWriter
+
+    stats = Stats()
+    assert handed.output is not None
+    reader = Emitter(EmitterEnd(channel), stats, KeptStats(counts, stats), settings.ring_buffer_mib << 20)
+    with suppress(NothingTracedError):
+        try:
+            with CaptureWriter(handed.output, {}) as writer:
+                reader.run(writing(writer, stats), _WRITTEN_AT_ONCE)
+        except UserError:
+            complain(stats.summary())
+            raise
+        complain(stats.summary())
+    return 0

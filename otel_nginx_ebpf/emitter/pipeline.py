@@ -1,0 +1,85 @@
+"""The way of a record in the emitter: bytes → `Request` → exporter, or into a capture file."""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.interface import Exporter
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces.capture import CaptureWriter, Frame
+from otel_nginx_ebpf.traces.model import AttributeValue
+from otel_nginx_ebpf.traces.record import RecordError, decode
+
+_log = logging.getLogger(__name__)
+
+Record = tuple[bytes, int, Mapping[str, AttributeValue]]
+"""A record, Unix time minus monotonic time, and the resource attributes of the nginx it is from."""
+
+Take = Callable[[list[Record]], None]
+
+
+def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
+    """Gives all records to `take`, also those before an error of the source."""
+    batch: list[Record] = []
+    try:
+        for record in records:
+            batch.append(record)
+            if len(batch) == size:
+                full, batch = batch, []
+                take(full)
+    finally:
+        if batch:
+            take(batch)
+
+
+def exporting(exporter: Exporter, stats: Stats) -> Take:
+    """Decodes records for an exporter."""
+
+    def take(records: list[Record]) -> None:
+        completed = []
+        for raw, unix_offset_ns, resource in records:
+            try:
+                request = decode(raw)
+            except RecordError as error:
+                stats.lose("lost_damaged_record")
+                _log.warning("a damaged record was left out: %s", error)
+                continue
+            completed.append((request, unix_offset_ns, resource))
+            if request.impossible:
+                stats.lose("partial_impossible_value", request.impossible)
+        exporter.take(completed)
+
+    return take
+
+
+def writing(writer: CaptureWriter, stats: Stats) -> Take:
+    """Writes records to a capture file. What it returns raises `UserError` where the file cannot be written."""
+
+    def take(records: list[Record]) -> None:
+        try:
+            for raw, unix_offset_ns, _ in records:
+                writer.append(unix_offset_ns, raw)
+            writer.flush()
+        except UserError:
+            stats.lose("lost_output_failed", len(records))
+            raise
+        stats.exported += len(records)
+
+    return take
+
+
+def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats) -> None:
+    """Exports what a capture file holds.
+
+    Raises:
+        UserError: Not a capture file of this version.
+        CaptureError: Damaged; all before the damage was exported.
+    """
+    resource: Mapping[str, AttributeValue] = {}
+
+    def records() -> Iterator[Record]:
+        for frame in frames:
+            stats.received += 1
+            yield frame.raw, frame.unix_offset_ns, resource
+
+    in_batches(records(), exporter.at_once, exporting(exporter, stats))

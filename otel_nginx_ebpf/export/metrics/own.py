@@ -1,0 +1,163 @@
+"""OpenTelemetry metrics of all requests and of the program itself, to the collector or to a Prometheus server."""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    MetricExportResult,
+    MetricReader,
+    MetricsData,
+    PeriodicExportingMetricReader,
+)
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
+from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.metrics.exemplars import Exemplars
+from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.metrics.totals import RequestDurations
+from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.traces.losses import INCOMPLETE, LEFT_OUT, LOST, of_kind
+
+# How long sending what was measured last may take, at least and at most.
+_END_MIN_S, _END_MAX_S = 1.0, 5.0
+_SECONDS = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
+
+
+class Metrics:
+    """Measures until `shutdown`.
+
+    Raises:
+        UserError: The address to listen at cannot be used, or an $OTEL_* variable has a value that the SDK refuses.
+    """
+
+    def __init__(self, settings: Settings, stats: Stats, resource: Resource) -> None:
+        """`resource` is that of requests whose nginx is not known."""
+        readers: list[MetricReader] = []
+        self.exemplars = Exemplars()
+        requests = stats.durations, self.exemplars, Resources(resource)
+        if settings.metrics:
+            readers.append(_to_collector(settings.otlp_protocol, OtlpRequestMetrics(*requests)))
+        if settings.metrics_listen:
+            readers.append(_to_prometheus(settings.metrics_listen, *requests))
+        own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__})
+        attributes = OTELResourceDetector().detect().attributes
+        said = Resource({name: value for name, value in attributes.items() if name != SERVICE_NAME})
+        self._provider = MeterProvider(readers, own.merge(said), shutdown_on_exit=False)
+        _measure(self._provider, stats)
+
+    def shutdown(self, timeout_s: float = _END_MAX_S) -> None:
+        """Sends what was measured last, for a few seconds at most."""
+        timeout_s = min(max(timeout_s, _END_MIN_S), _END_MAX_S)
+        # In a thread: the SDK's exporter has no time limit of its own for a collector that does not answer.
+        last = threading.Thread(target=self._provider.shutdown, kwargs={"timeout_millis": timeout_s * 1e3}, daemon=True)
+        last.start()
+        last.join(timeout_s)
+
+
+# A message of so many points has some 2 MiB at most; a collector's gRPC server takes 4 by default.
+_POINTS_MAX = 2000
+
+
+def _to_collector(protocol: str, requests: OtlpRequestMetrics) -> MetricReader:
+    kind: Any
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
+
+        kind = GrpcExporter
+    else:
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
+
+        kind = HttpExporter
+
+    class WithRequests(kind):  # type: ignore[misc]
+        """Sends the requests' metrics, which no instrument of the SDK's has made, behind its own."""
+
+        def export(
+            self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any
+        ) -> MetricExportResult:
+            both = MetricsData([*metrics_data.resource_metrics, *requests.collect()])
+            result: MetricExportResult = super().export(both, timeout_millis, **options)
+            return result
+
+    try:
+        return PeriodicExportingMetricReader(WithRequests(max_export_batch_size=_POINTS_MAX))
+    except Exception as error:  # Whatever the SDK raises here, a variable of the user's is the cause.
+        raise UserError(f"OTEL_EXPORTER_OTLP_* for metrics over {protocol}: {error}") from error
+
+
+def _to_prometheus(
+    address: str, durations: RequestDurations, exemplars: Exemplars, resources: Resources
+) -> MetricReader:
+    from opentelemetry.exporter.prometheus import PrometheusMetricReader
+    from prometheus_client import REGISTRY, start_http_server
+
+    from otel_nginx_ebpf.export.metrics.prometheus import PrometheusRequestMetrics
+
+    requests = PrometheusRequestMetrics(durations, exemplars, resources)
+
+    class WithRequests(PrometheusMetricReader):
+        def shutdown(self, timeout_millis: float = 30_000, **options: Any) -> None:
+            REGISTRY.unregister(requests)
+            super().shutdown(timeout_millis, **options)
+
+    host, _, port = address.rpartition(":")
+    try:
+        start_http_server(int(port), host.removeprefix("[").removesuffix("]"))
+    except (OSError, OverflowError, UnicodeError) as error:  # a port over 65535, a host name that is none
+        raise UserError(f"--metrics-listen {address}: {getattr(error, 'strerror', error)}") from error
+    REGISTRY.register(requests)
+    return WithRequests()
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", encoding="ascii") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _measure(provider: MeterProvider, stats: Stats) -> None:
+    meter = provider.get_meter("otel_nginx_ebpf", __version__)
+
+    def causes(kind: tuple[str, ...]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
+        return [
+            lambda options: [
+                Observation(count, {"cause": cause}) for cause, count in of_kind(stats.losses(), kind).items()
+            ]
+        ]
+
+    def processor_time(options: CallbackOptions) -> Iterable[Observation]:
+        times = os.times()
+        return [Observation(times.user, {"cpu.mode": "user"}), Observation(times.system, {"cpu.mode": "system"})]
+
+    def probe_hits(options: CallbackOptions) -> Iterable[Observation]:
+        return [Observation(hits, {"probe": probe}) for probe, hits in stats.probe_hits.items()]
+
+    def cost(options: CallbackOptions) -> Iterable[Observation]:
+        return [] if stats.cost_s is None else [Observation(stats.cost_s)]
+
+    def observed(value: Callable[[], float]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
+        return [lambda options: [Observation(value())]]
+
+    prefix = "otel_nginx_ebpf"
+    meter.create_observable_counter(f"{prefix}.requests.received", observed(lambda: stats.received), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.exported", observed(lambda: stats.exported), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.lost", causes(LOST), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.left_out", causes(LEFT_OUT), "{request}")
+    meter.create_observable_counter(f"{prefix}.requests.incomplete", causes(INCOMPLETE), "{request}")
+    meter.create_observable_gauge(f"{prefix}.queue.spans", observed(lambda: stats.queued.spans), "{span}")
+    meter.create_observable_gauge(f"{prefix}.queue.memory", observed(lambda: stats.queued.bytes), "By")
+    meter.create_observable_gauge(f"{prefix}.queue.disk", observed(lambda: stats.stored_bytes), "By")
+    meter.create_observable_gauge(f"{prefix}.ring_buffer.fill", observed(lambda: stats.ring_buffer_fill), "1")
+    meter.create_observable_gauge(f"{prefix}.probe.hits", [probe_hits], "{hit}/s")
+    meter.create_observable_gauge(f"{prefix}.request.cost", [cost], "s")
+    meter.create_observable_counter(f"{prefix}.detachments", observed(lambda: stats.detachments), "{detachment}")
+    duration = meter.create_histogram(f"{prefix}.export.duration", "s", explicit_bucket_boundaries_advisory=_SECONDS)
+    stats.sent = duration.record
+    meter.create_observable_counter("process.cpu.time", [processor_time], "s")
+    meter.create_observable_up_down_counter("process.memory.usage", observed(_resident_bytes), "By")

@@ -1,0 +1,61 @@
+"""Durations of all requests for a Prometheus server; a module of its own, as few need prometheus_client."""
+
+from collections.abc import Iterator
+
+from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar as PrometheusExemplar
+
+from otel_nginx_ebpf.export.metrics.requests import DESCRIPTIONS
+from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
+from otel_nginx_ebpf.metrics.series import BOUNDS_S
+from otel_nginx_ebpf.metrics.totals import Measured, RequestDurations
+
+# Which nginx: what of its resource is on every series.
+_INSTANCE = (SERVICE_NAME, SERVICE_INSTANCE_ID)
+
+
+class PrometheusRequestMetrics(Collector):
+    """Collected at each scrape. Exemplars are for those who accept OpenMetrics."""
+
+    def __init__(self, durations: RequestDurations, exemplars: Exemplars, resources: Resources) -> None:
+        self._durations = durations
+        self._exemplars = exemplars
+        self._resources = resources
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        measured = self._durations.collect()
+        for metric, description in DESCRIPTIONS.items():
+            rows = [(self._labels(each), each) for each in measured if each.series.metric == metric]
+            names = list(dict.fromkeys(name for labels, _ in rows for name in labels))
+            family = HistogramMetricFamily(
+                metric.replace(".", "_"), description, labels=[name.replace(".", "_") for name in names], unit="seconds"
+            )
+            for labels, each in rows:
+                family.add_metric([labels.get(name, "") for name in names], self._buckets(each), each.counts[0] / 1e9)
+            yield family
+
+    def _labels(self, measured: Measured) -> dict[str, str]:
+        resource = self._resources.of(measured.resource).attributes
+        labels = {name: str(resource[name]) for name in _INSTANCE if name in resource}
+        return labels | {
+            name: str(value).lower() if isinstance(value, bool) else str(value)
+            for name, value in measured.series.attributes
+        }
+
+    def _buckets(self, measured: Measured) -> list[tuple[str, float] | tuple[str, float, PrometheusExemplar]]:
+        examples = self._exemplars.of(measured)
+        buckets: list[tuple[str, float] | tuple[str, float, PrometheusExemplar]] = []
+        count = 0
+        for index, bound in enumerate([*map(str, BOUNDS_S), "+Inf"]):
+            count += measured.counts[1 + index]
+            example = examples.get(index)
+            buckets.append((bound, count, _exemplar(example)) if example else (bound, count))
+        return buckets
+
+
+def _exemplar(example: Example) -> PrometheusExemplar:
+    ids = {"trace_id": f"{example.trace_id:032x}", "span_id": f"{example.span_id:016x}"}
+    return PrometheusExemplar(ids, example.duration_ns / 1e9, example.end_unix_ns / 1e9)

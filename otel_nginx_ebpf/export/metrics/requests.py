@@ -1,0 +1,85 @@
+"""Durations of all requests as OpenTelemetry histograms, with exemplars that lead to traces."""
+
+import time
+
+from opentelemetry.sdk.metrics import Exemplar
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    Histogram,
+    HistogramDataPoint,
+    Metric,
+    ResourceMetrics,
+    ScopeMetrics,
+)
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURATION, HTTP_SERVER_REQUEST_DURATION
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.metrics.exemplars import Exemplars
+from otel_nginx_ebpf.metrics.series import BOUNDS_S
+from otel_nginx_ebpf.metrics.totals import Counts, RequestDurations, Series
+
+DESCRIPTIONS = {
+    HTTP_SERVER_REQUEST_DURATION: "Duration of HTTP server requests.",
+    HTTP_CLIENT_REQUEST_DURATION: "Duration of HTTP client requests.",
+}
+_SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__)
+
+
+class OtlpRequestMetrics:
+    """What to send of the requests' metrics."""
+
+    def __init__(self, durations: RequestDurations, exemplars: Exemplars, resources: Resources) -> None:
+        self._durations = durations
+        self._exemplars = exemplars
+        self._resources = resources
+        self._sent_unix_ns = 0
+
+    def collect(self) -> list[ResourceMetrics]:
+        """All that was counted, and the exemplars since the last call."""
+        now_unix_ns = time.time_ns()
+        since_unix_ns, self._sent_unix_ns = self._sent_unix_ns, now_unix_ns
+        by_instance: dict[int, dict[str, list[HistogramDataPoint]]] = {}
+        resources = {}
+        for each in self._durations.collect():
+            resources[id(each.resource)] = each.resource
+            by_metric = by_instance.setdefault(id(each.resource), {})
+            exemplars = [
+                Exemplar({}, example.duration_ns / 1e9, example.end_unix_ns, example.span_id, example.trace_id)
+                for _, example in sorted(self._exemplars.of(each).items())
+                if example.end_unix_ns > since_unix_ns
+            ]
+            by_metric.setdefault(each.series.metric, []).append(
+                _point(each.series, each.counts, exemplars, self._durations.start_unix_ns, now_unix_ns)
+            )
+        return [
+            ResourceMetrics(
+                resource=self._resources.of(resources[instance]),
+                scope_metrics=[ScopeMetrics(_SCOPE, [_metric(*each) for each in by_metric.items()], "")],
+                schema_url="",
+            )
+            for instance, by_metric in by_instance.items()
+        ]
+
+
+def _metric(name: str, points: list[HistogramDataPoint]) -> Metric:
+    return Metric(name, DESCRIPTIONS[name], "s", Histogram(points, AggregationTemporality.CUMULATIVE))
+
+
+def _point(
+    series: Series, counts: Counts, exemplars: list[Exemplar], start_unix_ns: int, now_unix_ns: int
+) -> HistogramDataPoint:
+    sum_ns, *buckets = counts
+    return HistogramDataPoint(
+        attributes=dict(series.attributes),
+        start_time_unix_nano=start_unix_ns,
+        time_unix_nano=now_unix_ns,
+        count=sum(buckets),
+        sum=sum_ns / 1e9,
+        bucket_counts=buckets,
+        explicit_bounds=BOUNDS_S,
+        min=None,  # type: ignore[arg-type]  # not known: optional in the protocol, and to the encoder
+        max=None,  # type: ignore[arg-type]
+        exemplars=exemplars,
+    )

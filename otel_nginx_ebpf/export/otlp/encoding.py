@@ -1,0 +1,233 @@
+"""Spans as OTLP protobuf (opentelemetry-proto, trace/v1/trace.proto), without an object for each of them.
+
+A span's parts are encoded once (`Sketcher`); its ids, times and numbers are written around them. A protobuf message is
+a sequence of fields in any order, so parts need only be put one behind the other. What comes out is what the SDK's
+encoder makes of the same spans: tests hold it to that.
+"""
+
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.trace import SpanKind
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.traces.model import Trace
+from otel_nginx_ebpf.traces.record import RecordError, Request
+from otel_nginx_ebpf.traces.spans import Part, Sketch, Sketcher
+from otel_nginx_ebpf.traces.trace_state import canonical
+
+# Field numbers are the proto files'; a key is the number and the wire type (0 varint, 1 fixed64, 2 length, 5 fixed32).
+_VARINT, _LENGTH = 0, 2
+_TIMES = struct.Struct("<2s8sBQBQ")
+_SPAN_ID = bytes([2 << 3 | _LENGTH, 8])
+_START, _END = 7 << 3 | 1, 8 << 3 | 1
+_TRACE_ID = bytes([1 << 3 | _LENGTH, 16])
+_PARENT_ID = bytes([4 << 3 | _LENGTH, 8])
+# Field 16, SpanFlags: whether the parent is remote is known (0x100); it is (0x200).
+_LOCAL_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x100)
+_REMOTE_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x300)
+
+_KINDS = {SpanKind.INTERNAL: 1, SpanKind.SERVER: 2, SpanKind.CLIENT: 3}
+_STATUS_ERROR = 2
+
+
+def _varint(value: int) -> bytes:
+    """Base-128, of 64 bits: a negative number is its two's complement."""
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+# Lengths and small numbers, ready.
+_VARINTS = [_varint(value) for value in range(1 << 14)]
+_LOW_VARINTS = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(1 << 14)]
+_LENGTH_KEYS = [_varint(number << 3 | _LENGTH) for number in range(32)]
+
+
+def _field(number: int, data: bytes) -> bytes:
+    length = len(data)
+    return _LENGTH_KEYS[number] + (_VARINTS[length] if length < 1 << 14 else _varint(length)) + data
+
+
+def _text(number: int, text: str) -> bytes:
+    return _field(number, text.encode()) if text else b""
+
+
+def _int_field(number: int, value: int) -> bytes:
+    return _varint(number << 3 | _VARINT) + _varint(value)
+
+
+def _any_value(value: object) -> bytes:
+    """common.proto, AnyValue. Raises `TypeError` for a value that no attribute has."""
+    if isinstance(value, str):
+        return _field(1, value.encode())
+    if isinstance(value, bool):
+        return _int_field(2, value)
+    if isinstance(value, int):
+        return _int_field(3, value)
+    if isinstance(value, float):
+        return struct.pack("<Bd", 4 << 3 | 1, value)
+    if isinstance(value, Sequence):
+        return _field(5, b"".join(_field(1, _any_value(each)) for each in value))
+    raise TypeError(f"an attribute of type {type(value).__name__}")
+
+
+@lru_cache(256)
+def _key(name: str) -> bytes:
+    return _text(1, name)
+
+
+class _TextHeaders(dict[int, bytes]):
+    """All in front of an attribute's text, by the text's bytes; those of short texts are kept."""
+
+    def __init__(self, number: int, name: str) -> None:
+        self._number = number
+        self._key = _key(name)
+
+    def __missing__(self, length: int) -> bytes:
+        attribute = _field(self._number, self._key + _field(2, _field(1, bytes(length))))
+        header = attribute[: len(attribute) - length]
+        if length < _KEPT_TEXT_BYTES:
+            self[length] = header
+        return header
+
+
+_KEPT_TEXT_BYTES = 512
+_text_headers = lru_cache(256)(_TextHeaders)
+
+
+def _attributes(number: int, attributes: Mapping[str, object]) -> bytes:
+    """Each as a KeyValue in a repeated field; without integers beyond 64 bits."""
+    encoded: list[bytes] = []
+    for key, value in attributes.items():
+        if isinstance(value, str):
+            text = value.encode()
+            encoded += (_text_headers(number, key)[len(text)], text)
+        elif not isinstance(value, int) or -(1 << 63) <= value < 1 << 63:
+            encoded.append(_field(number, _key(key) + _field(2, _any_value(value))))
+    return b"".join(encoded)
+
+
+def encode_part(part: Part) -> bytes:
+    """Fields of trace.proto's Span."""
+    encoded = _attributes(9, part.attributes)
+    if part.name is None:
+        return encoded
+    status = b"" if part.error is None else _text(2, part.error) + _int_field(3, _STATUS_ERROR)
+    return _text(5, part.name) + _int_field(6, _KINDS[part.kind]) + encoded + _field(15, status)
+
+
+_SPAN = _LENGTH_KEYS[2]
+_SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS[: 1 << 12]]
+_SPAN_HEADERS_COUNT = len(_SPAN_HEADERS)
+_KEPT_NUMBERS = 4096
+
+
+class _NumberAttribute(dict[int, bytes]):
+    """The encodings of an attribute by its value; those of the first so many values are kept. Of a value that does not
+    fit 64 bits nothing."""
+
+    def __init__(self, name: str) -> None:
+        # All in front of a number, by how many bytes its varint has.
+        self._prefixes = [
+            _field(9, _text(1, name) + _field(2, bytes([3 << 3 | _VARINT]) + bytes(size)))[: -size or None]
+            for size in range(11)
+        ]
+
+    def __missing__(self, value: int) -> bytes:
+        if 0 <= value < 1 << 14:
+            varint = _VARINTS[value]
+        elif 0 <= value < 1 << 28:
+            varint = _LOW_VARINTS[value & 0x3FFF] + _VARINTS[value >> 14]
+        elif -(1 << 63) <= value < 1 << 63:
+            varint = _varint(value)
+        else:
+            return b""
+        encoded = self._prefixes[len(varint)] + varint
+        if len(self) < _KEPT_NUMBERS:
+            self[value] = encoded
+        return encoded
+
+
+class Encoder:
+    """Encodes the spans of requests, or those of readable traces, as `spans` fields of ScopeSpans."""
+
+    def __init__(self, new_id: Callable[[], int], *, query: bool = True) -> None:
+        """`new_id` makes span ids; without `query` the query strings of URIs are left out."""
+        self._new_id = new_id
+        sketcher = Sketcher(encode_part, lambda name: _NumberAttribute(name).__getitem__, query=query)
+        self._sketch = sketcher.sketch
+
+    def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[Sketch[bytes]]]:
+        """The spans of one request, and what they were made of.
+
+        Raises:
+            RecordError: A time of the request is not one of the next 500 years.
+        """
+        sketches = self._sketch(request, self._new_id)
+        trace = _TRACE_ID + request.trace_id.to_bytes(16, "big")
+        if request.trace_state is not None:
+            trace += _text(3, canonical(request.trace_state))
+        common = trace + _parent(request.parent_span_id, remote=True)
+        encoded: list[bytes] = []
+        try:
+            for start_mono_ns, end_mono_ns, span_id, parts in sketches:
+                own_id = span_id.to_bytes(8, "big")
+                times = _TIMES.pack(
+                    _SPAN_ID,
+                    own_id,
+                    _START,
+                    start_mono_ns + unix_offset_ns,
+                    _END,
+                    end_mono_ns + unix_offset_ns,
+                )
+                span = b"".join((common, times, *parts))
+                length = len(span)
+                header = _SPAN_HEADERS[length] if length < _SPAN_HEADERS_COUNT else _SPAN + _varint(length)
+                if not encoded:  # The first is the parent of the others.
+                    common = trace + _PARENT_ID + own_id + _LOCAL_PARENT
+                encoded += (header, span)
+        except struct.error as error:
+            raise RecordError("a time is out of range") from error
+        return b"".join(encoded), sketches
+
+    def encode_trace(self, trace: Trace) -> bytes:
+        """The spans of a readable trace. Raises `RecordError` as `encode` does."""
+        trace_fields = _TRACE_ID + trace.trace_id.to_bytes(16, "big") + _text(3, trace.trace_state)
+        try:
+            return b"".join(
+                _field(
+                    2,
+                    trace_fields
+                    + _parent(span.parent_span_id, remote=span is trace.spans[0])
+                    + _TIMES.pack(
+                        _SPAN_ID, span.span_id.to_bytes(8, "big"), _START, span.start_unix_ns, _END, span.end_unix_ns
+                    )
+                    + encode_part(Part(span.attributes, span.name, span.kind, span.error)),
+                )
+                for span in trace.spans
+            )
+        except struct.error as error:
+            raise RecordError("a time is out of range") from error
+
+
+def _parent(span_id: int | None, *, remote: bool) -> bytes:
+    """parent_span_id and flags, as the SDK sets them."""
+    if span_id is None:
+        return _LOCAL_PARENT
+    return _PARENT_ID + span_id.to_bytes(8, "big") + (_REMOTE_PARENT if remote else _LOCAL_PARENT)
+
+
+_SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__))
+
+
+def encode_resource_spans(resource: Resource, spans: Iterable[bytes | bytearray]) -> bytes:
+    """A ResourceSpans, as a field of ExportTraceServiceRequest, of spans that `Encoder` encoded."""
+    scope_spans = _field(2, b"".join((_SCOPE, *spans)))
+    return _field(1, _field(1, _attributes(1, resource.attributes)) + scope_spans + _text(3, resource.schema_url))

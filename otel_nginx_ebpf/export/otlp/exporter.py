@@ -1,0 +1,353 @@
+"""Traces to a collector over OTLP: encoded when they come, queued as finished messages, sent by the official exporters.
+
+The SDK's BatchSpanProcessor drops without counting what does not fit its queue and what one failed export
+held; here a message stays queued until the collector has it.
+"""
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opentelemetry.sdk.resources import Resource
+
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir, Stored
+from otel_nginx_ebpf.export.otlp.sender import Answer, Sender
+from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.metrics.stats import Size, Stats
+from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.traces.model import AttributeValue, Trace
+from otel_nginx_ebpf.traces.record import RecordError, Request
+from otel_nginx_ebpf.traces.spans import RandomIds
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.metrics.exemplars import Exemplars
+
+logger = logging.getLogger(__name__)
+
+_MESSAGE_BYTES_MAX = 1 << 21
+"""A collector's gRPC server takes 4 MiB by default."""
+_RETRY_FIRST_S = 0.5
+_RETRY_MAX_S = 5.0
+_SIGNAL_S = 0.1
+"""How long the caller sleeps at most. The kernel may give a signal to one of gRPC's threads; Python's handler then
+runs only when the main thread wakes by itself."""
+_DISK_RETRY_S = 1.0
+_ABORT_S = 1.0
+"""How long the SDK's exporter gets to notice that its shutdown interrupts an export."""
+
+
+@dataclass(slots=True, eq=False)
+class _Message:
+    """An ExportTraceServiceRequest: its bytes in memory, else on disk."""
+
+    size: Size
+    data: bytes | None = None
+    stored: Stored | None = None
+    done: bool = False
+    """Delivered or refused."""
+
+
+class OtlpExporter:
+    """A bounded queue of messages, and a thread that brings them to the collector.
+
+    A trace is kept whole or dropped whole, and stays in the queue until it is delivered or refused. With a `queue_dir`
+    messages wait there while the collector takes none, and what is left at the end waits for the next run.
+    """
+
+    at_once = 64
+    """Decoding some and then encoding them is a fifth faster than each in turn: the processor's caches are small."""
+
+    def __init__(
+        self,
+        sender: Sender,
+        resource: Resource,
+        stats: Stats,
+        *,
+        queue_spans: int,
+        queue_bytes: int,
+        batch_spans: int,
+        delay_s: float,
+        query: bool = True,
+        wait_for_room: bool = False,
+        queue_dir: QueueDir | None = None,
+        exemplars: "Exemplars | None" = None,
+    ) -> None:
+        """`queue_spans` and `queue_bytes` bound what waits in memory. With `wait_for_room` a full queue makes `take`
+        wait, else it drops the trace."""
+        self._sender = sender
+        sender.report = self._report
+        self._encoder = Encoder(RandomIds().generate_span_id, query=query)
+        self._resources = Resources(resource)
+        self._stats = stats
+        self._queue_spans = queue_spans
+        self._queue_bytes = queue_bytes
+        # A quarter of the room, so that the others can wait on disk, or be sent, while one is filled.
+        self._batch_spans = min(batch_spans, queue_spans // 4)
+        self._batch_bytes = min(_MESSAGE_BYTES_MAX, queue_bytes // 4)
+        self._delay_s = delay_s
+        self._wait_for_room = wait_for_room
+        self._lock = threading.Lock()
+        """Guards all below."""
+        self._changed = threading.Condition(self._lock)
+        self._open: dict[int, tuple[Mapping[str, AttributeValue], bytearray]] = {}
+        """The message that is being filled: encoded spans by the identity of their nginx's attributes, 0: no such."""
+        self._open_size = Size()
+        self._queue: deque[_Message] = deque()
+        self._held = stats.queued
+        """Of all that is in memory: messages of the queue, and the open one."""
+        self._closing = False
+        self._abandoned = False
+        self._failing = False
+        self._queue_dir = queue_dir
+        self._exemplars = exemplars
+        for stored in queue_dir.left_behind() if queue_dir else ():
+            stats.received += stored.traces
+            self._queue.append(_Message(Size(stored.traces, stored.spans), stored=stored))
+        self._threads = [threading.Thread(target=self._deliver, name="otlp-export", daemon=True)]
+        if queue_dir:
+            self._threads.append(threading.Thread(target=self._spill, name="otlp-queue", daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def take(self, completed: Sequence[tuple[Request, int, Mapping[str, AttributeValue]]]) -> None:
+        for request, unix_offset_ns, resource in completed:
+            try:
+                encoded, sketches = self._encoder.encode(request, unix_offset_ns)
+            except RecordError as error:
+                self._lose_damaged(error)
+            else:
+                if self._add(resource, encoded, len(sketches)) and self._exemplars:
+                    self._exemplars.offer(request, unix_offset_ns, resource, sketches)
+
+    def export(self, trace: Trace) -> None:
+        """Takes a trace that was built to be read."""
+        try:
+            encoded = self._encoder.encode_trace(trace)
+        except RecordError as error:
+            self._lose_damaged(error)
+        else:
+            self._add(trace.resource, encoded, len(trace.spans))
+
+    def _lose_damaged(self, error: RecordError) -> None:
+        self._stats.lose("lost_damaged_record")
+        logger.warning("a damaged record was left out: %s", error)
+
+    def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> bool:
+        """False: there was no room."""
+        size = len(encoded)
+        with self._lock:
+            held = self._held
+            if (held.bytes + size > self._queue_bytes or held.spans + spans > self._queue_spans) and not self._wait_for(
+                spans, size
+            ):
+                self._stats.lose("lost_queue_full")
+                return False
+            filling = self._open_size
+            if filling.traces and (
+                filling.spans + spans > self._batch_spans or filling.bytes + size > self._batch_bytes
+            ):
+                self._close_message()
+                filling = self._open_size
+            instance = id(resource) if resource else 0
+            encoded_of = self._open.get(instance)
+            if encoded_of is None:
+                encoded_of = self._open[instance] = resource, bytearray()
+            encoded_of[1].extend(encoded)
+            filling.traces += 1
+            filling.spans += spans
+            filling.bytes += size
+            held.traces += 1
+            held.spans += spans
+            held.bytes += size
+            if filling.spans >= self._batch_spans:
+                self._close_message()
+            elif held.traces == 1:
+                self._changed.notify_all()
+            return True
+
+    def _has_room(self, spans: int, size: int) -> bool:
+        return self._held.spans + spans <= self._queue_spans and self._held.bytes + size <= self._queue_bytes
+
+    def _wait_for(self, spans: int, size: int) -> bool:
+        """Waits for room, if that is wanted. Returns whether there is any."""
+        if self._held.traces == self._open_size.traces:  # what is queued is on disk
+            self._close_message()
+        while self._wait_for_room and self._held.traces and not self._has_room(spans, size):
+            self._changed.wait(_SIGNAL_S)
+        return self._has_room(spans, size)
+
+    def _close_message(self) -> None:
+        """Moves the open message to the queue."""
+        if not self._open_size.traces:
+            return
+        data = b"".join(
+            encode_resource_spans(self._resources.of(resource), [spans]) for resource, spans in self._open.values()
+        )
+        self._queue.append(_Message(self._open_size, data))
+        self._open = {}
+        self._open_size = Size()
+        self._changed.notify_all()
+
+    def shutdown(self, timeout_s: float) -> None:
+        self._sender.hasten()
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while self._threads[0].is_alive() and time.monotonic() < deadline_s:
+                self._threads[0].join(_SIGNAL_S)
+        finally:
+            with self._changed:
+                self._abandoned = True
+                self._changed.notify_all()
+            self._sender.shutdown()
+            self._threads[0].join(_ABORT_S)
+            for spilling in self._threads[1:]:
+                spilling.join()  # What it is writing must not be written twice.
+            self._keep_the_rest()
+
+    def _keep_the_rest(self) -> None:
+        """On disk, where there is one; else it is lost."""
+        with self._changed:
+            self._close_message()
+            rest = list(self._queue)
+            self._queue.clear()
+        for message in rest:
+            if message.stored or self._store(message):
+                self._stats.kept += message.size.traces
+            else:
+                self._stats.lose("lost_export_failed", message.size.traces)
+        if self._queue_dir:
+            self._queue_dir.close()
+
+    def _deliver(self) -> None:
+        """One thread's work."""
+        retry_s = _RETRY_FIRST_S
+        while message := self._next_message():
+            answer = self._send(message)
+            if answer.delivered or not answer.retry:
+                retry_s = _RETRY_FIRST_S
+            else:
+                self._pause(answer.wait_s, retry_s)
+                retry_s = min(retry_s * 2, _RETRY_MAX_S)
+
+    def _pause(self, asked_s: float, retry_s: float) -> None:
+        """Before the next try. At the end it is short, so that a collector which comes back is noticed in time."""
+        with self._changed:
+            if asked_s:
+                self._changed.wait_for(lambda: self._abandoned, asked_s)
+            else:
+                self._changed.wait_for(lambda: self._closing, retry_s * random.uniform(0.8, 1.2))
+                if self._closing:
+                    self._changed.wait_for(lambda: self._abandoned, _RETRY_FIRST_S)
+
+    def _next_message(self) -> _Message | None:
+        """The oldest message, left in the queue; waits until one is full or has waited long enough. None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._open or self._closing)
+            self._changed.wait_for(lambda: self._queue or self._closing, self._delay_s)
+            if not self._queue:
+                self._close_message()
+            return None if self._abandoned or not self._queue else self._queue[0]
+
+    def _send(self, message: _Message) -> Answer:
+        data = message.data
+        if data is None and message.stored and self._queue_dir:
+            try:
+                data = self._queue_dir.load(message.stored)
+            except OSError:
+                with self._changed:
+                    self._queue.rotate(-1)  # The others need not wait for it.
+                return Answer(retry=True)
+        if data is None:
+            if self._take_out(message):
+                self._stats.lose("lost_queue_file_damaged", message.size.traces)
+            return Answer()
+        began_s = time.monotonic()
+        try:
+            answer = self._sender.send(data)
+        except Exception:
+            if self._abandoned:  # gRPC raises ValueError when its channel is closed under it.
+                return Answer(retry=True)
+            # The thread must live: an exporter that raises loses this message, and says so.
+            logger.exception("collector: the exporter failed on a message of %d spans", message.size.spans)
+            answer = Answer()
+        self._stats.sent(time.monotonic() - began_s)
+        if answer.retry or not self._take_out(message):
+            return answer
+        if answer.delivered:
+            self._stats.exported += message.size.traces
+            if answer.rejected_spans:
+                self._stats.lose("partial_export_rejected", answer.rejected_spans)
+            if self._failing:
+                self._failing = False
+                logger.warning("collector: delivering again, %d messages queued", len(self._queue))
+        else:
+            self._stats.lose("lost_export_refused", message.size.traces)
+        if message.stored and self._queue_dir:
+            self._queue_dir.forget(message.stored)
+            self._stats.stored_bytes = self._queue_dir.bytes
+        return answer
+
+    def _take_out(self, message: _Message) -> bool:
+        """Removes the oldest message from the queue. False where shutdown has given up on it, and counted it."""
+        with self._changed:
+            if not self._queue:
+                return False
+            self._queue.popleft()
+            message.done = True
+            if message.data is not None:
+                self._held.remove(message.size)
+            self._changed.notify_all()
+            return True
+
+    def _report(self, problem: str) -> None:
+        """The first problem goes to the log, the rest of an outage is silent."""
+        if not self._failing:
+            logger.warning("collector: %s", printable(" ".join(problem.split())))
+            with self._changed:
+                self._failing = True
+                self._changed.notify_all()
+
+    def _spill(self) -> None:
+        """Another thread's work: messages go to disk while the collector does not answer, and when a quarter of the
+        room in memory is taken."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._abandoned or self._to_spill())
+                message = self._to_spill()
+            if self._abandoned or message is None:
+                return
+            if not self._store(message):
+                with self._changed:
+                    self._changed.wait_for(lambda: self._abandoned, _DISK_RETRY_S)
+
+    def _to_spill(self) -> _Message | None:
+        """The oldest message that is in memory and should be on disk."""
+        held = self._held
+        if not self._failing and held.bytes <= self._queue_bytes // 4 and held.spans <= self._queue_spans // 4:
+            return None
+        return next((message for message in self._queue if message.data is not None), None)
+
+    def _store(self, message: _Message) -> bool:
+        if self._queue_dir is None or message.data is None:
+            return False
+        stored = self._queue_dir.store(message.data, message.size.traces, message.size.spans)
+        if stored is None:
+            return False
+        with self._changed:
+            if message.done:  # in the meantime
+                self._queue_dir.forget(stored)
+                return True
+            message.stored, message.data = stored, None
+            self._held.remove(message.size)
+            self._stats.stored_bytes = self._queue_dir.bytes
+            self._changed.notify_all()
+        return True

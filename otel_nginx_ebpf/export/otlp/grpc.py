@@ -1,0 +1,117 @@
+"""The official OTLP exporter over gRPC, given finished messages."""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.sdk.trace.export import SpanExportResult
+
+from otel_nginx_ebpf.export.otlp.sender import Answer, ignore
+
+_METHOD = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+
+# OTLP specification, "OTLP/gRPC Response". The SDK would retry RESOURCE_EXHAUSTED also where the collector did not ask.
+_RETRYABLE = frozenset(
+    {
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.OUT_OF_RANGE,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
+
+# What it would say, `report` is told.
+logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").disabled = True
+
+
+def _retry_delay_s(error: grpc.RpcError) -> float | None:
+    """What the collector asks for in RetryInfo (google.rpc.Status in the trailing metadata), None where it does not."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            with suppress(DecodeError):  # whoever garbles it has not asked
+                for detail in Status.FromString(value).details:
+                    info = RetryInfo()
+                    if detail.Unpack(info):
+                        return float(info.retry_delay.ToNanoseconds() / 1e9)
+    return None
+
+
+class _Refusal(grpc.RpcError):  # type: ignore[misc]
+    """An error as the SDK reads it: it looks for RetryInfo under a key of its own."""
+
+    def __init__(self, error: grpc.RpcError, retry_delay_s: float | None) -> None:
+        self.code: Callable[[], grpc.StatusCode] = error.code
+        self.details: Callable[[], str] = error.details
+        self.retry_delay_s = retry_delay_s
+
+    def trailing_metadata(self) -> tuple[tuple[str, bytes], ...]:
+        if self.retry_delay_s is None:
+            return ()
+        info = RetryInfo()
+        info.retry_delay.FromNanoseconds(int(self.retry_delay_s * 1e9))
+        return (("google.rpc.retryinfo-bin", info.SerializeToString()),)
+
+
+class _Stub:
+    """TraceService's stub, but for messages that are bytes already."""
+
+    def __init__(self, channel: grpc.Channel, sender: "GrpcSender") -> None:
+        self._export = channel.unary_unary(
+            _METHOD, request_serializer=None, response_deserializer=ExportTraceServiceResponse.FromString
+        )
+        self._sender = sender
+
+    def Export(self, request: bytes, metadata: Any, timeout: float) -> None:
+        try:
+            self._sender.response = self._export(request, metadata=metadata, timeout=timeout)
+        except grpc.RpcError as error:
+            self._sender.refusal = _Refusal(error, _retry_delay_s(error))
+            self._sender.report(f"{error.code().name}: {error.details()}")
+            raise self._sender.refusal from error
+
+
+class GrpcSender(OTLPSpanExporter):
+    """See `Sender`."""
+
+    def __init__(self) -> None:
+        self.report: Callable[[str], None] = ignore
+        self.response: ExportTraceServiceResponse | None = None
+        self.refusal: _Refusal | None = None
+        super().__init__(retryable_error_codes=_RETRYABLE)
+
+    def _initialize_channel_and_stub(self) -> None:
+        super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
+        self._client = cast(Any, _Stub(cast(grpc.Channel, self._channel), self))
+
+    def _translate_data(self, data: Any) -> Any:
+        return data
+
+    def _count_data(self, data: Any) -> int:
+        return 0
+
+    def hasten(self) -> None:
+        self._shutdown_in_progress.set()
+
+    def send(self, message: bytes) -> Answer:
+        self.response = self.refusal = None
+        if self.export(cast(Any, message)) is SpanExportResult.SUCCESS:
+            rejected = self.response.partial_success.rejected_spans if self.response else 0
+            return Answer(delivered=True, rejected_spans=rejected)
+        if self.refusal is None:  # shut down
+            return Answer(retry=True)
+        code, delay_s = self.refusal.code(), self.refusal.retry_delay_s
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED and not self._shutdown:
+            # Nobody may be at the other end any more; gRPC would not try another connection for a quarter of an hour.
+            self._channel.close()
+            self._initialize_channel_and_stub()
+        asked = code is grpc.StatusCode.RESOURCE_EXHAUSTED and delay_s is not None
+        return Answer(retry=asked or code in _RETRYABLE, wait_s=delay_s or 0)

@@ -1,0 +1,76 @@
+"""The official OTLP exporter over HTTP, given finished messages."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from opentelemetry.exporter.http.transport._base import BaseHTTPResult, BaseHTTPTransport
+from opentelemetry.exporter.otlp.common.http import _extract_retry_after
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+from otel_nginx_ebpf.export.otlp.sender import Answer, ignore
+
+# What they would say, `report` is told.
+logging.getLogger("opentelemetry.exporter.otlp.proto.http").disabled = True
+logging.getLogger(OTLPSpanExporter.__module__).disabled = True
+
+# OTLP specification, "OTLP/HTTP Response". Every other status but success refuses the message for good.
+_RETRYABLE = frozenset({429, 502, 503, 504})
+
+
+class _Transport(BaseHTTPTransport):
+    """The exporter's own transport; tells what came back."""
+
+    def __init__(self, transport: BaseHTTPTransport, sender: "HttpSender") -> None:
+        self._transport = transport
+        self._sender = sender
+
+    def request(self, method: str, url: str, **options: Any) -> BaseHTTPResult:
+        result = self._sender.result = self._transport.request(method, url, **options)
+        if result.error is not None:
+            self._sender.report(str(result.error))
+        elif result.status_code is not None and not 200 <= result.status_code < 300:
+            self._sender.report(f"HTTP {result.status_code} {result.reason}")
+        return result
+
+    def is_connection_error(self, exception: Exception | None) -> bool:
+        return self._transport.is_connection_error(exception)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class HttpSender(OTLPSpanExporter):
+    """See `Sender`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.report: Callable[[str], None] = ignore
+        self.result: BaseHTTPResult | None = None
+        self._client._transport = _Transport(self._client._transport, self)
+
+    def hasten(self) -> None:
+        self._client._shutdown_event.set()
+
+    def send(self, message: bytes) -> Answer:
+        self.result = None
+        self._client.export(message)
+        result = self.result
+        if result is None:  # shut down
+            return Answer(retry=True)
+        if result.error is not None:
+            return Answer(retry=self._client._transport.is_connection_error(result.error))
+        status = result.status_code or 0
+        # The SDK takes a redirect, which it does not follow, for a success.
+        if 200 <= status < 300:
+            return Answer(delivered=True, rejected_spans=_rejected_spans(result))
+        return Answer(retry=status in _RETRYABLE, wait_s=_extract_retry_after(result) or 0)
+
+
+def _rejected_spans(result: BaseHTTPResult) -> int:
+    try:
+        return ExportTraceServiceResponse.FromString(result.content()).partial_success.rejected_spans
+    except DecodeError:  # Whoever says 200 has taken it, whatever else he says.
+        return 0

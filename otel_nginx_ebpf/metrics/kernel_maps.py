@@ -1,0 +1,54 @@
+"""The maps that probes/metrics.c counts durations in, read by their descriptors."""
+
+from collections.abc import Collection, Iterator
+
+from otel_nginx_ebpf.kernel.maps import HashMap
+from otel_nginx_ebpf.metrics.series import (
+    CLIENT_KEY,
+    COUNTS,
+    LIMITS,
+    NAME_KEY,
+    SERVER_KEY,
+    of_client_key,
+    of_server_key,
+)
+from otel_nginx_ebpf.metrics.totals import Counts, Series
+
+_NAME_LENGTH_BYTES = 8
+_NAME_BYTES = _NAME_LENGTH_BYTES + LIMITS["NAME_BYTES_MAX"]
+
+
+class DurationMaps:
+    """Owns the descriptors."""
+
+    def __init__(self, server: int, client: int, names: int) -> None:
+        peer_bytes = LIMITS["PEER_BYTES_MAX"]
+        self._server = HashMap(server, SERVER_KEY.size, COUNTS.size)
+        self._client = HashMap(client, CLIENT_KEY.size + peer_bytes, COUNTS.size)
+        self._names = HashMap(names, NAME_KEY.size)
+
+    def read(self) -> Iterator[tuple[int, bytes, Counts]]:
+        """Of every series the worker's pid, its key, and what was counted."""
+        for durations in (self._server, self._client):
+            for key, value in durations.items():
+                yield int.from_bytes(key[:4], "little"), key, COUNTS.unpack(value)
+
+    def series(self, key: bytes) -> Series:
+        """What a key means."""
+        return (of_server_key if len(key) == SERVER_KEY.size else of_client_key)(key, self._name)
+
+    def _name(self, pid: int, configuration: int) -> str | None:
+        value = self._names.value(NAME_KEY.struct.pack(pid, 0, configuration), _NAME_BYTES) if configuration else None
+        if value is None:
+            return None
+        length = int.from_bytes(value[:_NAME_LENGTH_BYTES], "little")
+        return value[_NAME_LENGTH_BYTES:][:length].decode("utf-8", "backslashreplace")
+
+    def forget(self, pids: Collection[int]) -> None:
+        """Removes the series of workers that are gone."""
+        for each in (self._server, self._client, self._names):
+            each.delete_where(lambda key: int.from_bytes(key[:4], "little") in pids)
+
+    def close(self) -> None:
+        for each in (self._server, self._client, self._names):
+            each.close()

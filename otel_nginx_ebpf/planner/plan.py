@@ -1,0 +1,190 @@
+"""What would be attached to an nginx binary: decided, and explained, before anything is touched.
+
+As a program (`planning`) it does so for the long-lived process.
+"""
+
+import logging
+import pickle
+import resource
+import sys
+from dataclasses import dataclass
+
+from otel_nginx_ebpf.errors import TemporaryError, UserError
+from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
+from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
+from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
+from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
+from otel_nginx_ebpf.planner import client, sampling, sites
+from otel_nginx_ebpf.planner.program import program_text
+from otel_nginx_ebpf.planner.tracepoints import handlers
+from otel_nginx_ebpf.process import stdio
+from otel_nginx_ebpf.settings.model import Settings
+
+_log = logging.getLogger(__name__)
+
+# Of its own process; nginx with a static OpenSSL takes 5 s and 0.3 GB.
+_CPU_SECONDS_MAX = 300
+_MEMORY_BYTES_MAX = 4 << 30
+
+# linux/proc_ns.h, PROC_PID_INIT_INO: the host's own pid namespace.
+HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC
+
+# What a handler reads beyond the layout's core: without it the site is of no use.
+_NEEDED_MEMBERS = {"ngx_http_v2_send_output_queue": ("ngx_http_v2_connection_s", "last_out")}
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """An optional boundary that this binary gives no usable site for."""
+
+    boundary: sites.Boundary
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The probes for one binary and the instances that run it."""
+
+    binary: Binary
+    layout: Layout
+    chosen: tuple[tuple[sites.Boundary, Site], ...]
+    missing: tuple[Missing, ...]
+    instances: tuple[Instance, ...]
+
+    @property
+    def target(self) -> client.Target:
+        """What those who read the records need to know of it."""
+        return client.Target(
+            name=self.binary.name,
+            product=self.binary.product,
+            version=self.binary.version,
+            layout_source=self.layout.source,
+            sites=[str(site) for _, site in self.chosen],
+            functions={boundary.name: site.function for boundary, site in self.chosen},
+        )
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(pid for instance in self.instances for pid in instance.pids)
+
+    def load_request(self, settings: Settings) -> LoadRequest:
+        """All that the loader needs to bring the probes live."""
+        end = next(site for _, site in self.chosen if site.function == "ngx_http_free_request")
+        namespace = pid_namespace()
+        text = program_text(
+            self.layout.structs,
+            {
+                f"SITE_{end.function}": end.address,
+                **{f"ADDRESS_{name}": self.binary.address(name) for name in sites.OBJECTS},
+                **{f"ADDRESS_{name}": self.binary.symbols.get(name, 0) for name in sites.ENDINGS},
+                "OF_FORK": int(self.binary.is_fork),
+                "DETAIL_REQUEST": int(settings.detail == "request"),
+                "REQUEST_METRICS": int(settings.measures_requests),
+                **sampling.constants(settings),
+            },
+            follow_all=not settings.pid,
+            follow_forks=all(instance.shares_our_pid_namespace for instance in self.instances),
+            pid_namespace=None if namespace[1] == HOST_PID_NAMESPACE_INODE else namespace,
+            active_requests_max=settings.max_active_requests,
+            ring_buffer_bytes=settings.ring_buffer_mib << 20,
+        )
+        probes = tuple(
+            # What --propagate decides at a request's head is kept with its beginning.
+            ProbeRequest(
+                f"enter_{site.function}",
+                site.file_offset,
+                writes=boundary.writes,
+                spared=boundary.spared and not settings.propagate,
+            )
+            for boundary, site in sorted(self.chosen, key=lambda each: each[1] is end)
+        )
+        return LoadRequest(
+            text,
+            str(self.binary.path),
+            probes,
+            handlers(system_calls=settings.detail == "phases"),
+            self.pids,
+            request_metrics=settings.measures_requests,
+        )
+
+
+def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:
+    """The plan for instances that run one binary.
+
+    Args:
+        instances: What runs it.
+        settings: Some boundaries are probed only where a setting wants them.
+        silent: Functions that are exported and were found to be never called.
+
+    Raises:
+        UserError: The binary, its layout or a required site cannot be used.
+    """
+    binary = Binary(instances[0].executable)
+    layout = layout_for(binary)
+    chosen: list[tuple[sites.Boundary, Site]] = []
+    missing: list[Missing] = []
+    for boundary in sites.BOUNDARIES:
+        if boundary.setting is not None and not getattr(settings, boundary.setting):
+            continue
+        if settings.detail == "request" and not boundary.at_request_detail:
+            continue
+        found = find_site(binary, layout, boundary, silent)
+        if isinstance(found, Site):
+            chosen.append((boundary, found))
+        elif boundary.required:
+            raise UserError(no_site(binary, boundary, found))
+        else:
+            missing.append(Missing(boundary, found))
+    return Plan(binary, layout, tuple(chosen), tuple(missing), instances)
+
+
+def no_site(binary: Binary, boundary: sites.Boundary, reason: str) -> str:
+    """What to tell the user of a required boundary that has no site."""
+    return (
+        f"{binary.name} ({binary}) has no usable probe site for “{boundary.name}”: {reason}; "
+        "a build that exports its functions (linked with -Wl,-E) is needed"
+    )
+
+
+def find_site(
+    binary: Binary, layout: Layout | None, boundary: sites.Boundary, silent: frozenset[str] = frozenset()
+) -> Site | str:
+    """The first usable candidate's site, or why there is none; without a layout, as far as the binary tells."""
+    reasons: list[str] = []
+    for function in boundary.functions:
+        if function in silent:
+            reasons.append(f"{function} is exported and never called: the compiler has inlined it")
+            continue
+        struct, member = _NEEDED_MEMBERS.get(function, ("", ""))
+        if layout and struct and member not in layout.structs.get(struct, {}):
+            reasons.append(f"{function} needs {struct}.{member}, which the layout does not have")
+            continue
+        try:
+            return binary.site(function, boundary.arguments)
+        except NoSiteError as error:
+            reasons.append(str(error))
+    return "; ".join(reasons)
+
+
+def main() -> None:
+    """The planner's process: the arguments of `make_plan` on stdin, the answer on stdout, warnings on stderr."""
+    stdio.log_to_stderr()
+    # The binary may be a container's, and made to be read for ever.
+    for limit, value in ((resource.RLIMIT_CPU, _CPU_SECONDS_MAX), (resource.RLIMIT_AS, _MEMORY_BYTES_MAX)):
+        resource.setrlimit(limit, (value, value))
+    instances, settings, silent = pickle.load(sys.stdin.buffer)
+    try:
+        plan = make_plan(instances, settings, silent)
+    except UserError as error:
+        client.write_error(sys.stdout.buffer, error)
+        return
+    except OSError as error:  # the process has ended, or memory or descriptors are short
+        client.write_error(sys.stdout.buffer, TemporaryError(f"{instances[0].executable}: {error.strerror}"))
+        return
+    for missing in plan.missing:
+        _log.warning("%s: no %s: %s", plan.target, missing.boundary.without, missing.reason)
+    client.write_answer(sys.stdout.buffer, plan.target, plan.load_request(settings).to_json().encode())
+
+
+if __name__ == "__main__":
+    main()

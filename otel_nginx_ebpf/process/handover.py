@@ -1,0 +1,104 @@
+"""What only the user who starts the program may open: opened, and handed to the process that emits, as descriptors."""
+
+import os
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.process import privileges, seccomp
+from otel_nginx_ebpf.process.privileges import Account
+from otel_nginx_ebpf.settings.model import Settings
+
+_FILE_VARIABLES = [
+    f"OTEL_EXPORTER_OTLP_{signal}{file}"
+    for signal in ("", "TRACES_", "METRICS_")
+    for file in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+]
+
+
+# What it imports later, and, of the packages beside it, the trusted certificates of HTTP.
+_PROGRAM_FILES = (__file__, sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """Who the emitter is, and what it gets."""
+
+    account: Account | None
+    """None: it stays who it is."""
+    output: int | None
+    """A descriptor."""
+    files: dict[str, int]
+    """Descriptors of files in memory, by the environment variable that named the original."""
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (*self.files.values(), *([] if self.output is None else [self.output]))
+
+
+def open_output(settings: Settings) -> int | None:
+    """The file of the text exporter, to whose end is written; None: stdout.
+
+    Raises:
+        UserError: It is not one text exporter's, or cannot be opened.
+    """
+    if settings.output is None:
+        return None
+    texts = [name for name in dict.fromkeys(settings.exporter) if name != "otlp"]
+    if len(texts) != 1:
+        raise UserError(
+            "--output (OTEL_NGINX_EBPF_OUTPUT) needs exactly one of the exporters console, line and json; "
+            f"--exporter has {', '.join(texts) or 'none of them'}"
+        )
+    try:
+        return os.open(settings.output, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(f"--output (OTEL_NGINX_EBPF_OUTPUT): {settings.output}: {error.strerror}") from error
+
+
+def make_handover(settings: Settings, output: int | None) -> Handover:
+    """Opens and makes what the emitter cannot.
+
+    Args:
+        settings: Say who the emitter is to be, and which directory it is to have.
+        output: A descriptor that is to be handed over, too.
+
+    Raises:
+        UserError: The user, the directory or a file is not usable.
+    """
+    account = privileges.account(settings.user)
+    closed = [path for path in _PROGRAM_FILES if account and not privileges.can_read(account, path)]
+    if account and closed:
+        raise UserError(
+            f"user {account.name}, who is to read requests and send traces, cannot read the program's own files, "
+            f"such as {closed[0]}: put the program where that user can, below /opt for example; or say --user root "
+            "(OTEL_NGINX_EBPF_USER): it is root then, without capabilities"
+        )
+    if account and settings.queue_dir and not settings.queue_dir.exists():
+        try:
+            settings.queue_dir.mkdir(mode=0o700, parents=True)
+            os.chown(settings.queue_dir, account.uid, account.gid)
+        except OSError as error:
+            raise UserError(f"--queue-dir {settings.queue_dir}: {error.strerror}") from error
+    named = {variable: Path(os.environ[variable]) for variable in _FILE_VARIABLES if os.environ.get(variable)}
+    return Handover(account, output, {variable: _copy(variable, path) for variable, path in named.items()})
+
+
+def _copy(variable: str, path: Path) -> int:
+    """A copy in memory: another user may open that anew, as exporters do, unlike the file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{variable}: cannot read the file {path}: {error.strerror}") from error
+    descriptor = os.memfd_create(variable)
+    os.write(descriptor, content)
+    return descriptor
+
+
+def take_over(handover: Handover) -> None:
+    """In the emitter's process: becomes its user, without any privilege, and knows the files by their new names."""
+    privileges.give_up(handover.account)
+    seccomp.refuse_system_calls()
+    for variable, descriptor in handover.files.items():
+        os.environ[variable] = f"/proc/self/fd/{descriptor}"

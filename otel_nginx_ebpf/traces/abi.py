@@ -1,0 +1,49 @@
+"""The kernel program's structs, enums and limits, from the text of `probes/record.h`, which declares them."""
+
+import re
+import struct
+from importlib.resources import files
+
+HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "record.h").read_text(encoding="utf-8")
+
+_FORMATS = {
+    "__u8": "B",
+    "__u16": "H",
+    "__u32": "I",
+    "__s32": "i",
+    "__u64": "Q",
+    "__s64": "q",
+}
+
+
+class CStruct:
+    """A struct of `probes/record.h`: its fields in order, and their packed little-endian format."""
+
+    def __init__(self, name: str, header_text: str = HEADER_TEXT) -> None:
+        body = re.search(rf"^struct {name} {{(.*?)^}};", header_text, re.DOTALL | re.MULTILINE)
+        if body is None:
+            raise ValueError(f"record.h declares no struct {name}")
+        self.name = name
+        self.fields: tuple[tuple[str, str], ...] = tuple(re.findall(r"^\s+(__\w+) (\w+);", body[1], re.MULTILINE))
+        self.struct = struct.Struct("<" + "".join(_FORMATS[kind] for kind, _ in self.fields))
+        self.size = self.struct.size
+
+    def offset(self, field: str) -> int:
+        """Where a field begins, bytes."""
+        names = [name for _, name in self.fields]
+        return struct.calcsize("<" + "".join(_FORMATS[kind] for kind, _ in self.fields[: names.index(field)]))
+
+
+def c_enum(name: str, header_text: str = HEADER_TEXT) -> dict[str, int]:
+    """The members of an enum of `probes/record.h` and their values."""
+    body = re.search(rf"^enum {name} {{(.*?)^}};", header_text, re.DOTALL | re.MULTILINE)
+    if body is None:
+        raise ValueError(f"record.h declares no enum {name}")
+    return {member: int(value) for member, value in re.findall(r"^\s+(\w+) = (\d+),", body[1], re.MULTILINE)}
+
+
+REQUEST_RECORD = CStruct("request_record")
+UPSTREAM_ATTEMPT = CStruct("upstream_attempt")
+STRING_HEADER = CStruct("string_header")
+STRING_KINDS = c_enum("string_kind")
+LIMITS = c_enum("limit")

@@ -1,0 +1,190 @@
+"""Capture files: kernel records as they came, to be replayed on any machine.
+
+    MAGIC, u32 bytes of the header, u32 CRC-32 of the header, the header as JSON
+    u32 bytes of the record, s64 Unix time minus monotonic time in ns, u32 CRC-32 of both, the record   * n
+
+Little-endian. The header says how the records are laid out; a file whose layout is not this program's is
+refused rather than misread.
+"""
+
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple, Self
+
+from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT
+
+MAGIC = b"otel-nginx-ebpf capture 1\n"
+
+_HEADER_PREFIX = struct.Struct("<II")
+_FRAME_PREFIX = struct.Struct("<IqI")
+FRAME_BYTES = _FRAME_PREFIX.size
+"""Of each record's frame, besides the record."""
+_OFFSET = struct.Struct("<q")
+_HEADER_BYTES_MAX = 1 << 20
+
+
+class CaptureError(Exception):
+    """The file is damaged or cut short; says at which byte."""
+
+
+def record_layout() -> dict[str, Any]:
+    """What both sides must agree on to read each other's records."""
+    structs = (REQUEST_RECORD, UPSTREAM_ATTEMPT, STRING_HEADER)
+    return {
+        "structs": {layout.name: [list(field) for field in layout.fields] for layout in structs},
+        "string_kinds": STRING_KINDS,
+    }
+
+
+class Frame(NamedTuple):
+    """One record, and Unix time minus monotonic time when it was taken."""
+
+    unix_offset_ns: int
+    raw: bytes
+
+
+def create(path: Path) -> int:
+    """The descriptor of an empty file, readable by its owner only: it will hold what clients sent.
+
+    Raises:
+        UserError: The file cannot be created.
+    """
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise UserError(f"cannot write the capture file {path}: {error.strerror}") from error
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to the capture file: {error.strerror}; it ends here") from error
+
+
+class CaptureWriter:
+    """Writes a capture file.
+
+    Raises:
+        UserError: The file cannot be created, or written: no space is left.
+    """
+
+    def __init__(self, file: Path | int, about: Mapping[str, str]) -> None:
+        """Replaces the file, or writes to a descriptor, which it owns. `about` says where the records come from, for
+        whoever reads the header."""
+        self._file: BinaryIO = open(create(file) if isinstance(file, Path) else file, "wb")  # noqa: SIM115
+        self.records = 0
+        self.bytes = 0
+        header = {
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "program": __version__,
+            "about": {"kernel": os.uname().release, **about},
+            "record": record_layout(),
+        }
+        raw = json.dumps(header).encode()
+        self._write(MAGIC + _HEADER_PREFIX.pack(len(raw), zlib.crc32(raw)) + raw)
+
+    def append(self, unix_offset_ns: int, raw: bytes) -> None:
+        checksum = zlib.crc32(raw, zlib.crc32(_OFFSET.pack(unix_offset_ns)))
+        self._write(_FRAME_PREFIX.pack(len(raw), unix_offset_ns, checksum) + raw)
+        self.records += 1
+
+    def _write(self, data: bytes) -> None:
+        with _told():
+            self._file.write(data)
+        self.bytes += len(data)
+
+    def flush(self) -> None:
+        with _told():
+            self._file.flush()
+
+    def close(self) -> None:
+        with _told():
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
+    if file.read(len(MAGIC)) != MAGIC:
+        raise UserError(f"{path} is not a capture file of this version: it does not begin with {MAGIC!r}")
+    prefix = file.read(_HEADER_PREFIX.size)
+    if len(prefix) < _HEADER_PREFIX.size:
+        raise CaptureError(f"{path}: the header is cut short at byte {len(MAGIC) + len(prefix)}")
+    length, checksum = _HEADER_PREFIX.unpack(prefix)
+    raw = file.read(length) if length <= _HEADER_BYTES_MAX else b""
+    if len(raw) != length or zlib.crc32(raw) != checksum:
+        raise CaptureError(f"{path}: the header at byte {len(MAGIC)} is damaged")
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise CaptureError(f"{path}: the header at byte {len(MAGIC)} is not a JSON object")
+    return header
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a capture file: when, where and by which version it was written.
+
+    Raises:
+        UserError: Not a capture file, or one that cannot be opened.
+        CaptureError: The header is damaged.
+    """
+    with _open(path) as file:
+        return _header(file, path)
+
+
+def read_capture(path: Path) -> Iterator[Frame]:
+    """The records of a capture file, in order; holds one of them in memory at a time.
+
+    Raises:
+        UserError: Not a capture file, one whose records are laid out in another way, or not readable.
+        CaptureError: After everything before the damage was yielded.
+    """
+    with _open(path) as file:
+        header = _header(file, path)
+        if header.get("record") != record_layout():
+            raise UserError(
+                f"{path} was written by otel-nginx-ebpf {header.get('program')}, which lays records out in "
+                f"another way than this version, {__version__}: replay it with that version"
+            )
+        while True:
+            start = file.tell()
+            prefix = file.read(_FRAME_PREFIX.size)
+            if not prefix:
+                return
+            if len(prefix) < _FRAME_PREFIX.size:
+                raise CaptureError(f"{path}: cut short in the frame at byte {start}")
+            length, unix_offset_ns, checksum = _FRAME_PREFIX.unpack(prefix)
+            if length > LIMITS["RECORD_BYTES_MAX"]:
+                raise CaptureError(f"{path}: damaged at byte {start}: a record of {length} bytes")
+            raw = file.read(length)
+            if len(raw) < length:
+                raise CaptureError(f"{path}: cut short in the frame at byte {start}")
+            if zlib.crc32(raw, zlib.crc32(_OFFSET.pack(unix_offset_ns))) != checksum:
+                raise CaptureError(f"{path}: damaged at byte {start}: wrong checksum")
+            yield Frame(unix_offset_ns, raw)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read the capture file {path}: {error.strerror}") from error

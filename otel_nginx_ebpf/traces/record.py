@@ -1,0 +1,394 @@
+"""The kernel's record of one completed request, decoded.
+
+Turns the bytes that `traces.abi` describes into a `Request`.
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, c_enum
+
+
+class RecordError(Exception):
+    """The bytes are not a record: truncated, or counts and lengths that contradict each other."""
+
+
+_METHOD = STRING_KINDS["STRING_METHOD"]
+_URI = STRING_KINDS["STRING_URI"]
+_HOST = STRING_KINDS["STRING_HOST"]
+_USER_AGENT = STRING_KINDS["STRING_USER_AGENT"]
+_LOCATION = STRING_KINDS["STRING_LOCATION"]
+_SERVER_NAME = STRING_KINDS["STRING_SERVER_NAME"]
+_CLIENT_SOCKADDR = STRING_KINDS["STRING_CLIENT_SOCKADDR"]
+_LOCAL_SOCKADDR = STRING_KINDS["STRING_LOCAL_SOCKADDR"]
+_PEER = STRING_KINDS["STRING_PEER"]
+_UPSTREAM = STRING_KINDS["STRING_UPSTREAM"]
+_SUBREQUEST_URI = STRING_KINDS["STRING_SUBREQUEST_URI"]
+_TRACESTATE = STRING_KINDS["STRING_TRACESTATE"]
+_UNSEEN_PEER = STRING_KINDS["STRING_UNSEEN_PEER"]
+
+# `decode` below takes the structs apart in the order of their declaration; a test holds it to that.
+_unpack_request = REQUEST_RECORD.struct.unpack_from
+_unpack_attempt = UPSTREAM_ATTEMPT.struct.unpack_from
+_unpack_string_header = STRING_HEADER.struct.unpack_from
+_REQUEST_BYTES = REQUEST_RECORD.size
+_ATTEMPT_BYTES = UPSTREAM_ATTEMPT.size
+_STRING_HEADER_BYTES = STRING_HEADER.size
+
+_SOCKADDRS = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR})
+
+# Strings that differ from request to request. What follows those of them that come first is mostly the same as in other
+# records, and kept decoded.
+_VARYING = frozenset({_URI, _USER_AGENT, _CLIENT_SOCKADDR, _TRACESTATE})
+_KEPT_SECTIONS = 1024
+_KEPT_SECTION_BYTES_MAX = 1024
+
+ENDINGS = {value: name.removeprefix("ENDED_").lower() for name, value in c_enum("ending").items() if value}
+OUTCOMES = {value: name.removeprefix("OUTCOME_").lower() for name, value in c_enum("outcome").items() if value}
+_KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("kept").items() if value}
+
+_WORKER_PID = struct.Struct("<I")
+_WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
+
+_NONE = 2**64 - 1
+
+# nginx's clock counts from the machine's start.
+_MS_MAX = 2**40
+
+_STATUSES = range(100, 600)
+
+
+# Not frozen: it would take ten times as long to make one, and one is made of each request.
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One try of one upstream peer. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds, None: did not happen."""
+
+    connect_start_mono_ns: int | None
+    """None on a connection that was open already."""
+    connected_mono_ns: int | None
+    connect_failed_mono_ns: int | None
+    first_write_mono_ns: int | None
+    last_write_mono_ns: int | None
+    first_read_mono_ns: int | None
+    last_read_mono_ns: int | None
+    ended_mono_ns: int
+    connect_ms: int | None
+    """nginx's own $upstream_connect_time, $upstream_header_time and $upstream_response_time, milliseconds."""
+    header_ms: int | None
+    response_ms: int | None
+    sent_bytes: int | None
+    """None where this nginx does not count them (before 1.15.8)."""
+    received_bytes: int | None
+    status: int | None
+    """None when the peer gave no response."""
+    connect_errno: int
+    tls: bool
+    subrequest: bool
+    peer: str | None
+    """The peer as nginx names it in $upstream_addr: `127.0.0.1:80`, `[::1]:80`, `unix:/path`."""
+    upstream: str | None
+    """The upstream block's name, or the host of a `proxy_pass` without one."""
+    subrequest_uri: str | None
+    span_id: int | None
+    """Of the exchange, as the peer was told; several attempts may have been told the same. None: it was told none."""
+    outcome: str | None
+    """`incomplete`, `timeout`: the rest of the response did not come; `abandoned`: no fault of the peer."""
+    ends_with_read: bool
+    """The exchange ended with `last_read_mono_ns`, else with `ended_mono_ns`."""
+    impossible: int = 0
+    """As of a request."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One completed request. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds, None: did not happen or not seen."""
+
+    accepted_mono_ns: int | None
+    first_read_mono_ns: int | None
+    """None where the first byte had been read together with an earlier request's (pipelining)."""
+    created_mono_ns: int
+    last_read_mono_ns: int | None
+    first_write_mono_ns: int | None
+    last_write_mono_ns: int | None
+    ended_mono_ns: int
+    rc: int
+    """0 where nginx ended the request in the normal way, else the reason it closed it with (408, 499, …)."""
+    connection: int
+    connection_requests: int
+    request_bytes: int | None
+    """$request_length; None where nginx's own number is below 0."""
+    sent_bytes: int | None
+    """$bytes_sent; the same."""
+    nginx_start_unix_ms: int
+    http_version: int
+    status: int
+    """$status: what nginx noted, be it HTTP's or not."""
+    worker_pid: int
+    upstream_states: int
+    tls: bool
+    multiplexed: bool
+    attempts: tuple[Attempt, ...]
+    """In the order in which they began."""
+    attempts_lost: int
+    """How many of the main request's are not among them for lack of room."""
+    unseen_peers: tuple[str, ...]
+    """Elements of $upstream_addr that are no attempts: not seen, or the upstream's name, as no peer was live."""
+    method_bit: int
+    """nginx's number of the method (ngx_http_request.h, NGX_HTTP_GET and so on)."""
+    requests_seen: int | None
+    """How many requests the kernel program saw begin on the connection, this one included; None: not from the first."""
+    method: str | None
+    uri: str | None
+    """The original request target with its query, as in $request_uri."""
+    cut: tuple[str, ...]
+    """The kinds of strings (`STRING_URI`, …) whose end the kernel program left out."""
+    host: str | None
+    user_agent: str | None
+    location: str | None
+    server_name: str | None
+    client_sockaddr: bytes | None
+    local_sockaddr: bytes | None
+    trace_id: int
+    parent_span_id: int | None
+    """The span of the incoming trace context; None: the trace begins here."""
+    trace_flags: int
+    """W3C trace-flags of the spans: bit 0, sampled, is the kernel program's decision."""
+    kept: str | None
+    """Why a request that the sampler left out came all the same: `error`, `slow`."""
+    trace_state: str | None
+    ending: str | None
+    """Why nginx gave the request or its response up: `timeout`, `client_closed_request`, … (`enum ending`)."""
+    ends_with_write: bool
+    """The request ended with `last_write_mono_ns`, else with `ended_mono_ns`."""
+    impossible: int = 0
+    """How many of nginx's numbers cannot be, and are left out."""
+
+
+def http_status(status: int | None) -> int | None:
+    """The status, if HTTP has it: nginx notes 0 and 9 where it has none, and a module what it likes."""
+    return status if status in _STATUSES else None
+
+
+def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int) -> int:
+    """$status as nginx decides it (ngx_http_free_request, ngx_http_variable_status)."""
+    if rc > 0 and (out_status == 0 or sent_bytes == 0):
+        out_status = rc
+    return err_status or out_status or (9 if http_version == 9 else 0)
+
+
+def _strings(raw: bytes, offset: int = 0, kinds: frozenset[int] | None = None) -> tuple[dict[int, Any], int, int]:
+    """The strings from `offset` to the record's end or, with `kinds`, to the first that is of none of them.
+
+    Returns:
+        The strings by kind + 256 * attempt, without empty ones: UTF-8 text, where bytes that are not UTF-8 appear as
+        `\\xNN`, and bytes of socket addresses. The kinds of those whose end the kernel program left out, as a set of
+        bits. Where the last of them ends.
+    """
+    values: dict[int, str | bytes] = {}
+    cut = 0
+    raw_end = len(raw)
+    while offset < raw_end and (kinds is None or raw[offset] in kinds):
+        try:
+            kind, attempt, length, whole = _unpack_string_header(raw, offset)
+        except struct.error as error:
+            raise RecordError(f"a string's header is cut short: {raw_end - offset} bytes") from error
+        start = offset + _STRING_HEADER_BYTES
+        end = start + length
+        offset = end + -length % 8
+        if offset > raw_end:
+            raise RecordError(f"a string of {length} bytes passes the record's end")
+        if whole > length:
+            cut |= 1 << kind
+        if length:
+            value = raw[start:end]
+            values[kind + 256 * attempt] = value if kind in _SOCKADDRS else value.decode("utf-8", "backslashreplace")
+    return values, cut, offset
+
+
+_kept_strings = lru_cache(_KEPT_SECTIONS)(_strings)
+
+
+def _trace_state(strings: dict[int, Any]) -> str | None:
+    """The `tracestate` header lines as one (W3C Trace Context, 3.3.1: in order, joined with commas)."""
+    lines = sorted(key for key in strings if key & 0xFF == _TRACESTATE)
+    return ",".join(strings[key] for key in lines) if lines else None
+
+
+def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
+    (
+        connect_start_ns,
+        connected_ns,
+        connect_failed_ns,
+        first_write_ns,
+        last_write_ns,
+        first_read_ns,
+        last_read_ns,
+        ended_ns,
+        connect_msec,
+        header_msec,
+        response_msec,
+        bytes_sent,
+        bytes_received,
+        status,
+        connect_errno,
+        subrequest,
+        tls,
+        outcome,
+        ends_with_read,
+        _,
+        span_id,
+    ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
+    times = connect_msec, header_msec, response_msec
+    impossible = sum([_MS_MAX <= msec < _NONE for msec in times]) if max(times) >= _MS_MAX else 0
+    impossible += (bytes_sent < -1) + (bytes_received < 0) + (status != 0 and status not in _STATUSES)
+    return Attempt(
+        connect_start_ns or None,
+        connected_ns or None,
+        connect_failed_ns or None,
+        first_write_ns or None,
+        last_write_ns or None,
+        first_read_ns or None,
+        last_read_ns or None,
+        ended_ns,
+        connect_msec if connect_msec < _MS_MAX else None,
+        header_msec if header_msec < _MS_MAX else None,
+        response_msec if response_msec < _MS_MAX else None,
+        bytes_sent if bytes_sent >= 0 else None,
+        bytes_received if bytes_received >= 0 else None,
+        status or None,
+        connect_errno,
+        tls != 0,
+        subrequest != 0,
+        string(_PEER + 256 * index),
+        string(_UPSTREAM + 256 * index),
+        string(_SUBREQUEST_URI + 256 * index),
+        span_id or None,
+        OUTCOMES.get(outcome),
+        ends_with_read != 0,
+        impossible,
+    )
+
+
+def worker_pid(raw: bytes | memoryview) -> int:
+    """The process a record is from, without decoding the rest. Raises `RecordError` for truncated bytes."""
+    try:
+        return int(_WORKER_PID.unpack_from(raw, _WORKER_PID_OFFSET)[0])
+    except struct.error as error:
+        raise RecordError(f"a record of {len(raw)} bytes is cut short") from error
+
+
+def decode(raw: bytes) -> Request:
+    """Decodes one record.
+
+    Raises:
+        RecordError: the bytes are truncated or contradict themselves.
+    """
+    try:
+        (
+            accepted_ns,
+            first_read_ns,
+            created_ns,
+            last_read_ns,
+            first_write_ns,
+            last_write_ns,
+            ended_ns,
+            rc,
+            connection,
+            connection_requests,
+            request_length,
+            bytes_sent,
+            nginx_start_sec,
+            nginx_start_msec,
+            http_version,
+            err_status,
+            out_status,
+            worker_pid,
+            upstream_states,
+            tls,
+            multiplexed,
+            attempts_count,
+            attempts_lost,
+            method_bit,
+            requests_seen,
+            trace_flags,
+            kept,
+            coarse_start,
+            ending,
+            ends_with_write,
+            _,
+            _,
+            _,
+            trace_id_high,
+            trace_id_low,
+            parent_span_id,
+        ) = _unpack_request(raw)
+    except struct.error as error:
+        raise RecordError(f"a record of {len(raw)} bytes is cut short") from error
+    attempts_end = _REQUEST_BYTES + attempts_count * _ATTEMPT_BYTES
+    if attempts_end > len(raw):
+        raise RecordError(f"{attempts_count} attempts do not fit in a record of {len(raw)} bytes")
+    strings, cut, offset = _strings(raw, attempts_end, _VARYING)
+    section = raw[offset:]
+    common, common_cut, _ = (_kept_strings if len(section) <= _KEPT_SECTION_BYTES_MAX else _strings)(section)
+    strings |= common
+    cut |= common_cut
+    string = strings.get
+    attempts = tuple([_attempt(raw, index, string) for index in range(attempts_count)]) if attempts_count else ()
+    if coarse_start and attempts:  # nginx's clock may be a millisecond late: a request began before its attempts
+        created_ns = min(
+            created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in attempts)
+        )
+    status = _status(rc, err_status, out_status, bytes_sent, http_version)
+    impossible = (request_length < 0) + (bytes_sent < 0) + (status not in _STATUSES)
+    if attempts:
+        impossible += sum([attempt.impossible for attempt in attempts])
+    return Request(
+        accepted_ns or None,
+        first_read_ns or None,
+        created_ns,
+        last_read_ns or None,
+        first_write_ns or None,
+        last_write_ns or None,
+        ended_ns,
+        rc,
+        connection,
+        connection_requests,
+        request_length if request_length >= 0 else None,
+        bytes_sent if bytes_sent >= 0 else None,
+        nginx_start_sec * 1000 + nginx_start_msec,
+        http_version,
+        status,
+        worker_pid,
+        upstream_states,
+        tls != 0,
+        multiplexed != 0,
+        attempts,
+        attempts_lost,
+        tuple([strings[key] for key in strings if key & 0xFF == _UNSEEN_PEER])
+        if upstream_states > attempts_count
+        else (),
+        method_bit,
+        requests_seen or None,
+        string(_METHOD),
+        string(_URI),
+        tuple(name for name, kind in STRING_KINDS.items() if cut >> kind & 1) if cut else (),
+        string(_HOST),
+        string(_USER_AGENT),
+        string(_LOCATION),
+        string(_SERVER_NAME),
+        string(_CLIENT_SOCKADDR),
+        string(_LOCAL_SOCKADDR),
+        trace_id_high << 64 | trace_id_low,
+        parent_span_id or None,
+        trace_flags,
+        _KEPT.get(kept),
+        _trace_state(strings) if _TRACESTATE in strings else None,
+        ENDINGS.get(ending),
+        ends_with_write != 0,
+        impossible,
+    )
