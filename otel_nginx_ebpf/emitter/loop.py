@@ -15,7 +15,18 @@ from otel_nginx_ebpf.emitter.pipeline import Record, Take, in_batches
 from otel_nginx_ebpf.emitter.source import Source
 from otel_nginx_ebpf.metrics.kept_stats import KeptStats
 from otel_nginx_ebpf.metrics.stats import Stats
-from otel_nginx_ebpf.process.channel import EmitterEnd, Kind, Message
+from otel_nginx_ebpf.process.channel import EmitterEnd
+from otel_nginx_ebpf.process.messages import (
+    Abandoned,
+    Alive,
+    Attached,
+    End,
+    Kind,
+    Lost,
+    Measured,
+    Order,
+    Retired,
+)
 from otel_nginx_ebpf.traces.losses import LOST, of_kind
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.plausibility import Doubt, doubt
@@ -80,8 +91,8 @@ class Emitter:
         next_report_s, told = time.monotonic() + _REPORT_S, self._stats.losses()
         try:
             while not self._ending:
-                for message in self._channel.messages(_POLL_S):
-                    self._heed(message)
+                for order in self._channel.orders(_POLL_S):
+                    self._obey(order)
                 self._ending |= self._channel.ended
                 in_batches(self._records(), at_once, take)
                 if self._attached:
@@ -104,36 +115,37 @@ class Emitter:
             raise NothingTracedError
         return self._grace_s
 
-    def _heed(self, message: Message) -> None:
-        values = message.values
-        if message.what == "attached":
-            self._attached = True
-            source = Source(message, self._ring_buffer_bytes)
-            self._sources[source.number] = source
-            self._add_durations(source)
-        elif message.what == "alive":
-            known = self._sources.get(values["number"])
-            if known and known.durations:
-                self._stats.durations.sweep(known.durations, values["pids"])
-        elif message.what == "retired":
-            if values["number"] in self._sources:
-                self._retired.append(self._sources.pop(values["number"]))
-        elif message.what == "abandoned":
-            source = Source(message, self._ring_buffer_bytes)
-            # Whether the last emitter has read, and sent, some of them is not known: a trace must not come twice.
-            self._counts.lose_unread("lost_emitter_killed", sum(1 for raw in source.records.read() if not doubt(raw)))
-            self._give_back(source)
-        elif message.what == "measured":
-            if values["number"] in self._sources:
-                self._sources[values["number"]].hits = values["hits"]
-            if values["cost_ns"] is not None:
-                self._stats.cost_s = values["cost_ns"] / 1e9
-            self._stats.detachments += values["passed"]
-        elif message.what == "lost":
-            self._counts.lose_unread(values["cause"], values["count"])
-        elif message.what == "end":
-            self._ending = True
-            self._grace_s = values["grace_s"]
+    def _obey(self, order: Order) -> None:
+        match order:
+            case Attached():
+                self._attached = True
+                source = Source(order, self._ring_buffer_bytes)
+                self._sources[source.number] = source
+                self._add_durations(source)
+            case Alive(number, pids):
+                known = self._sources.get(number)
+                if known and known.durations:
+                    self._stats.durations.sweep(known.durations, pids)
+            case Retired(number):
+                if number in self._sources:
+                    self._retired.append(self._sources.pop(number))
+            case Abandoned():
+                source = Source(Attached(0, "", "", order.descriptors), self._ring_buffer_bytes)
+                # The last emitter may have sent some of these records. A trace must not come twice, so all are lost.
+                unread = sum(1 for raw in source.records.read() if not doubt(raw))
+                self._counts.lose_unread("lost_emitter_killed", unread)
+                self._give_back(source)
+            case Measured(number, cost_ns, hits, passed):
+                if number in self._sources:
+                    self._sources[number].hits = hits
+                if cost_ns is not None:
+                    self._stats.cost_s = cost_ns / 1e9
+                self._stats.detachments += passed
+            case Lost(cause, count):
+                self._counts.lose_unread(cause, count)
+            case End(grace_s):
+                self._ending = True
+                self._grace_s = grace_s
 
     def _add_durations(self, source: Source) -> None:
         if source.durations is None:
@@ -178,8 +190,8 @@ class Emitter:
     def _resource(self, source: Source, pid: int) -> Mapping[str, AttributeValue]:
         found = source.resource_of.get(pid)
         if found is None:
-            answer = self._channel.ask(Kind.WHOSE, source.number, pid)
-            attributes: Mapping[str, AttributeValue] = answer.values["attributes"] if answer else {}
+            answer = self._channel.ask_whose(source.number, pid)
+            attributes: Mapping[str, AttributeValue] = answer.attributes if answer else {}
             # One object for all of an instance: exporters tell them apart by identity.
             found = self._resources.setdefault(frozenset(attributes.items()), attributes)
             source.resource_of[pid] = found

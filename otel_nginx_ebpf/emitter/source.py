@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
 from otel_nginx_ebpf.metrics.kernel_maps import DurationMaps
-from otel_nginx_ebpf.process.channel import Message
+from otel_nginx_ebpf.process.messages import Attached
 from otel_nginx_ebpf.traces.losses import KERNEL_CAUSES
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.silence import SilenceWatch
@@ -13,11 +13,11 @@ from otel_nginx_ebpf.traces.silence import SilenceWatch
 class Source:
     """What the kernel hands over of one binary."""
 
-    def __init__(self, message: Message, ring_buffer_bytes: int) -> None:
-        records, loss_counts, *durations = message.descriptors
-        self.number: int = message.values.get("number", 0)
-        self.target: str = message.values.get("target", "")
-        self.layout_source: str = message.values.get("layout_source", "")
+    def __init__(self, attached: Attached, ring_buffer_bytes: int) -> None:
+        records, loss_counts, *durations = attached.descriptors
+        self.number = attached.number
+        self.target = attached.target
+        self.layout_source = attached.layout_source
         self.records = RingBuffer(records, ring_buffer_bytes)
         self._loss_counts = CounterArray(loss_counts, len(KERNEL_CAUSES))
         self.durations = DurationMaps(*durations) if durations else None
@@ -25,7 +25,7 @@ class Source:
         """Workers whose memory is not as the layout says."""
         self.doubted = False
         self.silence = SilenceWatch()
-        self.hits: dict[str, float] = {}
+        self.hits: Mapping[str, float] = {}
         """Of each probe, a second, when they were last counted."""
         self.resource_of: dict[int, Mapping[str, AttributeValue]] = {}
 

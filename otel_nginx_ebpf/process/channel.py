@@ -1,71 +1,54 @@
-"""What supervisor and emitter say to each other, over a pair of unix sockets that keep messages apart.
+"""The channel between supervisor and emitter: a pair of unix sockets that keep messages apart."""
 
-The supervisor is believed: JSON, with descriptors. The emitter, which reads what strangers send, is not: it has a few
-messages of twelve bytes, which can make the supervisor detach, and no more.
-"""
-
-import json
 import select
 import socket
-import struct
 import time
 from collections import deque
-from collections.abc import Sequence
-from enum import IntEnum
-from typing import Any, NamedTuple
 
-_REPORT = struct.Struct("=III")
+from otel_nginx_ebpf.process.messages import (
+    REPORT_BYTES,
+    Belongs,
+    Kind,
+    Order,
+    Report,
+    decode_order,
+    decode_report,
+    encode_order,
+    encode_report,
+)
 
 # A unix socket's buffer takes 208 KiB by default.
 _MESSAGE_BYTES_MAX = 1 << 18
 _DESCRIPTORS_MAX = 8
 
-# A stopped emitter need not read, and this many seconds of it do not hold the supervisor up.
+# A stopped emitter does not read. The supervisor waits for it no longer than this.
 _SEND_S = 1.0
 
-# So many reports at a time, that an emitter which sends more does not keep the supervisor from its work.
+# The supervisor reads at most so many reports at once, so that an emitter that floods it cannot stop its other work.
 _REPORTS_AT_ONCE = 16
 
 # How long the emitter waits for an answer.
 _ANSWER_S = 2.0
 
 
-class Kind(IntEnum):
-    """Of a report."""
-
-    BEGUN = 1
-    """It has given up its privileges and is ready for records."""
-    CONTRADICTED = 2
-    """A worker's memory contradicts its binary's layout."""
-    SILENT = 3
-    """A function of a binary is never called."""
-    WHOSE = 4
-    """Which nginx a process of a binary belongs to is asked."""
-
-
-class Report(NamedTuple):
-    """From the emitter."""
-
-    kind: Kind
-    number: int
-    """Of the attachment; 0 where it is about none."""
-    pid: int
-
-
 class EmitterGoneError(Exception):
-    """It has ended; or, as the text says, does what no emitter does."""
+    """The emitter has ended, or it broke the protocol; the text says how."""
 
 
 class SupervisorEnd:
-    """Of the channel. Owns its socket."""
+    """The supervisor's end of the channel. Owns its socket."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._socket.settimeout(_SEND_S)
 
-    def tell(self, what: str, descriptors: Sequence[int] = (), **values: Any) -> None:
-        """Raises `EmitterGoneError` where nobody takes it."""
-        message = json.dumps({"what": what, **values}).encode()
+    def tell(self, order: Order) -> None:
+        """Send a message to the emitter.
+
+        Raises:
+            EmitterGoneError: The emitter does not take it.
+        """
+        message, descriptors = encode_order(order)
         try:
             socket.send_fds(self._socket, [message], descriptors)
         except TimeoutError:
@@ -74,7 +57,11 @@ class SupervisorEnd:
             raise EmitterGoneError from None
 
     def reports(self, timeout_s: float) -> list[Report]:
-        """Those that have come; waits for one, for so long. Raises `EmitterGoneError`."""
+        """Return the reports that have come; wait up to `timeout_s` seconds for the first.
+
+        Raises:
+            EmitterGoneError: The emitter has ended, or sent something else.
+        """
         found: list[Report] = []
         while len(found) < _REPORTS_AT_ONCE and select.select([self._socket], [], [], 0 if found else timeout_s)[0]:
             found.append(self._report())
@@ -82,65 +69,58 @@ class SupervisorEnd:
 
     def _report(self) -> Report:
         try:
-            raw = self._socket.recv(_REPORT.size + 1)
+            raw = self._socket.recv(REPORT_BYTES + 1)
         except OSError:
             raw = b""
         if not raw:
             raise EmitterGoneError
         try:
-            kind, number, pid = _REPORT.unpack(raw)
-            return Report(Kind(kind), number, pid)
-        except (struct.error, ValueError) as error:
+            return decode_report(raw)
+        except ValueError as error:
             raise EmitterGoneError(f"it sent {raw!r}") from error
 
     def close(self) -> None:
         self._socket.close()
 
 
-class Message(NamedTuple):
-    """From the supervisor."""
-
-    what: str
-    values: dict[str, Any]
-    descriptors: list[int]
-
-
 class EmitterEnd:
-    """Of the channel. Owns its socket."""
+    """The emitter's end of the channel. Owns its socket."""
 
     def __init__(self, descriptor: int) -> None:
         self._socket = socket.socket(fileno=descriptor)
-        self._waiting: deque[Message] = deque()
+        self._waiting: deque[Order] = deque()
         self.ended = False
-        """The supervisor is gone."""
+        """Whether the supervisor is gone."""
 
     def report(self, kind: Kind, number: int = 0, pid: int = 0) -> None:
+        """Send a report to the supervisor. Do nothing if the supervisor is gone."""
         try:
-            self._socket.send(_REPORT.pack(kind, number, pid))
+            self._socket.send(encode_report(Report(kind, number, pid)))
         except OSError:
             self.ended = True
 
-    def messages(self, timeout_s: float) -> list[Message]:
-        """Those that have come; waits for one, for so long."""
+    def orders(self, timeout_s: float) -> list[Order]:
+        """Return the messages that have come; wait up to `timeout_s` seconds for the first."""
         found = list(self._waiting)
         self._waiting.clear()
         while not self.ended and select.select([self._socket], [], [], 0 if found else timeout_s)[0]:
-            if message := self._receive():
-                found.append(message)
+            if order := self._receive():
+                found.append(order)
         return found
 
-    def ask(self, kind: Kind, number: int, pid: int) -> Message | None:
-        """The answer, of the same name as the question; None where there comes none."""
-        self.report(kind, number, pid)
+    def ask_whose(self, number: int, pid: int) -> Belongs | None:
+        """Ask which nginx a process belongs to; return `None` if no answer comes."""
+        self.report(Kind.WHOSE, number, pid)
         deadline_s = time.monotonic() + _ANSWER_S
         while not self.ended and select.select([self._socket], [], [], max(0, deadline_s - time.monotonic()))[0]:
-            if message := self._receive():
-                if message.what == kind.name.lower() and message.values["pid"] == pid:
-                    return message
-                self._waiting.append(message)
+            order = self._receive()
+            if isinstance(order, Belongs) and order.pid == pid:
+                return order
+            if order:
+                self._waiting.append(order)
         return None
 
-    def _receive(self) -> Message | None:
+    def _receive(self) -> Order | None:
         try:
             raw, descriptors, _, _ = socket.recv_fds(self._socket, _MESSAGE_BYTES_MAX, _DESCRIPTORS_MAX)
         except OSError:
@@ -148,11 +128,10 @@ class EmitterEnd:
         if not raw:
             self.ended = True
             return None
-        values = json.loads(raw)
-        return Message(values.pop("what"), values, descriptors)
+        return decode_order(raw, descriptors)
 
 
 def make_channel() -> tuple[SupervisorEnd, socket.socket]:
-    """The supervisor's end, and the socket that is to be the emitter's."""
+    """Make both ends; the second is the socket for an `EmitterEnd`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return SupervisorEnd(ours), theirs

@@ -20,8 +20,9 @@ from otel_nginx_ebpf.kernel.uprobes import links_work
 from otel_nginx_ebpf.metrics.kept_stats import KeptStats
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.process import entry, privileges
-from otel_nginx_ebpf.process.channel import EmitterGoneError, Kind, SupervisorEnd, make_channel
+from otel_nginx_ebpf.process.channel import EmitterGoneError, SupervisorEnd, make_channel
 from otel_nginx_ebpf.process.handover import Handover
+from otel_nginx_ebpf.process.messages import Abandoned, End, Kind
 from otel_nginx_ebpf.process.privileges import Capability
 from otel_nginx_ebpf.process.stdio import complain
 from otel_nginx_ebpf.settings.model import Settings
@@ -180,7 +181,7 @@ class _Run:
         while not begun and not stop:
             begun = any(report.kind is Kind.BEGUN for report in channel.reports(TICK_S))
         while self._abandoned and begun:
-            channel.tell("abandoned", self._abandoned[-1])
+            channel.tell(Abandoned(self._abandoned[-1]))
             for descriptor in self._abandoned.pop():
                 os.close(descriptor)
         if not stop:
@@ -200,7 +201,7 @@ class _Run:
         serve: Callable[[float], None] = tracing.serve
         try:
             grace_s = self._settings.grace_seconds - (time.monotonic() - stop[0] if stop else 0)
-            channel.tell("end", grace_s=max(grace_s, 0))
+            channel.tell(End(max(grace_s, 0)))
         except EmitterGoneError:
             channel.close()  # which says it, too
             serve = time.sleep

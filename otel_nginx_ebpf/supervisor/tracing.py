@@ -13,7 +13,8 @@ from otel_nginx_ebpf.nginx.processes import FileIdentity, Instance, Watch, insta
 from otel_nginx_ebpf.nginx.resource import instance_attributes
 from otel_nginx_ebpf.planner.client import Target, make_target
 from otel_nginx_ebpf.process import health, stdio
-from otel_nginx_ebpf.process.channel import Kind, SupervisorEnd
+from otel_nginx_ebpf.process.channel import SupervisorEnd
+from otel_nginx_ebpf.process.messages import Alive, Attached, Belongs, Kind, Lost, Measured, Retired
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.attaching import Attaching
 from otel_nginx_ebpf.supervisor.cost_limit import Guard
@@ -191,11 +192,7 @@ class Tracing:
         self._guard.attached(traced.identity)
         target = traced.target
         self._emitter.tell(
-            "attached",
-            traced.attachment.readable,
-            number=traced.number,
-            target=str(target),
-            layout_source=target.layout_source,
+            Attached(traced.number, str(target), target.layout_source, tuple(traced.attachment.readable))
         )
         stdio.say(target.ready_line(traced.instances))
 
@@ -227,9 +224,9 @@ class Tracing:
                     self._found(instance)
         for traced in list(self._traced.values()):
             if lost := traced.attachment.forget_dead_processes():
-                self._emitter.tell("lost", cause="lost_worker_gone", count=lost)
+                self._emitter.tell(Lost("lost_worker_gone", lost))
             if traced.attachment.measures:
-                self._emitter.tell("alive", number=traced.number, pids=sorted(traced.attachment.processes()))
+                self._emitter.tell(Alive(traced.number, sorted(traced.attachment.processes())))
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("%s has ended", traced.target)
                 self._retire(traced)
@@ -242,9 +239,7 @@ class Tracing:
         reading = self._guard.look(traced.identity, traced.attachment)
         if reading:
             passed = bool(reading.because)
-            self._emitter.tell(
-                "measured", number=traced.number, cost_ns=reading.cost_ns, hits=reading.hits, passed=passed
-            )
+            self._emitter.tell(Measured(traced.number, reading.cost_ns, reading.hits, passed))
             if passed:
                 _log.warning("%s: %s", traced.target, reading.because)
                 self._retire(traced)
@@ -292,9 +287,7 @@ class Tracing:
             if traced is None:  # it crossed the news that this one is gone
                 continue
             if report.kind is Kind.WHOSE:
-                self._emitter.tell(
-                    "whose", number=traced.number, pid=report.pid, attributes=traced.resource(report.pid)
-                )
+                self._emitter.tell(Belongs(traced.number, report.pid, traced.resource(report.pid)))
             elif traced not in self._retired:
                 if report.kind is Kind.CONTRADICTED:
                     self._contradicted(traced, report.pid)
@@ -336,7 +329,7 @@ class Tracing:
         self._guard.detached(traced.identity)
         traced.attachment.detach()
         self._retired.append(traced)
-        self._emitter.tell("retired", number=traced.number)
+        self._emitter.tell(Retired(traced.number))
 
     def detach(self) -> None:
         """Removes all probes. What has come can still be read, and asked about."""
