@@ -17,6 +17,7 @@ from otel_nginx_ebpf.kernel.loader import loader_command
 from otel_nginx_ebpf.kernel.maps import create_map
 from otel_nginx_ebpf.kernel.release import release_numbers
 from otel_nginx_ebpf.kernel.uprobes import PERF_EVENTS_ADVICE, links_work
+from otel_nginx_ebpf.linux import Capability
 
 State = Literal["ok", "note", "fail"]
 """`note`: works, or may work, but is worth knowing; `fail`: in the way of tracing."""
@@ -26,8 +27,10 @@ _JIT = Path("/proc/sys/net/core/bpf_jit_enable")
 _LOCKDOWN = Path("/sys/kernel/security/lockdown")
 _MOUNTS = Path("/proc/self/mounts")
 
-# linux/capability.h
-_CAPABILITIES = {"CAP_SYS_PTRACE": 19, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+_CAPABILITIES = {
+    f"CAP_{each.name}": each
+    for each in (Capability.SYS_PTRACE, Capability.SYS_ADMIN, Capability.PERFMON, Capability.BPF)
+}
 
 # linux/bpf.h
 _MAP_TYPE_ARRAY = 2

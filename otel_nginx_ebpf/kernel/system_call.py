@@ -1,12 +1,11 @@
 """bpf(2), without a library."""
 
 import ctypes
-import os
+
+from otel_nginx_ebpf.linux import checked, libc
 
 # x86-64's system call number.
 _SYS_BPF = 321
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def bpf(command: int, attribute: ctypes.Structure) -> int:
@@ -16,8 +15,4 @@ def bpf(command: int, attribute: ctypes.Structure) -> int:
         command: A member of enum bpf_cmd (linux/bpf.h).
         attribute: The command's part of union bpf_attr.
     """
-    result = int(_libc.syscall(_SYS_BPF, command, ctypes.byref(attribute), ctypes.sizeof(attribute)))
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return result
+    return checked(int(libc.syscall(_SYS_BPF, command, ctypes.byref(attribute), ctypes.sizeof(attribute))))

@@ -10,11 +10,18 @@ from otel_nginx_ebpf.process import privileges, seccomp
 from otel_nginx_ebpf.process.privileges import Account
 from otel_nginx_ebpf.settings.model import Settings
 
-_FILE_VARIABLES = [
-    f"OTEL_EXPORTER_OTLP_{signal}{file}"
-    for signal in ("", "TRACES_", "METRICS_")
-    for file in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
-]
+_OTLP_FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+
+
+def otlp_file_variables(*signals: str) -> list[str]:
+    """Return the environment variables that name a file for the SDK's exporters (OTLP exporter specification).
+
+    Args:
+        signals: `TRACES` or `METRICS`; the variables of all signals are always returned.
+    """
+    return [
+        f"OTEL_EXPORTER_OTLP_{prefix}{file}" for prefix in ("", *(f"{s}_" for s in signals)) for file in _OTLP_FILES
+    ]
 
 
 # What it imports later, and, of the packages beside it, the trusted certificates of HTTP.
@@ -81,7 +88,11 @@ def make_handover(settings: Settings, output: int | None) -> Handover:
             os.chown(settings.queue_dir, account.uid, account.gid)
         except OSError as error:
             raise UserError(f"--queue-dir {settings.queue_dir}: {error.strerror}") from error
-    named = {variable: Path(os.environ[variable]) for variable in _FILE_VARIABLES if os.environ.get(variable)}
+    named = {
+        variable: Path(os.environ[variable])
+        for variable in otlp_file_variables("TRACES", "METRICS")
+        if os.environ.get(variable)
+    }
     return Handover(account, output, {variable: _copy(variable, path) for variable, path in named.items()})
 
 

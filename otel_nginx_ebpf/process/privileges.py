@@ -4,12 +4,10 @@ import ctypes
 import os
 import pwd
 from collections.abc import Collection
-from enum import IntEnum
 from typing import NamedTuple
 
 from otel_nginx_ebpf.errors import UserError
-
-_libc = ctypes.CDLL(None, use_errno=True)
+from otel_nginx_ebpf.linux import Capability, checked, libc
 
 # linux/prctl.h
 _PR_SET_DUMPABLE = 4
@@ -23,21 +21,6 @@ _DEFAULT_USER = "nobody"
 # A number for nobody's group here, which is not nogroup's: nginx's workers may be nobody as well, and who has a
 # process's user and group may look into its memory (ptrace(2)).
 _DEFAULT_GROUP = 65533
-
-
-class Capability(IntEnum):
-    """Some of linux/capability.h."""
-
-    DAC_READ_SEARCH = 2
-    KILL = 5
-    SETGID = 6
-    SETUID = 7
-    SETPCAP = 8
-    SYS_PTRACE = 19
-    SYS_ADMIN = 21
-    SYS_RESOURCE = 24
-    PERFMON = 38
-    BPF = 39
 
 
 class Account(NamedTuple):
@@ -60,20 +43,13 @@ _VERSION_3 = 0x20080522
 _Sets = ctypes.c_uint32 * 6
 
 
-def _checked(result: int) -> int:
-    if result < 0:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
-    return result
-
-
 def _prctl(option: int, *arguments: int) -> int:
-    return _checked(_libc.prctl(option, *map(ctypes.c_ulong, (*arguments, 0, 0, 0, 0)[:4])))
+    return checked(libc.prctl(option, *map(ctypes.c_ulong, (*arguments, 0, 0, 0, 0)[:4])))
 
 
 def _permitted() -> int:
     sets = _Sets()
-    _checked(_libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), sets))
+    checked(libc.capget(ctypes.byref(_Header(_VERSION_3, 0)), sets))
     return sets[1] | sets[4] << 32
 
 
@@ -81,18 +57,18 @@ def _bound(wanted: int) -> None:
     """Takes all but `wanted` out of what an executed program could gain, where that is allowed."""
     if _permitted() >> Capability.SETPCAP & 1:
         for number in range(64):
-            if not wanted >> number & 1 and _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
+            if not wanted >> number & 1 and libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
                 _prctl(_PR_CAPBSET_DROP, number)
 
 
 def _limit(wanted: int) -> None:
     """Gives up what is held and not `wanted`. Raises `UserError` where not even that is allowed."""
     header, sets = _Header(_VERSION_3, 0), _Sets()
-    _checked(_libc.capget(ctypes.byref(header), sets))
+    checked(libc.capget(ctypes.byref(header), sets))
     for index in range(6):
         sets[index] &= (wanted >> 32 if index > 2 else wanted) & 0xFFFFFFFF
     try:
-        _checked(_libc.capset(ctypes.byref(header), sets))
+        checked(libc.capset(ctypes.byref(header), sets))
     except OSError as error:
         raise UserError(
             f"cannot give up capabilities: {error.strerror}; is it a system call filter? Allow capset"

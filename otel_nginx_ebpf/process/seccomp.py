@@ -9,7 +9,7 @@ language: the library for it (pyseccomp) has had no release since 2021, and thes
 import ctypes
 import struct
 
-_libc = ctypes.CDLL(None, use_errno=True)
+from otel_nginx_ebpf.linux import libc
 
 # x86-64's numbers.
 _REFUSED = {
@@ -90,4 +90,4 @@ def refuse_system_calls() -> bool:
     """
     instructions = _filter()
     program = _Program(len(instructions), b"".join(_INSTRUCTION.pack(*each) for each in instructions))
-    return bool(_libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) == 0)
+    return bool(libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) == 0)

@@ -17,13 +17,13 @@ from types import FrameType
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.uprobes import links_work
+from otel_nginx_ebpf.linux import Capability
 from otel_nginx_ebpf.metrics.kept_stats import KeptStats
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.process import entry, privileges
 from otel_nginx_ebpf.process.channel import EmitterGoneError, SupervisorEnd, make_channel
 from otel_nginx_ebpf.process.handover import Handover
 from otel_nginx_ebpf.process.messages import Abandoned, End, Kind
-from otel_nginx_ebpf.process.privileges import Capability
 from otel_nginx_ebpf.process.stdio import complain
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.tracing import TICK_S, Tracing

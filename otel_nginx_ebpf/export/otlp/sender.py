@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from otel_nginx_ebpf.errors import UserError
-
-# gRPC's exporter would log a traceback and go on without the file, HTTP's would fail at every export.
-_FILE_VARIABLES = [
-    f"OTEL_EXPORTER_OTLP_{signal}{file}"
-    for signal in ("TRACES_", "")
-    for file in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
-]
+from otel_nginx_ebpf.process.handover import otlp_file_variables
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +47,8 @@ def make_sender(protocol: str) -> Sender:
     Raises:
         UserError: One of them has a value that the exporter refuses, or names a file that cannot be read.
     """
-    for variable in _FILE_VARIABLES:
+    # gRPC's exporter would log a traceback and go on without the file, HTTP's would fail at every export.
+    for variable in otlp_file_variables("TRACES"):
         path = os.environ.get(variable)
         if path and not os.access(path, os.R_OK):
             raise UserError(f"{variable}: cannot read the file {path}")
