@@ -1,4 +1,4 @@
-"""What the commands do once their settings are known."""
+"""Does what a command asks for, once its settings are known."""
 
 import sys
 from pathlib import Path
@@ -11,11 +11,11 @@ from otel_nginx_ebpf.process import handover
 from otel_nginx_ebpf.process.stdio import complain
 from otel_nginx_ebpf.settings.model import Settings
 
-# The supervisor and the emitter are two processes: neither imports what is the other's.
+# The supervisor and the emitter are two processes. Neither imports the other's modules, so imports stand in functions.
 
 
 def run(settings: Settings) -> int:
-    """Traces and exports until a signal comes; the exit code. Raises `UserError`."""
+    """Trace and export until a signal comes; return the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.supervisor import supervise
 
     output = handover.open_output(settings)
@@ -23,23 +23,23 @@ def run(settings: Settings) -> int:
 
 
 def top(settings: Settings) -> int:
-    """Traces, and shows what comes until the user has seen enough; the exit code. Raises `UserError`."""
+    """Trace and show the tables until the user quits; return the exit code. May raise `UserError`."""
     with stderr_kept(), mode_kept():
         return run(settings)
 
 
 def record(settings: Settings, path: Path) -> int:
-    """Writes the kernel's records to a file until a signal comes; the exit code. Raises `UserError`."""
+    """Write the kernel's records to a file until a signal comes; return the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.supervisor import supervise
     from otel_nginx_ebpf.traces import capture
 
     output = capture.create(path)
-    # Another emitter could not go on where in the file one was killed.
+    # A new emitter could not continue the file of one that was killed.
     return supervise.supervise(settings, emit_records, handover.make_handover(settings, output), again=False)
 
 
 def replay(settings: Settings, path: Path) -> int:
-    """Exports what a capture file holds; the exit code. Raises `UserError`."""
+    """Export the requests in a capture file; return the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.analysis.progress import with_progress
     from otel_nginx_ebpf.emitter import pipeline
     from otel_nginx_ebpf.emitter.deliver import deliver
@@ -50,13 +50,13 @@ def replay(settings: Settings, path: Path) -> int:
     frames = read_capture(path)
     if settings.top or not (set(settings.exporter) - {"otlp"} and settings.output is None and sys.stdout.isatty()):
         frames = with_progress(frames, path)
-    # A file can wait until the collector has taken what is queued; a running nginx cannot.
+    # A file can wait until there is room in the queue; a running nginx cannot.
     output = handover.open_output(settings)
     return deliver(settings, stats, lambda exporter: pipeline.replay(frames, exporter, stats), output, live=False)
 
 
 def report(settings: Settings, capture: Path, output: Path) -> int:
-    """Writes what a capture file holds as a page; the exit code. Raises `UserError`."""
+    """Write a page about a capture file; return the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.analysis.progress import with_progress
     from otel_nginx_ebpf.analysis.report import Report, open_page
     from otel_nginx_ebpf.emitter import pipeline

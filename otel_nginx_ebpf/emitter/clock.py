@@ -1,10 +1,10 @@
-"""The one place where the kernel's monotonic time becomes Unix time."""
+"""Turns the kernel's monotonic time into Unix time; nothing else does."""
 
 import time
 
 
 def measure_unix_offset_ns(samples: int = 5) -> int:
-    """Unix time minus CLOCK_MONOTONIC, nanoseconds: of several readings the one that took the least time."""
+    """Return Unix time minus CLOCK_MONOTONIC in nanoseconds, from the fastest of several readings."""
     best_width = best_offset = 0
     for index in range(samples):
         before = time.monotonic_ns()
@@ -17,7 +17,7 @@ def measure_unix_offset_ns(samples: int = 5) -> int:
 
 
 class Clock:
-    """The offset from monotonic to Unix time, measured anew every `interval_s` seconds: Unix time is slewed and set."""
+    """Keeps the offset from monotonic to Unix time, and measures it every `interval_s`, because Unix time is adjusted."""
 
     def __init__(self, interval_s: float = 1.0) -> None:
         self._interval_s = interval_s
@@ -25,7 +25,7 @@ class Clock:
         self._measured_s = time.monotonic()
 
     def unix_offset_ns(self) -> int:
-        """Use one answer for all times of a request, so that its spans keep their distances."""
+        """Return the offset. Use one offset for all times of a request, so that its spans keep their distances."""
         now_s = time.monotonic()
         if now_s - self._measured_s >= self._interval_s:
             self._offset_ns = measure_unix_offset_ns()

@@ -1,4 +1,4 @@
-"""Work with an exporter, the delivery of what it then still holds, and the counts at the end."""
+"""Runs work with an exporter, delivers what the exporter then still holds, and prints the counts."""
 
 import sys
 from collections.abc import Callable
@@ -21,12 +21,17 @@ def deliver(
     *,
     live: bool,
 ) -> int:
-    """Runs `work` with an exporter, then delivers what the exporter still holds and prints the counts.
+    """Run `work` with an exporter, deliver what the exporter still holds, and print the counts.
 
-    `work` returns for how many seconds to deliver, or None for as many as `settings` say.
+    Args:
+        settings: Which exporter, and for how long to deliver.
+        stats: The counts.
+        work: Returns for how many seconds to deliver; `None` means as long as `settings` say.
+        output: Descriptor of the text exporter's file; `None` is stdout.
+        live: Whether the requests come from a running nginx, which does not wait.
 
     Returns:
-        1 where the input was damaged, 130 where it was interrupted, else 0.
+        The exit code: 1 if the input was damaged, 130 if the user interrupted, else 0.
     """
     exporter = make_exporter(settings, stats, make_resource(), output, wait_for_room=not live)
     code = 0
@@ -40,7 +45,7 @@ def deliver(
         code = 1
     except KeyboardInterrupt:
         code = INTERRUPTED
-        if live:  # The user has asked for the end before.
+        if live:  # This is the second Ctrl-C.
             grace_s = 0
     finally:
         try:

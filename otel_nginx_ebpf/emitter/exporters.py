@@ -1,4 +1,4 @@
-"""The exporter, or exporters, that the settings ask for."""
+"""Makes the exporters that the settings ask for."""
 
 import time
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class _Readable:
-    """Builds traces to be read, and gives each to every one of several exporters."""
+    """Builds traces and gives each of them to all exporters."""
 
     at_once = 1
-    """So that nothing is under way when the reader of stdout goes."""
+    """One at a time, so that no request is lost when the reader of stdout goes."""
 
     def __init__(
         self, exporters: Sequence[TraceExporter], *, query: bool, exemplars: "Exemplars | None" = None
@@ -54,7 +54,7 @@ class _Readable:
 
 
 class _Measured:
-    """Tells of itself until it has nothing more to deliver."""
+    """An exporter whose metrics are sent until it has delivered everything."""
 
     def __init__(self, exporter: Exporter, metrics: "Metrics") -> None:
         self._exporter = exporter
@@ -71,15 +71,20 @@ class _Measured:
 def make_exporter(
     settings: Settings, stats: Stats, resource: Resource, output: int | None = None, *, wait_for_room: bool = False
 ) -> Exporter:
-    """The exporter, or exporters, that `settings` ask for; with `wait_for_room` they rather block than drop.
+    """Make one exporter of all that `settings` ask for.
 
-    `output` is the descriptor of the file that they name for text.
+    A trace counts as exported once: when the collector has it or, without a collector, when the first of the other
+    exporters has written it.
 
-    A trace counts as exported once: when the collector has it or, without a collector, when the first of
-    the other exporters has written it.
+    Args:
+        settings: Names the exporters.
+        stats: Where they count.
+        resource: The resource of the spans, before the attributes of each nginx.
+        output: Descriptor of the text exporter's file; `None` is stdout.
+        wait_for_room: Whether to wait when the queue is full, instead of dropping.
 
     Raises:
-        UserError: A value that an exporter refuses.
+        UserError: An exporter refuses a setting.
     """
     if settings.top is not None:
         from otel_nginx_ebpf.analysis.top import Top, Totals
@@ -100,7 +105,7 @@ def make_exporter(
 
         metrics = Metrics(settings, stats, resource)
         exemplars = metrics.exemplars if settings.measures_requests else None
-    if names == ["otlp"]:  # No trace need be built that nobody reads.
+    if names == ["otlp"]:  # encodes requests without building traces
         exporter = _make_otlp(settings, stats, resource, wait_for_room, exemplars)
     else:
         each = [
@@ -111,7 +116,7 @@ def make_exporter(
     return _Measured(exporter, metrics) if metrics else exporter
 
 
-# Imported where chosen, which spares the others their time and memory.
+# Exporters are imported only if chosen, to save time and memory.
 
 
 def _make_otlp(

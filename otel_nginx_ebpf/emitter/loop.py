@@ -1,6 +1,6 @@
-"""The emitter's loop: reads what the kernel hands over of every binary, and heeds what the supervisor says.
+"""The emitter's loop: reads the records of all attachments, and obeys the supervisor.
 
-What the emitter needs of the rest of the machine its supervisor tells it (`process.channel`).
+The emitter may not look at other processes. The supervisor tells it what it has to know (`process.messages`).
 """
 
 import logging
@@ -34,22 +34,22 @@ from otel_nginx_ebpf.traces.record import worker_pid
 
 _log = logging.getLogger(__name__)
 
-# Records wait in the ring buffer for so long at most; the kernel wakes nobody, which keeps the cost out of nginx.
+# How long records wait in the ring buffer at most. The kernel wakes no reader, because a worker would pay for it.
 _POLL_S = 0.02
 
-# How often what the metrics tell of is looked at.
+# How often to read the counters that the metrics show.
 _NOTE_S = 1.0
 
-# How often to say what was lost.
+# How often to log what was lost.
 _REPORT_S = 60.0
 
 
 class NothingTracedError(Exception):
-    """The supervisor found nothing to trace."""
+    """The supervisor ended before it attached to anything."""
 
 
 def tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
-    """Logs what was lost since `told`, by cause. Returns what is told of now."""
+    """Log the losses since `told`, by cause, and return the losses so far."""
     lost = stats.losses()
     new = {cause: count - told.get(cause, 0) for cause, count in sorted(of_kind(lost, LOST).items())}
     if any(new.values()):
@@ -59,7 +59,7 @@ def tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
 
 
 class Emitter:
-    """Reads what the supervisor's probes hand over, until that says so or is gone."""
+    """Reads the records of all attachments until the supervisor says `End`, or is gone."""
 
     def __init__(self, channel: EmitterEnd, stats: Stats, counts: KeptStats, ring_buffer_bytes: int) -> None:
         self._channel = channel
@@ -69,23 +69,25 @@ class Emitter:
         self._clock = Clock()
         self._sources: dict[int, Source] = {}
         self._retired: list[Source] = []
-        """Detached; what they had in their ring buffers is still read."""
+        """Attachments that are detached; their ring buffers are read once more."""
         self._resources: dict[frozenset[tuple[str, AttributeValue]], Mapping[str, AttributeValue]] = {}
         self._fullest = 0.0
-        """Ring buffer since it was last noted, 0 to 1."""
+        """The highest fill of a ring buffer since the counters were last read, 0 to 1."""
         self._attached = self._ending = False
         self._grace_s: float | None = None
 
     def run(self, take: Take, at_once: int) -> float | None:
-        """Gives every record to `take`, so many at once, until the supervisor ends it; then drains.
+        """Give all records to `take`, `at_once` at a time, until the supervisor ends it; then read the rest.
 
         Returns:
-            For how many seconds to deliver; None where the supervisor is gone and could not say.
+            For how many seconds to deliver; `None` if the supervisor is gone and could not say.
 
         Raises:
-            NothingTracedError: There was nothing to read at any time.
+            NothingTracedError: The supervisor ended before it attached to anything.
         """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service's end is told to all its processes
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # it stops a service: all processes get it, and the supervisor decides
         self._channel.report(Kind.BEGUN)
         next_note_s = time.monotonic() + _NOTE_S
         next_report_s, told = time.monotonic() + _REPORT_S, self._stats.losses()
@@ -163,7 +165,7 @@ class Emitter:
             self._stats.durations.add(source.durations, partial(self._resource, source))
 
     def _records(self) -> Iterator[Record]:
-        """Each new record, Unix time minus monotonic time for it, and the resource attributes of its nginx."""
+        """Yield each new record, with Unix time minus monotonic time and the resource attributes of its nginx."""
         for source in [*self._sources.values(), *self._retired]:
             unix_offset_ns = self._clock.unix_offset_ns()
             self._fullest = max(self._fullest, source.records.fill())
@@ -177,7 +179,7 @@ class Emitter:
                 yield raw, unix_offset_ns, self._resource(source, worker_pid(raw))
 
     def _doubt(self, source: Source, found: Doubt) -> None:
-        """Of one request nothing comes but this; of several in a row the supervisor has to know."""
+        """Log that a request contradicts the layout. Tell the supervisor if the kernel saw several in a row."""
         wrong = f"{source.target} does not look in memory as its layout ({source.layout_source}) says: {found.what}"
         if found.refutes and found.worker_pid not in source.refuted:
             source.refuted.add(found.worker_pid)
@@ -192,7 +194,7 @@ class Emitter:
         if found is None:
             answer = self._channel.ask_whose(source.number, pid)
             attributes: Mapping[str, AttributeValue] = answer.attributes if answer else {}
-            # One object for all of an instance: exporters tell them apart by identity.
+            # All requests of an instance share one object: exporters compare resources by identity.
             found = self._resources.setdefault(frozenset(attributes.items()), attributes)
             source.resource_of[pid] = found
         return found
@@ -210,7 +212,7 @@ class Emitter:
         source.close()
 
     def _note_counters(self) -> None:
-        """For whoever asks while probes are live."""
+        """Read the counters of live probes, for the metrics."""
         lost: Counter[str] = Counter()
         for source in [*self._sources.values(), *self._retired]:
             lost.update(source.losses())

@@ -1,6 +1,7 @@
-"""What the emitter's process does, from its first call to its exit code.
+"""The emitter's process, from its first call to its exit code.
 
-The supervisor's process hands these functions on and imports them for that: all else is imported when they are called.
+The supervisor names these functions to a new process, and imports this module for that. So the module imports the rest
+of the emitter only when a function is called.
 """
 
 from contextlib import suppress
@@ -16,12 +17,16 @@ from otel_nginx_ebpf.settings.model import Settings
 if TYPE_CHECKING:
     from otel_nginx_ebpf.export.interface import Exporter
 
-# How many records go to a capture file before it is flushed, at most.
+# How many records are written to a capture file before it is flushed, at most.
 _WRITTEN_AT_ONCE = 1024
 
 
 def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
-    """The emitter's process: exports what the supervisor's probes hand over; the exit code. Raises `UserError`."""
+    """Export the requests that the probes record; return the exit code.
+
+    Raises:
+        UserError: An exporter refuses a setting, or cannot write.
+    """
     handover.take_over(handed)
     from otel_nginx_ebpf.emitter.deliver import deliver
     from otel_nginx_ebpf.emitter.loop import Emitter, NothingTracedError
@@ -44,7 +49,11 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
 
 
 def emit_records(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
-    """The emitter's process of `record`: writes what the supervisor's probes hand over; the exit code."""
+    """Write what the probes record to a capture file; return the exit code.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
     handover.take_over(handed)
     from otel_nginx_ebpf.emitter.loop import Emitter, NothingTracedError
     from otel_nginx_ebpf.emitter.pipeline import writing

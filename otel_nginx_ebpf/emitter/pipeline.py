@@ -19,7 +19,7 @@ Take = Callable[[list[Record]], None]
 
 
 def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
-    """Gives all records to `take`, also those before an error of the source."""
+    """Give all records to `take`, `size` at a time; if the source raises, first those that it had yielded."""
     batch: list[Record] = []
     try:
         for record in records:
@@ -33,7 +33,7 @@ def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
 
 
 def exporting(exporter: Exporter, stats: Stats) -> Take:
-    """Decodes records for an exporter."""
+    """Return a function that decodes records and gives the requests to an exporter."""
 
     def take(records: list[Record]) -> None:
         completed = []
@@ -53,7 +53,7 @@ def exporting(exporter: Exporter, stats: Stats) -> Take:
 
 
 def writing(writer: CaptureWriter, stats: Stats) -> Take:
-    """Writes records to a capture file. What it returns raises `UserError` where the file cannot be written."""
+    """Return a function that writes records to a capture file. It raises `UserError` if it cannot write."""
 
     def take(records: list[Record]) -> None:
         try:
@@ -69,11 +69,11 @@ def writing(writer: CaptureWriter, stats: Stats) -> Take:
 
 
 def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats) -> None:
-    """Exports what a capture file holds.
+    """Export the requests in a capture file.
 
     Raises:
-        UserError: Not a capture file of this version.
-        CaptureError: Damaged; all before the damage was exported.
+        UserError: The file is not a capture file of this version.
+        CaptureError: The file is damaged. The requests before the damage were exported.
     """
     resource: Mapping[str, AttributeValue] = {}
 

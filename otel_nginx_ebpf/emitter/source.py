@@ -1,4 +1,4 @@
-"""What the kernel hands over of one binary, as the emitter holds it."""
+"""What the emitter holds of one attachment: the kernel's maps, and what it has learnt about the nginx."""
 
 from collections.abc import Mapping
 
@@ -11,7 +11,7 @@ from otel_nginx_ebpf.traces.silence import SilenceWatch
 
 
 class Source:
-    """What the kernel hands over of one binary."""
+    """One attachment. Owns the descriptors of its maps."""
 
     def __init__(self, attached: Attached, ring_buffer_bytes: int) -> None:
         records, loss_counts, *durations = attached.descriptors
@@ -22,15 +22,15 @@ class Source:
         self._loss_counts = CounterArray(loss_counts, len(KERNEL_CAUSES))
         self.durations = DurationMaps(*durations) if durations else None
         self.refuted: set[int] = set()
-        """Workers whose memory is not as the layout says."""
+        """Pids of workers whose memory contradicts the layout."""
         self.doubted = False
         self.silence = SilenceWatch()
         self.hits: Mapping[str, float] = {}
-        """Of each probe, a second, when they were last counted."""
+        """Hits a second, by probe, when the supervisor last measured them."""
         self.resource_of: dict[int, Mapping[str, AttributeValue]] = {}
 
     def losses(self) -> dict[str, int]:
-        """The kernel's loss counters since the probes went live, by cause."""
+        """Return the kernel's loss counts since the probes went live, by cause."""
         return dict(zip(KERNEL_CAUSES, self._loss_counts.read(), strict=True))
 
     def close(self) -> None:

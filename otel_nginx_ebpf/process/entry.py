@@ -1,8 +1,8 @@
-"""How the program's processes begin: plain values and a function to call with them, in a new interpreter.
+"""Starts the program's processes: each is a new interpreter that calls a function with plain values.
 
-Options and settings are read by typer, rich and pydantic: megabytes that are of no use later. So the command line of
-`run` and `record` becomes (`become`) a new program with the same pid, descriptors and environment, and starts (`start`)
-another in the same way. Each imports no more than it needs.
+typer, rich and pydantic read the options and settings; they take megabytes and are not needed later. So the command
+line of `run` and `record` becomes a new program with the same pid, descriptors and environment (`become`), and that
+starts the emitter in the same way (`start`). Each process imports only what it needs.
 """
 
 import os
@@ -29,10 +29,10 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """What the program exits with after `work`: its result, 2 after what the user can mend, 130 after Ctrl-C."""
+    """Do `work` and return the exit code: its result, 2 after a `UserError`, 130 after Ctrl-C."""
     log_to_stderr()
-    # Until the supervisor handles it, and again after that, SIGTERM ends the program as Ctrl-C does; so does SIGINT,
-    # also where a shell that runs the program in its background has told it to ignore that.
+    # SIGTERM ends the program as Ctrl-C does, except while the supervisor handles both. SIGINT does so also in the
+    # background of a shell, which tells programs to ignore SIGINT.
     for number in ENDING:
         signal.signal(number, _interrupt)
     try:
@@ -46,7 +46,7 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def _program(work: Callable[..., int], arguments: tuple[object, ...]) -> tuple[int, list[str]]:
-    """A descriptor that says what to do, and the command that does it."""
+    """Write the work to a file in memory; return its descriptor, and the command that does the work."""
     file = os.memfd_create("work", 0)
     os.write(file, pickle.dumps((work, arguments)))
     os.lseek(file, 0, os.SEEK_SET)
@@ -54,21 +54,26 @@ def _program(work: Callable[..., int], arguments: tuple[object, ...]) -> tuple[i
 
 
 def become(work: Callable[..., int], *arguments: object) -> NoReturn:
-    """Ends this program; the process goes on with `work`, a function of a module, and exits with its result."""
+    """Replace this program, in the same process, by one that calls `work` and exits with its result.
+
+    Args:
+        work: A module's function.
+        arguments: Plain values.
+    """
     _, command = _program(work, arguments)
-    # Signals that come before the new program can handle them wait.
+    # Signals wait until the new program can handle them.
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    # The arguments are for those who look at the list of processes.
+    # The arguments are for people who read the list of processes.
     os.execv(sys.executable, [*command, *sys.argv[1:]])
 
 
 def start(work: Callable[..., int], *arguments: object, keep: Collection[int]) -> "subprocess.Popen[bytes]":
-    """Another process of the program, in a process group of its own, which does `work` and exits with its result.
+    """Start a process, in a process group of its own, that calls `work` and exits with its result.
 
     Args:
-        work: A function of a module.
+        work: A module's function.
         arguments: Plain values.
-        keep: Descriptors that it has, under the same numbers.
+        keep: Descriptors that the process inherits, with the same numbers.
     """
     file, command = _program(work, arguments)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
@@ -80,8 +85,8 @@ def start(work: Callable[..., int], *arguments: object, keep: Collection[int]) -
 
 
 def main() -> None:
-    """The program that `become` and `start` start."""
-    with suppress(OSError):  # the name that `ps` and `top` show; where /proc may not be written it is Python's
+    """Do the work that `become` or `start` left in a file in memory."""
+    with suppress(OSError):  # the name that `ps` and `top` show; if /proc is read-only they show Python's
         Path("/proc/self/comm").write_text(PROGRAM, encoding="ascii")
     with open(int(sys.argv[1]), "rb") as file:
         work, arguments = pickle.load(file)

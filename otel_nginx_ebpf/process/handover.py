@@ -1,4 +1,4 @@
-"""What only the user who starts the program may open: opened, and handed to the process that emits, as descriptors."""
+"""Opens the files that only the starting user may open, and hands them to the emitter as descriptors."""
 
 import os
 import sysconfig
@@ -24,20 +24,20 @@ def otlp_file_variables(*signals: str) -> list[str]:
     ]
 
 
-# What it imports later, and, of the packages beside it, the trusted certificates of HTTP.
+# Files that the emitter reads after it has given up root: modules, and the trusted certificates for HTTPS.
 _PROGRAM_FILES = (__file__, sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """Who the emitter is, and what it gets."""
+    """The emitter's user, and the descriptors that it gets."""
 
     account: Account | None
-    """None: it stays who it is."""
+    """`None`: the emitter keeps the supervisor's user."""
     output: int | None
-    """A descriptor."""
+    """Descriptor of the output file; `None` is stdout."""
     files: dict[str, int]
-    """Descriptors of files in memory, by the environment variable that named the original."""
+    """Descriptors of copies in memory, by the environment variable that named the original."""
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -45,10 +45,10 @@ class Handover:
 
 
 def open_output(settings: Settings) -> int | None:
-    """The file of the text exporter, to whose end is written; None: stdout.
+    """Open the file of the text exporter for appending; return its descriptor, or `None` for stdout.
 
     Raises:
-        UserError: It is not one text exporter's, or cannot be opened.
+        UserError: The file cannot be opened, or the settings do not name exactly one text exporter.
     """
     if settings.output is None:
         return None
@@ -65,14 +65,14 @@ def open_output(settings: Settings) -> int | None:
 
 
 def make_handover(settings: Settings, output: int | None) -> Handover:
-    """Opens and makes what the emitter cannot.
+    """Open the files, and make the directory, that the emitter could not open or make itself.
 
     Args:
-        settings: Say who the emitter is to be, and which directory it is to have.
-        output: A descriptor that is to be handed over, too.
+        settings: Name the emitter's user and its queue directory.
+        output: Descriptor of the output file, to hand over too.
 
     Raises:
-        UserError: The user, the directory or a file is not usable.
+        UserError: The user, the directory or a file cannot be used.
     """
     account = privileges.account(settings.user)
     closed = [path for path in _PROGRAM_FILES if account and not privileges.can_read(account, path)]
@@ -97,7 +97,7 @@ def make_handover(settings: Settings, output: int | None) -> Handover:
 
 
 def _copy(variable: str, path: Path) -> int:
-    """A copy in memory: another user may open that anew, as exporters do, unlike the file."""
+    """Copy a file into memory. The emitter's user may open the copy by its path, as exporters do, but not the file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -108,7 +108,7 @@ def _copy(variable: str, path: Path) -> int:
 
 
 def take_over(handover: Handover) -> None:
-    """In the emitter's process: becomes its user, without any privilege, and knows the files by their new names."""
+    """Become the emitter's user without privileges, and point the environment variables to the copies."""
     privileges.give_up(handover.account)
     seccomp.refuse_system_calls()
     for variable, descriptor in handover.files.items():

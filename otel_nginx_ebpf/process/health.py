@@ -1,6 +1,6 @@
-"""Whether all is well: for a container's health check, which starts this every few seconds and so imports little.
+"""The container's health check. It starts every few seconds, so it imports little.
 
-Exits with 0 where a process of this container holds live probes or, with `--wait`, may be without; else with 1.
+Exits with 0 if a process of this container holds live probes, or waits for an nginx (`--wait`); otherwise with 1.
 """
 
 import os
@@ -8,14 +8,14 @@ import sys
 from collections.abc import Iterator
 
 WAITS = "otel-nginx-ebpf-waits"
-"""The name of a file in memory that a process holds which may be without probes."""
+"""The name of a file in memory. A process that holds it is healthy without probes."""
 
-# What its descriptor is called in /proc, and those of probes: BPF links, or perf events on older kernels.
+# The names in /proc of that file's descriptor, and of probes: BPF links, or perf events on older kernels.
 _SIGNS = (f"/memfd:{WAITS} (deleted)", "anon_inode:bpf_link", "anon_inode:bpf-link", "anon_inode:[perf_event]")
 
 
 def _descriptors(pid: str) -> Iterator[str]:
-    """What the descriptors of a process are; nothing for one that is gone or may not be looked at."""
+    """Yield the names of a process's descriptors; nothing if the process is gone or may not be looked at."""
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):
             yield os.readlink(f"/proc/{pid}/fd/{name}")
@@ -24,7 +24,7 @@ def _descriptors(pid: str) -> Iterator[str]:
 
 
 def _shares_our_mounts(pid: str) -> bool:
-    """Whether a process is of this container, which with a shared pid namespace not all are that can be seen."""
+    """Return whether a process is in this container. A shared pid namespace shows those of other containers too."""
     try:
         return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
     except OSError:
@@ -32,7 +32,7 @@ def _shares_our_mounts(pid: str) -> bool:
 
 
 def is_well() -> bool:
-    """Whether a process of this container holds such a descriptor."""
+    """Return whether a process of this container holds such a descriptor."""
     pids = (name for name in os.listdir("/proc") if name.isdigit())
     return any(_shares_our_mounts(pid) and any(each in _SIGNS for each in _descriptors(pid)) for pid in pids)
 

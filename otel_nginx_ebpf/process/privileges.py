@@ -1,4 +1,4 @@
-"""What a process may do (capabilities(7), prctl(2)), given up for good."""
+"""Gives up privileges for good (capabilities(7), prctl(2))."""
 
 import ctypes
 import os
@@ -18,13 +18,13 @@ _PR_CAP_AMBIENT = 47
 _PR_CAP_AMBIENT_CLEAR_ALL = 4
 
 _DEFAULT_USER = "nobody"
-# A number for nobody's group here, which is not nogroup's: nginx's workers may be nobody as well, and who has a
-# process's user and group may look into its memory (ptrace(2)).
+# A group that no other process has. nginx's workers may run as nobody and nogroup, and a process with the same user and
+# group as another may read its memory (ptrace(2)).
 _DEFAULT_GROUP = 65533
 
 
 class Account(NamedTuple):
-    """A user to become."""
+    """The user that the emitter becomes."""
 
     name: str
     uid: int
@@ -54,7 +54,7 @@ def _permitted() -> int:
 
 
 def _bound(wanted: int) -> None:
-    """Takes all but `wanted` out of what an executed program could gain, where that is allowed."""
+    """Remove all but `wanted` from the bounding set, if this process may do that."""
     if _permitted() >> Capability.SETPCAP & 1:
         for number in range(64):
             if not wanted >> number & 1 and libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
@@ -62,7 +62,7 @@ def _bound(wanted: int) -> None:
 
 
 def _limit(wanted: int) -> None:
-    """Gives up what is held and not `wanted`. Raises `UserError` where not even that is allowed."""
+    """Give up all capabilities but `wanted`. Raise `UserError` if the system call is refused."""
     header, sets = _Header(_VERSION_3, 0), _Sets()
     checked(libc.capget(ctypes.byref(header), sets))
     for index in range(6):
@@ -76,14 +76,14 @@ def _limit(wanted: int) -> None:
 
 
 def keep(capabilities: Collection[Capability]) -> None:
-    """Gives up all other capabilities, for the calling thread and what it executes."""
+    """Give up all other capabilities, for the calling thread and the programs that it executes."""
     wanted = sum(1 << capability for capability in capabilities)
     _bound(wanted)
     _limit(wanted)
 
 
 def whose(error: OSError) -> str:
-    """What went wrong, and whose rights are meant where that is what is missing: `Permission denied for nobody`."""
+    """Return the error's text; if a permission is missing, also whose: `Permission denied for nobody, …`."""
     if not isinstance(error, PermissionError):
         return str(error.strerror)
     try:
@@ -94,13 +94,13 @@ def whose(error: OSError) -> str:
 
 
 def account(user: str | None) -> Account | None:
-    """The user that `give_up` is to become, None for who this process is.
+    """Return the user that `give_up` becomes; `None` means that this process keeps its user.
 
     Args:
-        user: A name or a number; by default nobody, where this process is root and may become another user.
+        user: A name or a number. By default `nobody`, if this process is root and may become another user.
 
     Raises:
-        UserError: There is no such user, or this process may not become it.
+        UserError: The user does not exist, or this process may not become it.
     """
     may_change = os.geteuid() == 0 and _permitted() >> Capability.SETUID & _permitted() >> Capability.SETGID & 1
     if user is None and not may_change:
@@ -118,7 +118,7 @@ def account(user: str | None) -> Account | None:
 
 
 def can_read(who: Account, path: str) -> bool:
-    """Whether a user could open a file. Asked by root, with one thread."""
+    """Return whether a user could open a file. Only for root, in a process with one thread."""
     groups, gid, uid = os.getgroups(), os.getegid(), os.geteuid()
     os.setgroups([])
     os.setegid(who.gid)
@@ -132,9 +132,9 @@ def can_read(who: Account, path: str) -> bool:
 
 
 def give_up(who: Account | None) -> None:
-    """Becomes `who`, without any capability nor a way to gain one, and closed to other processes of that user.
+    """Become `who`, without capabilities, without a way to gain any, and unreadable to other processes of that user.
 
-    For a process with one thread: capabilities are a thread's.
+    Only for a process with one thread: each thread has its own capabilities.
     """
     _bound(0)
     if who is not None:

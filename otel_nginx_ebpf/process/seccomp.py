@@ -1,9 +1,9 @@
-"""System calls that an emitter has no use for, refused to it for good (seccomp(2)).
+"""Refuses system calls that the emitter does not need (seccomp(2)).
 
-What it reads comes from strangers: whoever makes it do something else can neither execute a program, nor look into
-another process, nor try the parts of the kernel where most holes were found. A list of what is refused, not of what is
-allowed, which would have to follow each release of Python, gRPC and the C library. Written in the filter's own
-language: the library for it (pyseccomp) has had no release since 2021, and these are few instructions.
+The emitter reads what clients send. A client that takes over the emitter cannot execute a program, look into another
+process, or reach the parts of the kernel where most holes were found. The list says what is refused: a list of what is
+allowed would have to follow each release of Python, gRPC and the C library. The filter is written as instructions: the
+library for it (pyseccomp) has had no release since 2021, and these are few.
 """
 
 import ctypes
@@ -39,8 +39,8 @@ _REFUSED = {
     "pidfd_getfd": 438,
 }
 _BPF = 321
-# linux/bpf.h: all that it does with the maps whose descriptors it was given (`kernel.maps`): lookup, delete, next key,
-# lookup batch. It makes and loads nothing, and finds nothing by its id.
+# linux/bpf.h: what the emitter does with the maps that it was given (`kernel.maps`): lookup, delete, next key, lookup
+# batch. It may not make maps, load programs, or find either by id.
 _BPF_ALLOWED = (1, 3, 4, 24)
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _X32 = 0x40000000
@@ -64,7 +64,7 @@ class _Program(ctypes.Structure):
 
 
 def _filter() -> list[tuple[int, int, int, int]]:
-    """Instructions: what to do, how far to jump where it holds, and where not, the operand."""
+    """Return the instructions: operation, jump if true, jump if false, operand."""
     commands_at = 6 + len(_REFUSED)
     refuse_at = commands_at + len(_BPF_ALLOWED)
     allow_at = refuse_at + 1
@@ -83,10 +83,10 @@ def _filter() -> list[tuple[int, int, int, int]]:
 
 
 def refuse_system_calls() -> bool:
-    """For the calling thread, which may gain no privileges any more, and those that it starts.
+    """Install the filter for the calling thread, which must have no_new_privs set, and the threads that it starts.
 
     Returns:
-        Whether the kernel has such filters.
+        Whether the kernel supports such filters.
     """
     instructions = _filter()
     program = _Program(len(instructions), b"".join(_INSTRUCTION.pack(*each) for each in instructions))

@@ -1,4 +1,4 @@
-"""What the program says on stderr, in lines that begin with its name, and stdout when its reader has gone."""
+"""Writes the program's messages to stderr, and closes stdout when its reader is gone."""
 
 import logging
 import os
@@ -10,11 +10,11 @@ PROGRAM = "otel-nginx-ebpf"
 
 
 def say(text: str) -> None:
-    """Writes a line as it is. Nobody need read it: a closed terminal or pipe (`2>&1 | head -1`) is no error."""
+    """Write a line. A closed terminal or pipe (`2>&1 | head -1`) is not an error."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        # Python's own flush at exit must not fail again.
+        # Python flushes at exit, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
@@ -28,10 +28,10 @@ class _Said(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """For each process of the program once."""
+    """Send log messages to stderr. Call it once in each process."""
     logging.basicConfig(format=f"{PROGRAM}: %(message)s", level=logging.INFO, handlers=[_Said()])
 
 
 def forget_stdout() -> None:
-    """Whoever read it has seen enough (`| head`). Python's own flush at exit must not fail again."""
+    """Close stdout after its reader is gone (`| head`), so that Python's flush at exit does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

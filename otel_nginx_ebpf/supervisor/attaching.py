@@ -1,4 +1,4 @@
-"""Attaching, in a thread of its own: what fails for a reason that may pass is tried again, with what runs by then."""
+"""Attaches in a thread of its own, and retries if attaching failed for a reason that may pass."""
 
 import logging
 import time
@@ -12,7 +12,7 @@ from otel_nginx_ebpf.nginx.processes import FileIdentity, Instance
 
 _log = logging.getLogger(__name__)
 
-# How long until the next try: twice as long each time.
+# How long to wait before a retry: twice as long each time.
 _RETRY_FIRST_S = 1.0
 _RETRY_MAX_S = 300.0
 
@@ -21,10 +21,10 @@ Attached = TypeVar("Attached")
 
 @dataclass(slots=True)
 class _Wanted(Generic[Attached]):
-    """A binary that is to be traced."""
+    """A binary to attach to."""
 
     instances: dict[int, Instance] = field(default_factory=dict)
-    """By their masters."""
+    """By the pid of the master process."""
     attempt: Future[Attached] | None = None
     attempted: tuple[Instance, ...] = ()
     due_s: float = 0.0
@@ -34,7 +34,10 @@ class _Wanted(Generic[Attached]):
 
 
 class Attaching(Generic[Attached]):
-    """What is being attached to, or will be. `attach` takes instances of one binary, and raises `UserError`."""
+    """The binaries that are being attached to, and those that wait for a retry.
+
+    `attach` is called with instances of one binary, in another thread, and may raise `UserError`.
+    """
 
     def __init__(self, attach: Callable[[tuple[Instance, ...]], Attached]) -> None:
         self._attach = attach
@@ -48,17 +51,17 @@ class Attaching(Generic[Attached]):
         return bool(self._wanted)
 
     def want(self, *instances: Instance) -> None:
-        """Attaches to the binary that they run, at once, or when another attempt is due."""
+        """Attach to the binary that the instances run: now, or when its retry is due."""
         wanted = self._wanted.setdefault(instances[0].file_identity, _Wanted())
         wanted.instances |= {instance.master_pid: instance for instance in instances}
         self._begin_if_due(wanted)
 
     def attempt(self, instances: tuple[Instance, ...]) -> Future[Attached]:
-        """Attaches to the binary that they run, once; to be given to `postpone` where that fails and may pass."""
+        """Attach to the binary that the instances run, once. After a `TemporaryError` the caller calls `postpone`."""
         return self._thread.submit(self._attach_to_those_left, instances)
 
     def postpone(self, instances: tuple[Instance, ...], error: TemporaryError) -> None:
-        """Tries again later, if an instance of the binary runs by then."""
+        """Retry later, if an instance of the binary then still runs."""
         wanted = self._wanted.setdefault(instances[0].file_identity, _Wanted())
         wanted.instances |= {instance.master_pid: instance for instance in instances}
         wanted.attempt = None
@@ -69,12 +72,12 @@ class Attaching(Generic[Attached]):
             _log.error("not traced yet: %s; trying again", error)
 
     def ended(self) -> Iterator[tuple[tuple[Instance, ...], Attached | UserError]]:
-        """The attempts that have succeeded or failed for good; begins those that are due."""
+        """Yield the attempts that succeeded, or failed for good; start the retries that are due."""
         for identity, wanted in list(self._wanted.items()):
             if wanted.attempt is None:
                 self._begin_if_due(wanted)
                 if wanted.attempt is None and time.monotonic() >= wanted.due_s:
-                    del self._wanted[identity]  # all have ended
+                    del self._wanted[identity]  # all instances have ended
             elif wanted.attempt.done():
                 try:
                     outcome: Attached | UserError = wanted.attempt.result()
@@ -94,7 +97,7 @@ class Attaching(Generic[Attached]):
                 wanted.attempt = self.attempt(wanted.attempted)
 
     def _attach_to_those_left(self, instances: tuple[Instance, ...]) -> Attached:
-        """An instance may end meanwhile: `nginx -t` at once."""
+        """Attach, without the instances that end meanwhile: `nginx -t` ends at once."""
         while True:
             try:
                 return self._attach(instances)
@@ -105,7 +108,7 @@ class Attaching(Generic[Attached]):
                 instances = running
 
     def end(self) -> list[Attached]:
-        """Begins no more, and waits for what has begun: what nobody has been given."""
+        """Start no more attempts, wait for the running ones, and return what they attached."""
         self._thread.shutdown(cancel_futures=True)
         begun = [
             wanted.attempt for wanted in self._wanted.values() if wanted.attempt and not wanted.attempt.cancelled()

@@ -1,7 +1,7 @@
-"""What live probes take of the processor, measured now and then, and whether that is more than the user allows.
+"""Measures what live probes cost, and decides whether that is more than the user allows.
 
-What is asked of the kernel costs time itself, so it counts for a second now and then. One second says little: a program
-that is interrupted seems to have run meanwhile. So a limit counts as passed when three seconds in a row say so.
+The kernel's counting costs time itself, so it runs for one second in ten. One second says little: the time of a program
+that is interrupted includes the interruption. So a limit counts as passed after three such seconds in a row.
 """
 
 import logging
@@ -18,25 +18,25 @@ from otel_nginx_ebpf.traces.losses import lost_traces
 _log = logging.getLogger(__name__)
 
 TRAP_NS = 1_000
-"""What a uprobe's hit takes beside its program: some 0.6 µs in a loop, 1.1 µs where the caches are nginx's."""
+"""Time of a uprobe's trap, without its program: 0.6 µs in a loop, 1.1 µs in nginx, which uses the caches itself."""
 
 _EVERY_S = 10.0
 _STRIKES = 3
-# Of fewer requests in a second the rest of the machine's system calls have too large a part in what one seems to cost.
+# With fewer requests a second, system calls of other processes distort the cost of a request.
 _REQUESTS_MIN = 100
 _PAUSE_MAX_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """None: there is none."""
+    """The user's limits. `None`: the user set no limit."""
 
     cost_ns: int | None
-    """Of processor time a request."""
+    """Processor time for each request."""
     loss: float | None
-    """The part of all requests that may be lost, 0 to 1."""
+    """The fraction of traces that may be lost, 0 to 1."""
     pause_s: float
-    """How long to stay detached the first time. Doubles each time, up to an hour."""
+    """How long to stay detached the first time: twice as long each time, up to an hour."""
 
     @property
     def any(self) -> bool:
@@ -45,17 +45,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What one binary's probes did in a second or so."""
+    """What the probes of one binary did in about one second."""
 
     requests: int
-    """That ended."""
+    """Requests that ended."""
     cost_ns: int
-    """Of processor time, in all: programs and traps."""
+    """Processor time of all programs and traps."""
     lost: int
-    """Traces that did not make it out of the kernel."""
+    """Traces that the kernel program lost."""
 
     def passes(self, limits: Limits) -> str:
-        """What is more than is allowed, in words; empty: nothing."""
+        """Say which limit was passed, or return an empty string."""
         cost_ns, loss = self.cost_ns / self.requests, self.lost / self.requests
         if limits.cost_ns is not None and cost_ns > limits.cost_ns:
             return f"tracing took {cost_ns / 1e3:.1f} µs a request, more than the {limits.cost_ns / 1e3:g} µs allowed"
@@ -65,7 +65,7 @@ class Measurement:
 
 
 class Watchdog:
-    """Of one binary's probes. Times are seconds of any clock that never goes back."""
+    """Watches the probes of one binary. Times are seconds of any monotonic clock."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -76,16 +76,16 @@ class Watchdog:
         self._attach_at_s = 0.0
 
     def attached(self, now_s: float) -> None:
-        """Probes went live."""
+        """Note that the probes are live."""
         self._strikes = 0
         self._attached_at_s = self._measure_at_s = now_s
 
     def should_measure(self, now_s: float) -> bool:
-        """Whether the second that begins is to be measured."""
+        """Return whether to measure the second that begins."""
         return now_s >= self._measure_at_s
 
     def should_detach(self, measured: Measurement, now_s: float) -> str:
-        """Why, in words; then a pause begins. Empty: the probes stay."""
+        """Say why to detach, and begin a pause; return an empty string if the probes stay."""
         self._measure_at_s = now_s + _EVERY_S
         if measured.requests < _REQUESTS_MIN:
             return ""
@@ -96,7 +96,7 @@ class Watchdog:
         self._measure_at_s = now_s
         if self._strikes < _STRIKES:
             return ""
-        if now_s - self._attached_at_s > _PAUSE_MAX_S:  # all was well for as long as that
+        if now_s - self._attached_at_s > _PAUSE_MAX_S:  # all was well for an hour
             self._pause_s = self._limits.pause_s
         self._attach_at_s = now_s + self._pause_s
         because = f"{passed}; detached for {self._pause_s:g} s"
@@ -104,7 +104,7 @@ class Watchdog:
         return because
 
     def may_attach(self, now_s: float) -> bool:
-        """Whether the pause is over."""
+        """Return whether the pause is over."""
         return now_s >= self._attach_at_s
 
 
@@ -113,18 +113,18 @@ _ONCE_A_REQUEST = "enter_ngx_http_free_request"
 
 
 class Reading(NamedTuple):
-    """Of one binary's probes, over a second or so."""
+    """What was measured of the probes of one binary."""
 
     cost_ns: int | None
-    """Of processor time a request. None: no request ended meanwhile."""
+    """Processor time for each request. `None`: no request ended."""
     hits: dict[str, float]
-    """Of each probe, a second."""
+    """Hits a second, by probe."""
     because: str
-    """Why to detach, in words. Empty: no reason."""
+    """Why to detach. Empty: the probes stay."""
 
 
 class _Meter:
-    """The kernel counts from when this is made until it is closed. Raises `OSError` as `Counting` does."""
+    """Lets the kernel count until `close`. Making it raises `OSError` as `Counting` does."""
 
     def __init__(self, attachment: Attachment) -> None:
         self._counting = Counting()
@@ -134,7 +134,7 @@ class _Meter:
         self._lost = _lost(attachment)
 
     def read(self) -> tuple[Measurement, dict[str, float]]:
-        """What happened since then, and each probe's hits a second."""
+        """Return what happened since the meter was made, and the hits a second by probe."""
         seconds = time.monotonic() - self._began_s
         runs = {
             name: Runs(now.time_ns - self._runs[name].time_ns, now.hits - self._runs[name].hits)
@@ -157,7 +157,7 @@ def _lost(attachment: Attachment) -> int:
 
 
 class Guard:
-    """Of all binaries' probes. `look` at each again and again, about once a second."""
+    """Watches the probes of all binaries. Call `look` for each about once a second."""
 
     def __init__(self, settings: Settings) -> None:
         self._limits = Limits(settings.max_cost_per_request, settings.max_loss, settings.reattach_seconds)
@@ -166,11 +166,11 @@ class Guard:
         self._meters: dict[FileIdentity, _Meter] = {}
 
     def attached(self, binary: FileIdentity) -> None:
-        """Its probes went live."""
+        """Note that a binary's probes are live."""
         self._watchdogs.setdefault(binary, Watchdog(self._limits)).attached(time.monotonic())
 
     def look(self, binary: FileIdentity, attachment: Attachment) -> Reading | None:
-        """What was measured since the last look; None where nothing was."""
+        """Return what was measured since the last look; `None` if nothing was measured."""
         reading = None
         watchdog, now_s = self._watchdogs[binary], time.monotonic()
         if meter := self._meters.pop(binary, None):
@@ -196,10 +196,10 @@ class Guard:
                 )
 
     def detached(self, binary: FileIdentity) -> None:
-        """Its probes are no more."""
+        """Note that a binary's probes are gone."""
         if meter := self._meters.pop(binary, None):
             meter.close()
 
     def may_attach(self, binary: FileIdentity) -> bool:
-        """Whether the time is over for which its probes were to stay away."""
+        """Return whether a binary's pause is over."""
         return self._watchdogs[binary].may_attach(time.monotonic())

@@ -1,8 +1,8 @@
-"""The process that the user starts: it has the privileges, owns the probes, and reads nothing of requests or networks.
+"""The process that the user starts. It has the privileges and owns the probes; it reads no request and no network.
 
-What reads requests and talks to the network, the emitter, is another process without privileges. When that is killed,
-the probes go at once, and another is started; when this one is, they go with its descriptors, and the emitter, which
-sees the end of their channel, delivers what it has and ends.
+The emitter reads requests and talks to the network, without privileges, in another process. When the emitter is killed,
+the supervisor detaches at once and starts another emitter. When the supervisor is killed, the kernel removes the probes
+with its descriptors; the emitter sees the end of the channel, delivers what it has and exits.
 """
 
 import contextlib
@@ -30,41 +30,41 @@ from otel_nginx_ebpf.supervisor.tracing import TICK_S, Tracing
 
 _log = logging.getLogger(__name__)
 
-# How often to look for nginx processes that have come or gone.
+# How often to look for nginx processes that started or ended.
 _SWEEP_S = 1.0
 
-# How long the emitter has to stop when its time for delivering is over.
+# How long the emitter may take to exit after its time for delivery.
 _STOPPING_S = 15.0
 
-# Signals that come so soon after each other are one wish: `timeout` sends two, and so do wrappers that pass on a Ctrl-C
-# which has reached this process as well.
+# Signals that follow each other within this time count as one: `timeout` sends two, and so do wrappers that pass on a
+# Ctrl-C which has reached this process as well.
 _ONE_WISH_S = 0.5
 
-# How long before another emitter is started: twice as long each time, unless one has lived for a while.
+# How long to wait before another emitter starts: twice as long each time, until an emitter has lived for `_LIVED_S`.
 _RESTART_FIRST_S = 1.0
 _RESTART_MAX_S = 60.0
 _LIVED_S = 300.0
 
-# What an emitter exits with that has ended by itself: the reader of stdout is gone, the user can mend it, Ctrl-C.
+# Exit codes of an emitter that ended by itself: the reader of stdout is gone, the user can correct it, Ctrl-C.
 _ENDED = (0, 2, entry.INTERRUPTED)
 
 _LOST = 1
-"""Exit code where the emitter was killed at the very end."""
+"""Exit code if the emitter was killed while it delivered the rest."""
 
-# To find and read binaries, and to load and attach; and to start an emitter.
+# To find and read binaries, to load programs, to attach them, and to start an emitter.
 _KEPT = {Capability.BPF, Capability.PERFMON, Capability.SYS_PTRACE, Capability.DAC_READ_SEARCH, Capability.SYS_RESOURCE}
 _KEPT |= {Capability.SETUID, Capability.SETGID, Capability.SETPCAP, Capability.KILL}
 
 Emit = Callable[..., int]
-"""The emitter's work, a function of a module: of the settings, the `Handover`, its end of the channel and a file for
-its counts, the last two as descriptors."""
+"""The emitter's work: a module's function of the settings, the `Handover`, and two descriptors: the emitter's end of
+the channel, and the file that keeps its counts."""
 
 
 @contextmanager
 def _signals_received() -> Iterator[list[float]]:
-    """When SIGINT and SIGTERM came (time.monotonic()), instead of what they do outside.
+    """Collect the times of SIGINT and SIGTERM (time.monotonic()) instead of letting them end the process.
 
-    Not a threading.Event: set() in a handler that interrupts the main thread's wait() can block for ever."""
+    This is not a threading.Event: set() in a handler that interrupts the main thread's wait() can block for ever."""
     received: list[float] = []
 
     def receive(signal_number: int, frame: FrameType | None) -> None:
@@ -79,10 +79,10 @@ def _signals_received() -> Iterator[list[float]]:
 
 
 def dry_run(settings: Settings) -> None:
-    """Attaches to what runs now, which prints the ready lines, and detaches.
+    """Attach to the nginx processes that run now, print the ready lines, and detach.
 
     Raises:
-        UserError: It cannot begin.
+        UserError: Nothing can be traced.
     """
     ours, theirs = make_channel()
     with theirs, contextlib.closing(ours):
@@ -94,19 +94,19 @@ def dry_run(settings: Settings) -> None:
 
 
 def supervise(settings: Settings, emit: Emit, handover: Handover, *, again: bool = True) -> int:
-    """Traces until SIGINT or SIGTERM, then detaches, and lets the emitter deliver what it has.
+    """Trace until SIGINT or SIGTERM, then detach and let the emitter deliver what it has.
 
     Args:
         settings: What to trace.
-        emit: What to do with it.
-        handover: What the emitter needs for that.
-        again: Whether another emitter can go on where one was killed.
+        emit: What the emitter does.
+        handover: What the emitter gets.
+        again: Whether a new emitter can continue where another was killed.
 
     Returns:
-        What the program is to exit with.
+        The program's exit code.
 
     Raises:
-        UserError: It cannot begin, or nginx's memory contradicts its layout.
+        UserError: Nothing can be traced, or nginx's memory contradicts its layout.
     """
     _drop_privileges(settings)
     run = _Run(settings, emit, handover)
@@ -136,19 +136,23 @@ def _drop_privileges(settings: Settings) -> None:
 
 
 class _Run:
-    """Emitters, one after the other."""
+    """Runs emitters, one after the other."""
 
     def __init__(self, settings: Settings, emit: Emit, handover: Handover) -> None:
         self._settings = settings
         self._emit = emit
         self._handover = handover
         self._counts = os.memfd_create("counts")
-        """What emitters have counted, which the next one goes on with."""
+        """A file in memory with the counts of the emitters so far; the next emitter continues them."""
         self._abandoned: list[tuple[int, ...]] = []
-        """What a killed emitter has not read."""
+        """Descriptors of the maps that a killed emitter did not read to the end."""
 
     def once(self, stop: list[float]) -> int | None:
-        """Traces with a new emitter until a signal comes, or it ends. The exit code; None when it was killed."""
+        """Trace with a new emitter until a signal comes or the emitter ends.
+
+        Returns:
+            The program's exit code; `None` if the emitter was killed.
+        """
         process, channel = self._start()
         with contextlib.closing(channel):
             tracing = Tracing(self._settings, channel)
@@ -160,7 +164,7 @@ class _Run:
                 return self._ended(process, str(error), stop)
             except UserError:
                 code = self._end(process, channel, tracing, stop)
-                if stop:  # A service's end is told to the planner and the loader, too.
+                if stop:  # The signal that stops a service reaches the planner and the loader too, and they fail.
                     return code
                 raise
             finally:
@@ -196,14 +200,14 @@ class _Run:
     def _end(
         self, process: "subprocess.Popen[bytes]", channel: SupervisorEnd, tracing: Tracing, stop: list[float]
     ) -> int:
-        """Detaches, and answers the emitter until it has delivered what it has. The exit code."""
+        """Detach, then answer the emitter's questions until it has delivered what it has; return the exit code."""
         tracing.detach()
         serve: Callable[[float], None] = tracing.serve
         try:
             grace_s = self._settings.grace_seconds - (time.monotonic() - stop[0] if stop else 0)
             channel.tell(End(max(grace_s, 0)))
         except EmitterGoneError:
-            channel.close()  # which says it, too
+            channel.close()  # the emitter understands this as the end
             serve = time.sleep
         self._wait_for(process, stop, serve)
         return self._code(process, stop)
@@ -242,7 +246,7 @@ class _Run:
         _make_sure(process)
 
     def _code(self, process: "subprocess.Popen[bytes]", stop: list[float], why: str = "") -> int:
-        """The program's exit code, once the emitter has ended and no other follows."""
+        """Return the program's exit code, after the last emitter has ended."""
         code: int = process.returncode
         if code >= 0:
             return 0 if stop and code == entry.INTERRUPTED else code
@@ -254,13 +258,13 @@ class _Run:
 
 
 def _how(code: int, why: str) -> str:
-    """How an emitter has ended, from its exit code."""
+    """Say how an emitter ended."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     return how + (f" ({why})" if why else "")
 
 
 def _make_sure(process: "subprocess.Popen[bytes]") -> None:
-    """That it has ended."""
+    """End the process if it still runs, and wait for it."""
     if process.poll() is None:
         process.kill()
     process.wait()

@@ -1,4 +1,4 @@
-"""The nginx binaries being traced: attached when found, refused when they contradict themselves, let go when gone."""
+"""Decides which nginx binaries are traced, and attaches to them and detaches."""
 
 import itertools
 import logging
@@ -23,17 +23,17 @@ from otel_nginx_ebpf.traces import silence
 _log = logging.getLogger(__name__)
 
 Attributes = Mapping[str, str | int]
-"""Of the resource that an instance is."""
+"""Resource attributes of an nginx instance."""
 
-# How soon a signal is noticed.
+# How long a signal may go unnoticed.
 TICK_S = 0.1
 
 
 def find_instances(settings: Settings, watch: Watch) -> tuple[Instance, ...]:
-    """The nginx instances that are wanted and run now.
+    """Return the running nginx instances that the settings ask for.
 
     Raises:
-        UserError: There is none, and none is to be waited for; or a process that was named is none.
+        UserError: No nginx is running and `--wait` is off, or the named process is not nginx.
     """
     if settings.pid:
         return tuple({instance.master_pid: instance for instance in map(instance_of, settings.pid)}.values())
@@ -51,7 +51,7 @@ def find_instances(settings: Settings, watch: Watch) -> tuple[Instance, ...]:
 
 
 def by_binary(instances: tuple[Instance, ...]) -> tuple[tuple[Instance, ...], ...]:
-    """The instances grouped by the executable they run."""
+    """Group instances by the executable that they run."""
     groups: dict[FileIdentity, list[Instance]] = {}
     for instance in instances:
         groups.setdefault(instance.file_identity, []).append(instance)
@@ -59,17 +59,17 @@ def by_binary(instances: tuple[Instance, ...]) -> tuple[tuple[Instance, ...], ..
 
 
 class _TracedBinary:
-    """One binary's live probes, and the instances whose requests they see."""
+    """The live probes of one binary, and the instances that run it."""
 
     def __init__(self, number: int, target: Target, instances: tuple[Instance, ...], attachment: Attachment) -> None:
         self.number = number
-        """What the emitter knows it by."""
+        """Number of the attachment, for messages to the emitter."""
         self.target = target
         self.instances = instances
-        """The latest of each master's."""
+        """The last that was found of each master process."""
         self.attachment = attachment
         self._refuted: set[int] = set()
-        """Masters of instances whose memory contradicts the layout."""
+        """Pids of master processes whose instance contradicts the layout."""
         self._resource_of: dict[int, Attributes] = {}
         for instance in instances:
             self.add(instance)
@@ -84,18 +84,18 @@ class _TracedBinary:
         self._resource_of |= dict.fromkeys(instance.pids, attributes)
 
     def refute(self, pid: int) -> list[Instance]:
-        """Takes note of a worker whose memory contradicts the layout. Returns what runs, and is not of that kind."""
+        """Note that a worker's memory contradicts the layout. Return the running instances that do not."""
         running = [instance for instance in self.instances if instance.is_running]
         try:
             self._refuted.add(instance_of(pid).master_pid)
-        except UserError:  # it has ended since; where there is but one instance, it was that one's
+        except UserError:  # the worker has ended; if only one instance runs, the worker was that instance's
             self._refuted.update(
                 instance.master_pid for instance in running if len(running) == 1 or pid in instance.pids
             )
         return [instance for instance in running if instance.master_pid not in self._refuted]
 
     def resource(self, pid: int) -> Attributes:
-        """The resource attributes of the instance that a worker belongs to; none where that is no such."""
+        """Return the resource attributes of a worker's instance; no attributes if the instance cannot be found."""
         found = self._resource_of.get(pid)
         if found is None:
             found = self._resource_of[pid] = self._find_resource(pid)
@@ -104,7 +104,7 @@ class _TracedBinary:
     def _find_resource(self, pid: int) -> Attributes:
         try:
             instance = instance_of(pid)
-        except UserError:  # it has ended since; where there is but one instance, it was that one's
+        except UserError:  # the worker has ended; if only one instance is known, the worker was that instance's
             known = {id(attributes): attributes for attributes in self._resource_of.values()}
             return next(iter(known.values())) if len(known) == 1 else {}
         if instance.file_identity != self.identity:
@@ -114,7 +114,7 @@ class _TracedBinary:
 
 
 class Tracing:
-    """All live probes. Call `begin`, then `sweep` and `serve` again and again, then `detach`, `serve` and `end`."""
+    """Owns all live probes. Call `begin`, then `sweep` and `serve` repeatedly, then `detach`, `serve` and `end`."""
 
     def __init__(self, settings: Settings, emitter: SupervisorEnd) -> None:
         self._settings = settings
@@ -123,22 +123,22 @@ class Tracing:
         self._numbers = itertools.count(1)
         self._traced: dict[FileIdentity, _TracedBinary] = {}
         self._retired: list[_TracedBinary] = []
-        """Detached since the last sweep; the emitter may still ask of their processes."""
+        """Binaries detached since the last sweep; the emitter may still ask about their processes."""
         self._refused: dict[FileIdentity, str] = {}
         self._silent: dict[FileIdentity, frozenset[str]] = {}
         self._attaching = Attaching(self._attach)
         self._guard = Guard(settings)
         self._paused: dict[FileIdentity, list[Instance]] = {}
-        """Detached from for a while, as a limit was passed."""
+        """Instances of binaries that passed a limit, until it is time to attach again."""
         self._marker: int | None = None
-        """Tells the health check that there need be no probes."""
+        """Descriptor of the file that tells the health check that no probes are needed."""
 
     def begin(self, stop: Sequence[float] = ()) -> None:
-        """Attaches to what runs now; to no more binaries once there is something in `stop`.
+        """Attach to the nginx instances that run now. Stop between two binaries when a signal is in `stop`.
 
         Raises:
             UserError: Nothing can be traced.
-            EmitterGoneError: As `serve`.
+            EmitterGoneError: The emitter has ended.
         """
         preflight.check()
         if self._settings.wait:
@@ -147,7 +147,7 @@ class Tracing:
         if not instances:
             _log.warning("no nginx runs yet; waiting for one")
         groups = by_binary(instances)
-        # Of several that were found, one that cannot be traced does not keep the others from it.
+        # If several binaries were found, one that cannot be traced is not an error.
         must = bool(self._settings.pid or self._settings.binary) or len(groups) == 1
         for group in groups:
             if stop:
@@ -176,8 +176,8 @@ class Tracing:
         silent = self._silent.get(instances[0].file_identity, frozenset())
         target, load_request = make_target(instances, self._settings, silent)
         attachment = Attachment(load_request)
-        for instance in instances:  # workers that began after they were listed; the kernel program finds later ones
-            with suppress(UserError):  # it has ended
+        for instance in instances:  # workers that started after the list was made; the kernel program finds later ones
+            with suppress(UserError):  # the instance has ended
                 attachment.add_processes(instance_of(instance.master_pid).pids)
         if attachment.refused:
             _log.warning(
@@ -205,7 +205,12 @@ class Tracing:
             raise UserError("nothing is left to trace: " + "; ".join(self._refused.values()))
 
     def sweep(self) -> None:
-        """Looks for nginx that has come, and forgets what has gone. Raises `UserError` and `EmitterGoneError`."""
+        """Look for nginx instances that started, and detach from those that ended.
+
+        Raises:
+            UserError: Nothing is left to trace.
+            EmitterGoneError: The emitter has ended.
+        """
         for traced in self._retired:
             traced.attachment.close()
         self._retired.clear()
@@ -219,7 +224,7 @@ class Tracing:
                 self._refuse(instances[0].file_identity, str(outcome))
                 continue
             self._went_live(outcome)
-            for instance in instances:  # some were found while it was attached
+            for instance in instances:  # some were found while the binary was being attached
                 if instance.is_running:
                     self._found(instance)
         for traced in list(self._traced.values()):
@@ -235,7 +240,7 @@ class Tracing:
         self._resume()
 
     def _look_after(self, traced: _TracedBinary) -> None:
-        """Detaches where tracing takes or loses more than is allowed."""
+        """Detach from a binary if tracing it costs or loses more than the user allows."""
         reading = self._guard.look(traced.identity, traced.attachment)
         if reading:
             passed = bool(reading.because)
@@ -246,16 +251,16 @@ class Tracing:
                 self._paused[traced.identity] = list(traced.instances)
 
     def _resume(self) -> None:
-        """Attaches to what has been let alone for long enough, and still runs."""
+        """Attach again to the binaries whose pause is over, if they still run."""
         for identity in [identity for identity in self._paused if self._guard.may_attach(identity)]:
             masters = {instance.master_pid for instance in self._paused.pop(identity) if instance.is_running}
-            with suppress(UserError):  # it has ended since
+            with suppress(UserError):  # the instance has ended
                 if masters:
                     instances = tuple(map(instance_of, sorted(masters)))
                     self._attaching.want(*instances)
 
     def _find_new_workers(self) -> None:
-        """Of the instances that were named; where the kernel program cannot follow forks it does not know them."""
+        """Add new workers of the named instances, if the kernel program cannot follow forks."""
         for traced in self._traced.values():
             for instance in traced.instances:
                 if not instance.shares_our_pid_namespace or self._settings.detail == "request":
@@ -273,18 +278,18 @@ class Tracing:
             self._attaching.want(instance)
 
     def serve(self, timeout_s: float) -> None:
-        """Does what the emitter asks for; waits for that, for so long.
+        """Answer the emitter's reports; wait up to `timeout_s` seconds for the first.
 
         Raises:
             UserError: nginx's memory contradicts its layout, and nothing else is left to trace.
-            EmitterGoneError: As `SupervisorEnd.reports`.
+            EmitterGoneError: The emitter has ended, or broke the protocol.
         """
         for each in self._traced.values():
             each.attachment.adapt()
         for report in self._emitter.reports(timeout_s):
             known = [*self._traced.values(), *self._retired]
             traced = next((each for each in known if each.number == report.number), None)
-            if traced is None:  # it crossed the news that this one is gone
+            if traced is None:  # the emitter did not know yet that this attachment is gone
                 continue
             if report.kind is Kind.WHOSE:
                 self._emitter.tell(Belongs(traced.number, report.pid, traced.resource(report.pid)))
@@ -295,7 +300,7 @@ class Tracing:
                     self._avoid_silent(traced)
 
     def _contradicted(self, traced: _TracedBinary, pid: int) -> None:
-        """Lets a binary go when no instance of it is left whose memory may be as its layout says.
+        """Detach from a binary if all its running instances contradict its layout.
 
         Raises:
             UserError: Nothing is left to trace.
@@ -313,9 +318,9 @@ class Tracing:
         self._require_something()
 
     def _avoid_silent(self, traced: _TracedBinary) -> None:
-        """Attaches anew without the function that is never called: to the next candidate, if there is one."""
+        """Attach again without the function that is never called; the next candidate takes its place."""
         function = traced.target.functions.get(silence.BOUNDARY)
-        if function is None:  # known, and said, since it was attached
+        if function is None:  # no candidate was left when it was attached, and that was logged
             return
         self._silent[traced.identity] = self._silent.get(traced.identity, frozenset()) | {function}
         _log.warning("%s is never called in %s", function, traced.target)
@@ -324,7 +329,7 @@ class Tracing:
             self._attaching.want(*instances)
 
     def _retire(self, traced: _TracedBinary) -> None:
-        """Detaches from a binary; its ring buffer is read once more."""
+        """Detach from a binary. The emitter reads its ring buffer once more."""
         del self._traced[traced.identity]
         self._guard.detached(traced.identity)
         traced.attachment.detach()
@@ -332,14 +337,14 @@ class Tracing:
         self._emitter.tell(Retired(traced.number))
 
     def detach(self) -> None:
-        """Removes all probes. What has come can still be read, and asked about."""
+        """Remove all probes. The emitter can still read their records and ask about their processes."""
         for traced in self._traced.values():
             traced.attachment.detach()
             self._retired.append(traced)
         self._traced.clear()
 
     def end(self) -> None:
-        """Detaches and gives everything back."""
+        """Detach, and close all descriptors."""
         for attachment in self._attachments():
             attachment.close()
         if self._marker is not None:
@@ -347,11 +352,11 @@ class Tracing:
             self._marker = None
 
     def abandon(self) -> list[tuple[int, ...]]:
-        """Detaches and gives everything back but the emitter's descriptors, of which nobody knows how much was read."""
+        """Detach, and close all descriptors but those of the maps that a killed emitter may not have read."""
         return [attachment.abandon() for attachment in self._attachments()]
 
     def _attachments(self) -> list[Attachment]:
-        """All of them, with no more to come."""
+        """Return all attachments; start no more."""
         found = [traced.attachment for traced in (*self._traced.values(), *self._retired, *self._attaching.end())]
         self._traced.clear()
         self._retired.clear()
