@@ -76,7 +76,8 @@ check: setup ## format, lint, types, layers, unit tests and docs; needs no root 
 	@$(MAKE) --no-print-directory docs
 
 docs: setup ## build the pages of docs/ as a site in .cache/site; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@# Not --quiet: mkdocs counts only warnings that it prints.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## forget the virtual environment and everything built
 	rm -rf .venv .cache build dist *.egg-info

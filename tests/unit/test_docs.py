@@ -1,4 +1,4 @@
-"""The pages tell of every setting, attribute and loss that there is, and what they point to exists."""
+"""The pages have every setting, attribute, metric and loss cause, and what they point to exists."""
 
 import re
 from collections.abc import Iterator
@@ -48,6 +48,12 @@ def test_losses() -> None:
     assert causes == set(re.findall(r"`((?:lost|partial|began|not)_\w+)`", "".join(first_columns)))
 
 
+def test_own_metrics() -> None:
+    names = re.findall(r'f"\{prefix\}\.([\w.]+)"', SOURCES)
+    assert names
+    assert [name for name in names if f"`otel_nginx_ebpf.{name}`" not in _read(DOCS / "metrics.md")] == []
+
+
 @pytest.mark.parametrize("path", EVERYTHING, ids=_name)
 def test_links(path: Path) -> None:
     broken = []
@@ -62,7 +68,7 @@ def test_links(path: Path) -> None:
 
 
 def _anchors(path: Path) -> set[str]:
-    """Of a page's headings, as both GitHub and mkdocs make them of letters, digits and single spaces."""
+    """Returns the anchors of a page's headings. GitHub and mkdocs agree on letters, digits and single spaces."""
     headings = re.findall(r"^#+ (.*)$", _without_code(_read(path)), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
@@ -78,7 +84,7 @@ def test_named_files_are_there(path: Path) -> None:
 
 
 def test_pages_link_to_files_of_the_site_only() -> None:
-    """mkdocs has no others; a page names them instead."""
+    """The site has the files of docs/ only; a page names other files without a link."""
     outside = [link for path in PAGES for link in re.findall(r"\]\((\.\./[^)]+)\)", _read(path))]
     assert outside == []
 
@@ -96,7 +102,7 @@ def test_every_page_can_be_found() -> None:
 
 
 def _commands() -> Iterator[tuple[str, str]]:
-    """The lines of code in README and the pages, each with the page's name."""
+    """Yields each line of indented code with the name of its page."""
     for path in (README, ROOT / "CONTRIBUTING.md", *PAGES):
         text = _read(path).replace("\\\n", " ")
         yield from ((_name(path), line) for line in re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE))
