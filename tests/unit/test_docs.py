@@ -43,7 +43,7 @@ def test_attributes(name: str) -> None:
 
 def test_losses() -> None:
     kernel = {name.lower() for name in c_enum("loss")} - {"loss_causes"}
-    causes = kernel | set(re.findall(r'(?:\.lose\w*\(|cause=)"(\w+)"', SOURCES))
+    causes = kernel | set(re.findall(r'(?:\.lose\w*\(|Lost\(|cause=)"(\w+)"', SOURCES))
     first_columns = re.findall(r"^\| (.*?) \|", _read(DOCS / "reliability.md"), re.MULTILINE)
     assert causes == set(re.findall(r"`((?:lost|partial|began|not)_\w+)`", "".join(first_columns)))
 
