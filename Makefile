@@ -23,7 +23,7 @@ BENCH ?= all
 SECONDS ?= 60
 MINUTES ?= 5
 
-.PHONY: help setup demo test image matrix truth soak attach vm bench counts fuzz check clean
+.PHONY: help setup demo test image matrix truth soak attach vm bench counts fuzz check docs clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,12 +67,17 @@ vm: setup ## scenarios and --propagate under other kernels, in qemu: KERNEL=5.10
 fuzz: setup ## hostile input to whatever reads any, SECONDS=60 for each reader; or TARGETS="record capture"
 	@PYTHONPATH=tests:. $(BIN)/python -m fuzz --seconds $(SECONDS) $(TARGETS)
 
-check: setup ## format, lint, types, layers and unit tests; needs no root once set up
+check: setup ## format, lint, types, layers, unit tests and docs; needs no root once set up
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pytest tests/unit
+	@$(MAKE) --no-print-directory docs
+
+docs: setup ## build the pages of docs/ as a site in .cache/site; a broken link is an error
+	@# Not --quiet: mkdocs counts only warnings that it prints.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## forget the virtual environment and everything built
 	rm -rf .venv .cache build dist *.egg-info

@@ -1,1 +1,1 @@
-"""What tracing costs: in nginx, on the machine, in the program. `make bench`; the methods are in README, "Overhead"."""
+"""What tracing costs: in nginx, on the machine, in the program. `make bench`; the methods are in docs/overhead.md."""

@@ -1,4 +1,4 @@
-"""`make bench`: see README, "Overhead"."""
+"""`make bench`: see docs/overhead.md."""
 
 import json
 import os

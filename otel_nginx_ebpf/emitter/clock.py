@@ -17,7 +17,7 @@ def measure_unix_offset_ns(samples: int = 5) -> int:
 
 
 class Clock:
-    """Keeps the offset from monotonic to Unix time, and measures it every `interval_s`, because Unix time is adjusted."""
+    """Keeps the offset from monotonic to Unix time, measured every `interval_s` because Unix time is adjusted."""
 
     def __init__(self, interval_s: float = 1.0) -> None:
         self._interval_s = interval_s

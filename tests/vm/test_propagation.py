@@ -24,7 +24,7 @@ REQUESTS = 10_000
 AT_ONCE = 20
 OTHER_HEADERS_MAX = 40
 ROOM = 17
-"""Headers that a request may have, Host included, for one more to find room (README)."""
+"""Headers that a request may have, Host included, for one more to find room (docs/context-and-sampling.md)."""
 
 
 @dataclass(frozen=True)
