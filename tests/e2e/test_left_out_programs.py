@@ -1,4 +1,4 @@
-"""A kernel that leaves programs out of tracepoints (otel_nginx_ebpf/kernel/tracepoints.py), which ours does not.
+"""A kernel that leaves programs out of tracepoints (otel_nginx_ebpf/planner/tracepoints.py), which ours does not.
 
 So the program that sees what the other one missed is attached alone, where it misses all, and behind one that misses
 nothing. `make vm` has the kernel that does it.

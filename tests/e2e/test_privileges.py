@@ -36,7 +36,7 @@ CAPABILITIES = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 # What an emitter may do, tried by a process that has given up what an emitter gives up.
 ATTEMPTS = """
 import ctypes, os, sys
-from otel_nginx_ebpf import handover, privileges
+from otel_nginx_ebpf.process import handover, privileges
 from otel_nginx_ebpf.kernel import maps
 handover.take_over(handover.Handover(privileges.account(None), None, {}))
 def refused(attempt):
