@@ -1,10 +1,13 @@
 """The command line."""
 
+import functools
+import inspect
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
@@ -13,7 +16,9 @@ from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.process import entry
 from otel_nginx_ebpf.process.stdio import PROGRAM, complain, forget_stdout
 from otel_nginx_ebpf.settings import sources
-from otel_nginx_ebpf.settings.model import Settings, Sort, Top
+from otel_nginx_ebpf.settings.model import DECLARATIONS, Settings, Sort, Top
+
+Result = TypeVar("Result")
 
 _ABOUT = """
 OpenTelemetry traces of a running nginx, by eBPF.
@@ -51,74 +56,70 @@ app = typer.Typer(
 
 
 def _choices(annotation: Any) -> list[str]:
-    """The words of a type's Literals."""
+    """Returns the words of a type's Literals."""
     found = get_args(annotation)
     if get_origin(annotation) is Literal:
         return [str(word) for word in found]
     return [word for inner in found for word in _choices(inner)]
 
 
-def _option(name: str, metavar: str | None = None, *declarations: str) -> Any:
-    """The option of a setting. It takes text: all sources of a setting are checked by the same code."""
-    field = sources.Source.model_fields[name]
+def _option(name: str) -> inspect.Parameter:
+    """Makes the option of a setting. It takes text: all sources of a setting are checked by the same code."""
+    declaration, flag = DECLARATIONS[name], sources.flag(name)
     notes = [f"env: {', '.join(sources.variables(name))}"]
-    if field.default not in (None, (), False):
-        default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+    if declaration.default not in (None, (), False):
+        default = ", ".join(declaration.default) if declaration.is_list else declaration.default
         notes.append(f"default: {default}")
-    if metavar is not None and name in ("pid", "binary", "exporter", "propagators"):
+    if declaration.is_list:
         notes.append("may be repeated")
-    words = _choices(field.annotation)
-    return typer.Option(
-        *(declarations or (sources.flag(name),)),
+    words = _choices(sources.TYPES[name])
+    option = typer.Option(
+        f"{flag.replace('--no-', '--')}/{flag}" if declaration.turns_off else flag,
         autocompletion=(lambda incomplete: [word for word in words if word.startswith(incomplete)]) if words else None,
-        metavar=metavar,
-        help=f"{field.description} \\[{'; '.join(notes)}]",
+        metavar=declaration.metavar,
+        help=f"{declaration.description} \\[{'; '.join(notes)}]",
         show_default=False,
     )
+    given: Any = list[str] if declaration.is_list else bool if declaration.is_switch else str
+    return _parameter(name, Annotated[given | None, option])
 
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help=f"A TOML file of settings. \\[env: {sources.CONFIG_VARIABLE}]"),
-]
-Pid = Annotated[list[str] | None, _option("pid", "PID")]
-Binary = Annotated[list[str] | None, _option("binary", "PATH")]
-Wait = Annotated[bool | None, _option("wait", None, "--wait")]
-ExporterNames = Annotated[list[str] | None, _option("exporter", "NAME")]
-Output = Annotated[str | None, _option("output", "FILE")]
-Query = Annotated[bool | None, _option("query", None, "--query/--no-query")]
-Color = Annotated[str | None, _option("color", "WHEN")]
-Sampler = Annotated[str | None, _option("sampler", "NAME")]
-SamplerArg = Annotated[str | None, _option("sampler_arg", "RATIO")]
-KeepErrors = Annotated[bool | None, _option("keep_errors", None, "--keep-errors")]
-KeepSlowerThan = Annotated[str | None, _option("keep_slower_than", "TIME")]
-Propagators = Annotated[list[str] | None, _option("propagators", "NAME")]
-AdoptUpstreamContext = Annotated[bool | None, _option("adopt_upstream_context", None, "--adopt-upstream-context")]
-Propagate = Annotated[bool | None, _option("propagate", None, "--propagate")]
-Detail = Annotated[str | None, _option("detail", "LEVEL")]
-RingBuffer = Annotated[str | None, _option("ring_buffer_mib", "MIB")]
-MaxActiveRequests = Annotated[str | None, _option("max_active_requests", "N")]
-MaxCostPerRequest = Annotated[str | None, _option("max_cost_per_request", "TIME")]
-MaxLoss = Annotated[str | None, _option("max_loss", "PART")]
-ReattachSeconds = Annotated[str | None, _option("reattach_seconds", "S")]
-QueueSize = Annotated[str | None, _option("queue_size", "SPANS")]
-QueueMib = Annotated[str | None, _option("queue_mib", "MIB")]
-QueueDirectory = Annotated[str | None, _option("queue_dir", "DIR")]
-QueueDirMib = Annotated[str | None, _option("queue_dir_mib", "MIB")]
-BatchSize = Annotated[str | None, _option("batch_size", "SPANS")]
-BatchDelay = Annotated[str | None, _option("batch_delay_ms", "MS")]
-OtlpProtocol = Annotated[str | None, _option("otlp_protocol", "NAME")]
-Metrics = Annotated[bool | None, _option("metrics", None, "--metrics")]
-MetricsListen = Annotated[str | None, _option("metrics_listen", "ADDRESS")]
-User = Annotated[str | None, _option("user", "USER")]
-RequestMetrics = Annotated[str | None, _option("request_metrics", "ON|OFF")]
-GraceSeconds = Annotated[str | None, _option("grace_seconds", "S")]
+def _parameter(name: str, annotation: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _settings(context: typer.Context) -> Settings:
-    given = {name: context.params.get(name) for name in sources.Source.model_fields}
-    given = {name: value for name, value in given.items() if value not in (None, [], ())}
-    return sources.load(given, context.params["config_file"])
+_CONFIG_FILE = _parameter(
+    "config_file",
+    Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help=f"A TOML file of settings. \\[env: {sources.CONFIG_VARIABLE}]"),
+    ],
+)
+
+
+def _with_settings(command: Callable[..., Result]) -> Callable[..., Result]:
+    """Gives a command the options of its settings and --config, in place of its parameter `settings`.
+
+    A parameter with the name of one of these settings only says where `--help` shows that option.
+    """
+    names = [name for name, declaration in DECLARATIONS.items() if command.__name__ in declaration.commands]
+    options = {name: _option(name) for name in names}
+    own = inspect.signature(command).parameters
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in own.items():
+        if name == "settings":
+            parameters += [*(options[name] for name in names if name not in own), _CONFIG_FILE]
+        else:
+            parameters.append(options.get(name, parameter))
+
+    @functools.wraps(command)
+    def with_settings(config_file: Path | None, **arguments: Any) -> Result:
+        given = {name: arguments.pop(name) for name in names}
+        given = {name: value for name, value in given.items() if value not in (None, [], ())}
+        return command(settings=sources.load(given, config_file), **arguments)
+
+    with_settings.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return with_settings
 
 
 def _print_version(wanted: bool) -> None:
@@ -136,45 +137,11 @@ def _about(
     pass
 
 
-# The commands take their options from the context: `_settings` passes on what was given.
-
-
 @app.command()
+@_with_settings
 def run(
-    context: typer.Context,
-    pid: Pid = None,
-    binary: Binary = None,
-    wait: Wait = None,
-    exporter: ExporterNames = None,
-    output: Output = None,
-    query: Query = None,
-    color: Color = None,
-    sampler: Sampler = None,
-    sampler_arg: SamplerArg = None,
-    keep_errors: KeepErrors = None,
-    keep_slower_than: KeepSlowerThan = None,
-    propagators: Propagators = None,
-    adopt_upstream_context: AdoptUpstreamContext = None,
-    propagate: Propagate = None,
-    detail: Detail = None,
-    ring_buffer_mib: RingBuffer = None,
-    max_active_requests: MaxActiveRequests = None,
-    max_cost_per_request: MaxCostPerRequest = None,
-    max_loss: MaxLoss = None,
-    reattach_seconds: ReattachSeconds = None,
-    queue_size: QueueSize = None,
-    queue_mib: QueueMib = None,
-    queue_dir: QueueDirectory = None,
-    queue_dir_mib: QueueDirMib = None,
-    batch_size: BatchSize = None,
-    batch_delay_ms: BatchDelay = None,
-    otlp_protocol: OtlpProtocol = None,
-    grace_seconds: GraceSeconds = None,
-    user: User = None,
-    metrics: Metrics = None,
-    metrics_listen: MetricsListen = None,
-    request_metrics: RequestMetrics = None,
-    config_file: ConfigFile = None,
+    *,
+    settings: Settings,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Compile, load, attach, say ready, detach; send nothing.")
     ] = False,
@@ -193,7 +160,6 @@ def run(
 
         OTEL_EXPORTER_OTLP_ENDPOINT=http://collector:4317 otel-nginx-ebpf run
     """
-    settings = _settings(context)
     if not dry_run:
         entry.become(commands.run, settings)
     from otel_nginx_ebpf.supervisor import supervise
@@ -202,14 +168,16 @@ def run(
 
 
 @app.command()
+@_with_settings
 def top(
-    context: typer.Context,
+    *,
     file: Annotated[
         Path | None,
         typer.Argument(metavar="[FILE]", help="A capture file, instead of what happens now.", show_default=False),
     ] = None,
-    pid: Pid = None,
-    binary: Binary = None,
+    # `--help` shows these before --sort.
+    pid: None = None,
+    binary: None = None,
     sort: Annotated[Sort, typer.Option(help="The column to sort by.")] = "rate",
     interval: Annotated[
         float,
@@ -218,12 +186,7 @@ def top(
         ),
     ] = 10,
     once: Annotated[bool, typer.Option("--once", help="Print the tables of one interval, and end.")] = False,
-    color: Color = None,
-    detail: Detail = None,
-    ring_buffer_mib: RingBuffer = None,
-    max_active_requests: MaxActiveRequests = None,
-    user: User = None,
-    config_file: ConfigFile = None,
+    settings: Settings,
 ) -> int:
     """Show where requests' time goes, by location and by upstream, as it happens. Needs root; no collector.
 
@@ -255,7 +218,7 @@ def top(
         otel-nginx-ebpf top day.capture
     """
     settings = replace(
-        _settings(context),
+        settings,
         top=Top(sort, interval, once, of_file=file is not None),
         sampler="always_on",
         propagate=False,
@@ -269,27 +232,11 @@ def top(
 
 
 @app.command()
+@_with_settings
 def record(
-    context: typer.Context,
+    *,
     file: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The capture file to write.")],
-    pid: Pid = None,
-    binary: Binary = None,
-    wait: Wait = None,
-    sampler: Sampler = None,
-    sampler_arg: SamplerArg = None,
-    keep_errors: KeepErrors = None,
-    keep_slower_than: KeepSlowerThan = None,
-    propagators: Propagators = None,
-    adopt_upstream_context: AdoptUpstreamContext = None,
-    propagate: Propagate = None,
-    detail: Detail = None,
-    ring_buffer_mib: RingBuffer = None,
-    max_active_requests: MaxActiveRequests = None,
-    max_cost_per_request: MaxCostPerRequest = None,
-    max_loss: MaxLoss = None,
-    reattach_seconds: ReattachSeconds = None,
-    user: User = None,
-    config_file: ConfigFile = None,
+    settings: Settings,
 ) -> None:
     """Write the kernel's records to a capture file until SIGINT or SIGTERM. Needs root.
 
@@ -297,26 +244,15 @@ def record(
 
         otel-nginx-ebpf record --pid $(cat /run/nginx.pid) -o day.capture
     """
-    entry.become(commands.record, _settings(context), file)
+    entry.become(commands.record, settings, file)
 
 
 @app.command()
+@_with_settings
 def replay(
-    context: typer.Context,
+    *,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A capture file.", show_default=False)],
-    exporter: ExporterNames = None,
-    output: Output = None,
-    query: Query = None,
-    color: Color = None,
-    queue_size: QueueSize = None,
-    queue_mib: QueueMib = None,
-    queue_dir: QueueDirectory = None,
-    queue_dir_mib: QueueDirMib = None,
-    batch_size: BatchSize = None,
-    batch_delay_ms: BatchDelay = None,
-    otlp_protocol: OtlpProtocol = None,
-    grace_seconds: GraceSeconds = None,
-    config_file: ConfigFile = None,
+    settings: Settings,
 ) -> int:
     """Export what a capture file holds. Needs no root, no nginx and no BCC.
 
@@ -326,16 +262,16 @@ def replay(
 
         otel-nginx-ebpf replay day.capture --exporter console
     """
-    return commands.replay(_settings(context), file)
+    return commands.replay(settings, file)
 
 
 @app.command()
+@_with_settings
 def report(
-    context: typer.Context,
+    *,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A capture file.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write.")],
-    query: Query = None,
-    config_file: ConfigFile = None,
+    settings: Settings,
 ) -> int:
     """Write what a capture file holds as one HTML page: where the time goes. Needs no root, no nginx and no BCC.
 
@@ -349,16 +285,14 @@ def report(
 
         otel-nginx-ebpf report day.capture -o day.html
     """
-    return commands.report(_settings(context), file, output)
+    return commands.report(settings, file, output)
 
 
 @app.command()
+@_with_settings
 def doctor(
-    context: typer.Context,
-    pid: Pid = None,
-    binary: Binary = None,
-    color: Color = None,
-    config_file: ConfigFile = None,
+    *,
+    settings: Settings,
     json_: Annotated[bool, typer.Option("--json", help="Print the same as one JSON object.")] = False,
 ) -> None:
     """Tell what is in the way of tracing, here and in every nginx found. Attaches nothing.
@@ -371,7 +305,6 @@ def doctor(
 
         otel-nginx-ebpf doctor --json --pid $(cat /run/nginx.pid)
     """
-    settings = _settings(context)
     from otel_nginx_ebpf.doctor.examine import examine
     from otel_nginx_ebpf.doctor.render import text
     from otel_nginx_ebpf.export.console import make_console

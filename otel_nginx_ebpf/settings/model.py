@@ -1,8 +1,10 @@
-"""What the user chose, as plain values: how they are read, checked and explained is `config`'s."""
+"""The table of settings, and what the user chose as plain values; `sources` reads, checks and explains them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+from otel_nginx_ebpf.settings.declaration import Declaration, lower, nanoseconds, openable, power_of_two, setting
 
 ExporterName = Literal["otlp", "console", "line", "json"]
 Color = Literal["auto", "always", "never"]
@@ -19,65 +21,316 @@ Detail = Literal["phases", "request"]
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
 Sort = Literal["rate", "errors", "total", "read", "connect", "wait", "transfer", "write", "nginx"]
-"""By which of its columns `top` sorts; from the third on these are durations."""
+"""The columns that `top` can sort by. From the third on they are durations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Top:
-    """How `top` shows what comes."""
+    """How `top` shows the requests."""
 
     sort: Sort
     interval_s: float
-    """The time that the tables are of; where they are not in a terminal, one is printed so often."""
+    """The time that the tables cover, in seconds. Without a terminal they are printed this often."""
     once: bool
-    """The first one is printed, and that is all."""
+    """Whether to print the tables of one interval, and exit."""
     of_file: bool = False
-    """They are of all that comes, by its own times."""
+    """Whether the requests come from a capture file. Then the tables cover all of it, by its own times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One value each, valid; `config.load` makes them. `config.Source` tells what they mean."""
+    """The table of settings, and the value of each. `sources.load` makes valid ones.
 
-    pid: tuple[int, ...]
-    binary: tuple[Path, ...]
-    wait: bool
-    exporter: tuple[ExporterName, ...]
-    output: Path | None
-    query: bool
-    color: Color
-    sampler: Sampler
-    sampler_arg: float
-    keep_errors: bool
-    keep_slower_than: int | None
+    A setting has one name everywhere: `ring_buffer_mib` in the TOML file, `--ring-buffer-mib` on the command line,
+    `OTEL_NGINX_EBPF_RING_BUFFER_MIB` in the environment. The command line, `--help`, what is read from the environment
+    and the file, error messages and the documentation's table are all made of these fields, in this order.
+    """
+
+    pid: tuple[int, ...] = setting(
+        (),
+        "Trace this nginx: the pid of its master or of a worker.",
+        commands=("run", "top", "record", "doctor"),
+        allowed="process ids, each 1 or more",
+        metavar="PID",
+        remark="every nginx found",
+        limits={"gt": 0},
+    )
+    binary: tuple[Path, ...] = setting(
+        (),
+        "Trace every process that runs this nginx binary.",
+        commands=("run", "top", "record", "doctor"),
+        allowed="paths",
+        metavar="PATH",
+        remark="every nginx found",
+        check=openable,
+    )
+    wait: bool = setting(
+        False,
+        "Wait for nginx to start instead of exiting.",
+        commands=("run", "record"),
+        remark="the program exits if no nginx runs",
+    )
+    exporter: tuple[ExporterName, ...] = setting(
+        ("otlp",),
+        "Where traces go: otlp (to a collector), console (waterfalls), line (one line a request), "
+        "json (one object a trace).",
+        commands=("run", "replay"),
+        allowed="of otlp, console, line, json",
+        metavar="NAME",
+    )
+    output: Path | None = setting(
+        None,
+        "Write the console, line or json exporter's text to this file instead of stdout.",
+        commands=("run", "replay"),
+        allowed="a path",
+        metavar="FILE",
+        remark="stdout",
+        check=openable,
+    )
+    query: bool = setting(
+        True,
+        "Keep the query string of each URI, or only the path.",
+        commands=("run", "replay", "report"),
+        remark="query strings are kept",
+    )
+    color: Color = setting(
+        "auto",
+        "When to use colours. auto: on a terminal, unless NO_COLOR is set.",
+        commands=("run", "top", "replay", "doctor"),
+        allowed="auto, always or never",
+        metavar="WHEN",
+    )
+    sampler: Sampler = setting(
+        "parentbased_always_on",
+        "Which requests to trace: always_on, always_off or traceidratio. With parentbased_ before it, the incoming "
+        "context decides, and the sampler only decides for requests without one.",
+        commands=("run", "record"),
+        allowed=f"one of {', '.join(get_args(Sampler))}",
+        metavar="NAME",
+        standard=("OTEL_TRACES_SAMPLER",),
+        read=lower,
+    )
+    sampler_arg: float = setting(
+        1.0,
+        "The fraction of traces that traceidratio takes.",
+        commands=("run", "record"),
+        allowed="a number from 0 to 1",
+        metavar="RATIO",
+        standard=("OTEL_TRACES_SAMPLER_ARG",),
+        limits={"ge": 0, "le": 1},
+    )
+    keep_errors: bool = setting(
+        False,
+        "Also trace requests with a status of 500 or more that the sampler leaves out. An incoming context that says "
+        "no still wins.",
+        commands=("run", "record"),
+    )
+    keep_slower_than: int | None = setting(
+        None,
+        "Also trace requests that took longer than this (500ms, 2s) and that the sampler leaves out. An incoming "
+        "context that says no still wins.",
+        commands=("run", "record"),
+        allowed="a number and its unit, us, ms or s, such as 500ms",
+        metavar="TIME",
+        remark="off",
+        read=nanoseconds,
+        limits={"gt": 0},
+    )
     """Nanoseconds."""
-    propagators: tuple[Propagator, ...]
-    adopt_upstream_context: bool
-    propagate: bool
-    detail: Detail
-    ring_buffer_mib: int
-    max_active_requests: int
-    max_cost_per_request: int | None
+    propagators: tuple[Propagator, ...] = setting(
+        ("tracecontext",),
+        "The request headers that carry the trace context: tracecontext (W3C), b3, b3multi, xrequestid (X-Request-ID "
+        "is the trace id), or none. baggage is accepted and has no effect.",
+        commands=("run", "record"),
+        allowed=f"of {', '.join(get_args(Propagator))}",
+        metavar="NAME",
+        standard=("OTEL_PROPAGATORS",),
+        read=lower,
+    )
+    adopt_upstream_context: bool = setting(
+        False,
+        "Use the ids of the traceparent that nginx itself sends upstream (proxy_set_header) for the spans.",
+        commands=("run", "record"),
+    )
+    propagate: bool = setting(
+        False,
+        "Write a traceparent into the requests that nginx sends upstream, in nginx's memory. "
+        "Needs a kernel that is not locked down.",
+        commands=("run", "record"),
+    )
+    detail: Detail = setting(
+        "phases",
+        "phases: spans of all phases, to the nanosecond. request: at lower cost, the request and its last upstream "
+        "attempt, with nginx's own times in milliseconds.",
+        commands=("run", "top", "record"),
+        allowed="phases or request",
+        metavar="LEVEL",
+    )
+    ring_buffer_mib: int = setting(
+        16,
+        "Size in MiB of the buffer between the kernel and this program.",
+        commands=("run", "top", "record"),
+        allowed="a power of two from 1 to 256",
+        metavar="MIB",
+        limits={"ge": 1, "le": 256},
+        check=power_of_two,
+    )
+    max_active_requests: int = setting(
+        16_384,
+        "How many requests in flight can be traced at once.",
+        commands=("run", "top", "record"),
+        allowed="64 to 1048576",
+        metavar="N",
+        limits={"ge": 64, "le": 1_048_576},
+    )
+    max_cost_per_request: int | None = setting(
+        None,
+        "Detach if tracing a request takes more processor time than this (20us).",
+        commands=("run", "record"),
+        allowed="a number and its unit, us, ms or s, such as 20us",
+        metavar="TIME",
+        remark="no limit",
+        read=nanoseconds,
+        limits={"gt": 0},
+    )
     """Nanoseconds."""
-    max_loss: float | None
-    reattach_seconds: float
-    queue_size: int
-    queue_mib: int
-    queue_dir: Path | None
-    queue_dir_mib: int
-    batch_size: int
-    batch_delay_ms: int
-    otlp_protocol: OtlpProtocol
-    grace_seconds: float
-    metrics: bool
-    metrics_listen: str | None
-    user: str | None
-    request_metrics: bool
-    sdk_disabled: bool
+    max_loss: float | None = setting(
+        None,
+        "Detach if more than this fraction of the traces is lost in the kernel (0.05).",
+        commands=("run", "record"),
+        allowed="a number from 0 to 1",
+        metavar="PART",
+        remark="no limit",
+        limits={"ge": 0, "le": 1},
+    )
+    reattach_seconds: float = setting(
+        60.0,
+        "How many seconds to stay detached after that: twice as long each time, up to an hour.",
+        commands=("run", "record"),
+        allowed="seconds, 1 to 3600",
+        metavar="S",
+        remark="then twice as long each time, up to an hour",
+        limits={"ge": 1, "le": 3600},
+    )
+    queue_size: int = setting(
+        262_144,
+        "How many spans may wait for the collector.",
+        commands=("run", "replay"),
+        allowed="a number of spans, 1 or more",
+        metavar="SPANS",
+        standard=("OTEL_BSP_MAX_QUEUE_SIZE",),
+        limits={"ge": 1},
+    )
+    queue_mib: int = setting(
+        64,
+        "How many MiB of encoded spans may wait for the collector.",
+        commands=("run", "replay"),
+        allowed="1 to 65536",
+        metavar="MIB",
+        remark="the queue keeps what fits both limits",
+        limits={"ge": 1, "le": 65_536},
+    )
+    queue_dir: Path | None = setting(
+        None,
+        "Keep traces in this directory while the collector is down, also for the next run.",
+        commands=("run", "replay"),
+        allowed="a directory of this program's own",
+        metavar="DIR",
+        remark="none: the queue is in memory",
+        check=openable,
+    )
+    queue_dir_mib: int = setting(
+        1_024,
+        "How many MiB may wait in --queue-dir.",
+        commands=("run", "replay"),
+        allowed="1 or more",
+        metavar="MIB",
+        remark="compressed",
+        limits={"ge": 1},
+    )
+    batch_size: int = setting(
+        4_096,
+        "How many spans to send to the collector at once.",
+        commands=("run", "replay"),
+        allowed="a number of spans, 1 or more",
+        metavar="SPANS",
+        standard=("OTEL_BSP_MAX_EXPORT_BATCH_SIZE",),
+        remark="at most 2 MiB",
+        limits={"ge": 1},
+    )
+    batch_delay_ms: int = setting(
+        5_000,
+        "How many milliseconds a span waits for its batch to fill.",
+        commands=("run", "replay"),
+        allowed="milliseconds, 0 to 3600000",
+        metavar="MS",
+        standard=("OTEL_BSP_SCHEDULE_DELAY",),
+        limits={"ge": 0, "le": 3_600_000},
+    )
+    otlp_protocol: OtlpProtocol = setting(
+        "grpc",
+        "The protocol of the collector: grpc or http/protobuf.",
+        commands=("run", "replay"),
+        allowed="grpc or http/protobuf",
+        metavar="NAME",
+        standard=("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"),
+    )
+    grace_seconds: float = setting(
+        10.0,
+        "How many seconds to deliver queued traces after the program was told to stop.",
+        commands=("run", "replay"),
+        allowed="seconds, 0 to 3600",
+        metavar="S",
+        remark="in the image 9, as `docker stop` waits 10",
+        limits={"ge": 0, "le": 3600},
+    )
+    user: str | None = setting(
+        None,
+        "The user that reads requests and sends traces, without privileges.",
+        commands=("run", "top", "record"),
+        allowed="a user's name or number",
+        metavar="USER",
+        remark="`nobody` if root starts the program, else the user who starts it",
+        limits={"pattern": r"^\w[\w.-]*\$?$"},
+    )
+    metrics: bool = setting(
+        False,
+        "Also send metrics of all requests and of this program to the collector.",
+        commands=("run",),
+    )
+    metrics_listen: str | None = setting(
+        None,
+        "Serve metrics of all requests and of this program to Prometheus at this address.",
+        commands=("run",),
+        allowed="an address and a port, as in 127.0.0.1:9464 or [::1]:9464",
+        metavar="ADDRESS",
+        remark="none",
+        limits={"pattern": r"^[^:]+:[0-9]{1,5}$|^\[[0-9A-Fa-f:.]+\]:[0-9]{1,5}$"},
+    )
+    request_metrics: bool = setting(
+        True,
+        "Whether the metrics have the durations of all requests.",
+        commands=("run",),
+        allowed="on or off",
+        metavar="ON|OFF",
+        remark="has an effect with `--metrics` or `--metrics-listen`",
+    )
+    sdk_disabled: bool = setting(
+        False,
+        "Send nothing to a collector.",
+        commands=(),
+        standard=("OTEL_SDK_DISABLED",),
+    )
     top: Top | None = None
-    """Requests are shown, and go to no exporter."""
+    """How to show requests instead of exporting them; `None`: export them."""
 
     @property
     def measures_requests(self) -> bool:
-        """Whether anybody gets the durations of all requests."""
+        """Whether the durations of all requests go to the collector or to Prometheus."""
         return self.request_metrics and (self.metrics or self.metrics_listen is not None)
+
+
+DECLARATIONS: dict[str, Declaration] = {
+    field.name: field.metadata["declaration"] for field in fields(Settings) if field.metadata
+}
+"""The table by the settings' names."""

@@ -92,6 +92,14 @@ def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.Monk
         load({})
 
 
+@pytest.mark.parametrize("name", Source.model_fields)
+def test_a_variable_of_another_program_is_not_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load({})
+    monkeypatch.setenv(name.upper(), "7")
+    monkeypatch.setenv(name, "7")
+    assert load({}) == before
+
+
 def test_an_empty_variable_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "")
     assert load({}).queue_size == 262144

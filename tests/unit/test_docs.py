@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from otel_nginx_ebpf import cli
-from otel_nginx_ebpf.settings import sources
+from otel_nginx_ebpf.settings import document, sources
 from otel_nginx_ebpf.traces import spans
 from otel_nginx_ebpf.traces.abi import c_enum
 
@@ -36,6 +36,10 @@ def test_settings(name: str) -> None:
     row = re.search(rf"^\| `{sources.flag(name)}\b.* \| (`OTEL_.*) \| `{name}\b.*$", page, re.MULTILINE)
     assert row
     assert re.findall(r"`(OTEL_\w+)", row[1]) == list(sources.variables(name))
+
+
+def test_the_table_of_settings_is_that_of_the_program() -> None:
+    assert document.table() in _read(DOCS / "configuration.md"), "python -m otel_nginx_ebpf.settings.document prints it"
 
 
 @pytest.mark.parametrize("name", sorted(value for key, value in vars(spans).items() if key.startswith("NGINX_")))
