@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Return the value that `percent` of the sorted values do not exceed (nearest rank). No values: ValueError."""
+    """Return the value that `percent` of the sorted values do not exceed (nearest rank). Raise ValueError if empty."""
     if not ordered:
         raise ValueError("no values")
     rank = -(-len(ordered) * percent // 100)

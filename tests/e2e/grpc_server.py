@@ -1,4 +1,4 @@
-"""Has a real gRPC server and its client. Methods of every kind take and return bytes, without generated code.
+"""Provides a real gRPC server and its client. Methods of every kind take and return bytes, without generated code.
 
 The server runs as a separate process (`python grpc_server.py DIRECTORY`); `GrpcServer` starts it. Each message of a
 request asks, in JSON, for `count` messages of `bytes` each, with `delay_ms` before each, and for a `status` that ends

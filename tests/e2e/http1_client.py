@@ -1,4 +1,4 @@
-"""Has an HTTP/1.1 client on a bare socket. It can be slow, rude and wrong, as real clients are."""
+"""Provides an HTTP/1.1 client on a bare socket. It can be slow, rude and wrong, as real clients are."""
 
 import socket
 import ssl

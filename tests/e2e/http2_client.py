@@ -1,4 +1,4 @@
-"""Has an HTTP/2 client: concurrent streams on one connection, over TLS (ALPN) or with prior knowledge."""
+"""Provides an HTTP/2 client: concurrent streams on one connection, over TLS (ALPN) or with prior knowledge."""
 
 from dataclasses import dataclass, field
 

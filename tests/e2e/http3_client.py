@@ -1,4 +1,4 @@
-"""Has an HTTP/3 client, on aioquic: concurrent requests on one QUIC connection."""
+"""Provides an HTTP/3 client, on aioquic: concurrent requests on one QUIC connection."""
 
 import asyncio
 import ssl

@@ -29,7 +29,7 @@ URI_BYTES_MAX, USER_AGENT_BYTES_MAX = 4096, 1024
 
 
 GIVEN_UP = {"client_closed_request", "timeout"}
-"""Values of nginx.termination if the client was the cause. No span is an error, not even of an unanswered peer."""
+"""Values of nginx.termination if the client was the cause. Then no span is an ERROR, even without an answer."""
 FAULTS = {"upstream_incomplete", "upstream_timeout", "shutdown", "aborted"}
 """Values of nginx.termination if nginx did not complete a response. The access log does not show this."""
 

@@ -1,4 +1,4 @@
-"""Has a POP3 server for nginx's mail proxy. Its mailboxes are empty and it accepts every user."""
+"""Provides a POP3 server for nginx's mail proxy. Its mailboxes are empty and it accepts every user."""
 
 import socketserver
 import threading

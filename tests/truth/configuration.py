@@ -27,7 +27,7 @@ PEERS = [
     ("@DEAD1@", "@DEAD2@"),
     ("@DEAF@",),
 ]
-# Variables of the subrequest itself, which nginx does not keep in the main request.
+# Variables that nginx does not cache, so that a subrequest logs its own values.
 SUBREQUEST_VARIABLES = """
     connection connection_requests pid uri status request_time upstream_addr upstream_status upstream_connect_time
     upstream_header_time upstream_response_time upstream_bytes_sent upstream_bytes_received
