@@ -1,21 +1,23 @@
-# Debian 12 or 13, as root. Needs nothing but make, /usr/bin/python3 and apt; sets up the rest by itself, once.
+# Runs on Debian 12 or 13, as root. Needs only make, /usr/bin/python3 and apt. Sets up the rest by itself, once.
 
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
 PACKAGES := nginx openssl python3-bpfcc python3-venv
-# For tests only: a load generator; servers of other protocols, whose Python plugin brings the libpython that rotel needs;
-# what Go needs; nginx's own sources and a compiler to hold our struct layouts against.
+# For tests only: a load generator; servers of other protocols; uwsgi's Python plugin, which brings the libpython that rotel
+# needs.
 PACKAGES += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
+# To build Go programs.
 PACKAGES += ca-certificates
-# Modules that requests, peers and answers come through.
+# nginx modules that handle requests, choose peers and change responses.
 PACKAGES += libnginx-mod-http-echo libnginx-mod-http-headers-more-filter libnginx-mod-http-lua libnginx-mod-http-perl
 PACKAGES += libnginx-mod-http-subs-filter libnginx-mod-http-upstream-fair libnginx-mod-nchan
 # For measurements only.
 PACKAGES += bpftool nghttp2-client valgrind
+# nginx's sources and a compiler, for tests that compare our struct layouts with the compiler's.
 PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
-# A terminal, its shells, and a browser whose screens tests can read.
+# A terminal, its shells and a browser. Tests read their screens.
 PACKAGES += chromium fonts-dejavu-core tmux zsh
-# And those that build and run the image.
+# To build and run the image.
 PACKAGES += buildah debootstrap netavark podman runc
 
 .DEFAULT_GOAL := help
@@ -25,7 +27,7 @@ MINUTES ?= 5
 
 .PHONY: help setup demo test image matrix truth soak attach vm bench counts fuzz check docs clean
 
-help: ## show this
+help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: .cache/packages .venv/installed ## install the packages below and this program to .venv/bin/otel-nginx-ebpf
@@ -33,41 +35,41 @@ setup: .cache/packages .venv/installed ## install the packages below and this pr
 demo: setup ## trace a private nginx and show its requests as waterfalls
 	@$(BIN)/python examples/demo.py
 
-test: setup ## all tests, on the real kernel, a real nginx and a real collector
+test: setup ## run all tests, on the real kernel, a real nginx and real collectors
 	tests/collector/build
 	image/build
 	tests/jaeger/build
 	$(BIN)/pytest
 
-image: .cache/packages ## the sidecar's image, with buildah, into the storage that it prints for podman
+image: .cache/packages ## build the sidecar's image with buildah, and print the storage options for podman
 	image/build
 
-matrix: setup ## the end-to-end scenarios against a dozen builds of nginx, as one table; or against BUILDS="debian-11 o3"
+matrix: setup ## run the end-to-end scenarios against a dozen builds of nginx, as a table; BUILDS="debian-11 o3" for some
 	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
 
-truth: setup ## random configurations and clients, each trace held against all that is known of it; MINUTES=5 SEED=17
+truth: setup ## trace random configurations and clients, and compare with nginx's log, clients and upstreams; MINUTES=5 SEED=17
 	@PYTHONPATH=tests $(BIN)/python -m truth.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(TRUTH)
 
-bench: setup ## what tracing costs, as tables and in bench.json; parts and options: BENCH=--help
+bench: setup ## measure what tracing costs, as tables and in bench.json; BENCH=--help shows parts and options
 	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
 
 counts: BENCH := counts
-counts: bench ## the part of it that does not depend on the machine's load: instructions
+counts: bench ## count instructions only: they do not depend on the machine's load
 
-soak: setup ## ten minutes at 5,000 requests/s with the collector down: memory and losses; SOAK="--minutes 60"
+soak: setup ## check memory and losses in ten minutes at 5,000 requests/s without a collector; SOAK="--minutes 60"
 	@PYTHONPATH=tests $(BIN)/python -m soak.run $(SOAK)
 
-attach: setup ## attach to a busy nginx twenty times each: under traffic, during reloads, on a busy machine; ten minutes
+attach: setup ## attach to a busy nginx, twenty times each: under traffic, during reloads, on a busy machine; ten minutes
 	@OTEL_NGINX_EBPF_TEST_ATTACHES=20 $(BIN)/pytest tests/e2e/test_attach_under_traffic.py
 
-vm: setup ## scenarios and --propagate under other kernels, in qemu: KERNEL=5.10, 6.1, 6.12 or newest; by default all
+vm: setup ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; default: all
 	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86
 	@PYTHONPATH=tests $(BIN)/python -m vm.table $(KERNEL)
 
-fuzz: setup ## hostile input to whatever reads any, SECONDS=60 for each reader; or TARGETS="record capture"
+fuzz: setup ## give hostile input to each reader for SECONDS=60; TARGETS="record capture" for some readers
 	@PYTHONPATH=tests:. $(BIN)/python -m fuzz --seconds $(SECONDS) $(TARGETS)
 
-check: setup ## format, lint, types, layers, unit tests and docs; needs no root once set up
+check: setup ## check format, lint, types, layers, unit tests and docs; needs no root after setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -79,7 +81,7 @@ docs: setup ## build the pages of docs/ as a site in .cache/site; a broken link 
 	@# Not --quiet: mkdocs counts only warnings that it prints.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean: ## forget the virtual environment and everything built
+clean: ## remove the virtual environment and everything built
 	rm -rf .venv .cache build dist *.egg-info
 
 .venv/installed: pyproject.toml

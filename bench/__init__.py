@@ -1,1 +1,1 @@
-"""What tracing costs: in nginx, on the machine, in the program. `make bench`; the methods are in docs/overhead.md."""
+"""Measures what tracing costs in nginx, on the machine and in the program; docs/overhead.md has the methods."""

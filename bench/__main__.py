@@ -1,4 +1,4 @@
-"""`make bench`: see docs/overhead.md."""
+"""Runs `make bench`; docs/overhead.md explains the figures."""
 
 import json
 import os
@@ -19,18 +19,18 @@ from bench import counts, emitter, latency, machine, memory, recording, tables, 
 from bench.site import SCENARIOS, Site
 from bench.variants import Variant
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="What tracing costs, measured.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what tracing costs.")
 console = Console(width=None if sys.stdout.isatty() else 120)
 
-Rounds = Annotated[int, typer.Option(min=1, help="How often each is measured, off and on in turn.")]
-Output = Annotated[Path, typer.Option("--json", help="Where the figures go.")]
+Rounds = Annotated[int, typer.Option(min=1, help="How many rounds; each has tracing off and on in turn.")]
+Output = Annotated[Path, typer.Option("--json", help="The file for the figures.")]
 OUTPUT = Path("bench.json")
 Scenarios = Annotated[
     list[str] | None, typer.Option("--scenario", help=f"One of {', '.join(SCENARIOS)}, {worker.BYSTANDER}; repeatable.")
 ]
 Variants = Annotated[
     list[str] | None,
-    typer.Option("--variant", help="What to hold against an untraced nginx; repeatable.", metavar="NAME=[PROGRAM] …"),
+    typer.Option("--variant", help="What to compare with an untraced nginx; repeatable.", metavar="NAME=[PROGRAM] …"),
 ]
 
 
@@ -57,7 +57,7 @@ def _site() -> Iterator[Site]:
 
 
 def _write(path: Path, part: str, figures: dict[str, Any], load_before: tuple[float, ...]) -> None:
-    """Adds a part to the file; those of other runs stay, each with the machine and the load it was measured under."""
+    """Add a part to the file, with the machine and its load. Parts of other runs stay."""
     found = json.loads(path.read_text()) if path.exists() else {}
     found[part] = {
         "measured": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -77,7 +77,7 @@ def worker_command(
     rounds: Rounds = 10,
     json_file: Output = OUTPUT,
 ) -> None:
-    """Processor time in the worker, and what a process beside it pays."""
+    """Measure processor time in the worker, and what another process pays."""
     names = scenario or [*SCENARIOS, worker.BYSTANDER]
     variants = [Variant.parse(text) for text in variant or ["on"]]
     load = os.getloadavg()
@@ -108,7 +108,7 @@ def latency_command(
     rate: Annotated[int, typer.Option(min=1, help="Requests a second.")] = 3000,
     json_file: Output = OUTPUT,
 ) -> None:
-    """Latency at a fixed rate below saturation."""
+    """Measure latency at a fixed rate below saturation."""
     names = scenario or ["static", "proxied", "static-tls", "proxied-h2"]
     variants = [Variant.parse(text) for text in variant or ["on"]]
     load = os.getloadavg()
@@ -121,13 +121,13 @@ def latency_command(
 @app.command("emitter")
 def emitter_command(
     records: Annotated[
-        int, typer.Option(min=emitter.START_RECORDS * 2, help="How many to record and replay.")
+        int, typer.Option(min=emitter.START_RECORDS * 2, help="How many records to record and replay.")
     ] = 200_000,
     rounds: Rounds = 3,
     capture: Annotated[Path | None, typer.Option(help="A capture to replay instead of recording one.")] = None,
     json_file: Output = OUTPUT,
 ) -> None:
-    """From real records to a real collector: requests a second, and what each stage takes."""
+    """Measure the way from real records to a real collector: requests/s, and the cost of each stage."""
     load = os.getloadavg()
     steps = records // recording.ROUND + rounds * 7 + 1
     with tempfile.TemporaryDirectory(prefix="otel-bench-") as name, _progress(steps) as advance:
@@ -148,7 +148,7 @@ def emitter_command(
 
 @app.command("memory")
 def memory_command(json_file: Output = OUTPUT) -> None:
-    """Resident memory of the long-lived process, and what its libraries add."""
+    """Measure resident memory of the emitter, and what its libraries add."""
     load = os.getloadavg()
     with _site() as site, tempfile.TemporaryDirectory(prefix="otel-bench-") as name, _progress(4) as advance:
         figures = {"over_time": memory.over_time(site, Path(name), advance), "imports_mb": memory.of_imports()}
@@ -159,7 +159,7 @@ def memory_command(json_file: Output = OUTPUT) -> None:
 
 @app.command("counts")
 def counts_command(json_file: Output = OUTPUT) -> None:
-    """Instructions: figures that do not depend on the machine's load."""
+    """Count instructions: figures that do not depend on the machine's load."""
     load = os.getloadavg()
     with _site() as site:
         figures = {"programs": counts.bpf_programs(site), "emitter_instructions": counts.instructions_a_request(site)}
@@ -169,7 +169,7 @@ def counts_command(json_file: Output = OUTPUT) -> None:
 
 @app.command("all")
 def all_command(json_file: Output = OUTPUT) -> None:
-    """Every part with its defaults; some ten minutes."""
+    """Measure every part with its defaults; about ten minutes."""
     for part in (worker_command, latency_command, emitter_command, memory_command, counts_command):
         part(json_file=json_file)
 

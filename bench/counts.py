@@ -1,4 +1,4 @@
-"""Figures that do not depend on the load: instructions of the BPF programs, and of the way from record to OTLP."""
+"""Counts instructions of the BPF programs, and from record to OTLP. These figures do not depend on the load."""
 
 import os
 import re
@@ -18,7 +18,7 @@ RECORDS = 400
 
 
 def bpf_programs(site: Site) -> list[dict[str, Any]]:
-    """Our programs as the kernel has them: instructions after the verifier, and bytes of machine code."""
+    """Return the size of our programs in the kernel: instructions after the verifier, and bytes of machine code."""
     with tracing(Variant.parse("on"), site.nginx.pid) as agent:
         assert agent is not None
         return [
@@ -28,14 +28,14 @@ def bpf_programs(site: Site) -> list[dict[str, Any]]:
 
 
 def instructions_a_request(site: Site) -> float:
-    """Processor instructions from a record's bytes to its spans' OTLP bytes, by callgrind.
+    """Return how many processor instructions a request takes from its record's bytes to OTLP bytes, by callgrind.
 
-    Of the second half of the recorded requests, when all caches of names and attributes are as full as they get.
+    Counts only the second half of the recorded requests. By then the caches of names and attributes are full.
     """
     with tempfile.TemporaryDirectory(prefix="otel-bench-") as directory:
         capture, out = Path(directory, "capture"), Path(directory, "out")
         record(site, capture, RECORDS, lambda _: None)
-        # bench.replay calls getppid at the start and the end of that half: the second dump has what was between.
+        # bench.replay calls getppid at the start and at the end of that half, so the second dump has that half.
         valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-before=getppid"]
         subprocess.run(
             [*valgrind, sys.executable, "-m", "bench.replay", capture, str(RECORDS // 2)],
@@ -48,7 +48,7 @@ def instructions_a_request(site: Site) -> float:
 
 
 def parse_totals(dump: str) -> int:
-    """Instructions, out of a callgrind dump. Raises RuntimeError where it has none."""
+    """Return the instructions in a callgrind dump. Raise RuntimeError if the dump has no totals."""
     found = re.search(r"^(?:totals|summary): (\d+)", dump, re.MULTILINE)
     if found is None:
         raise RuntimeError("callgrind's dump has no totals")

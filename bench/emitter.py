@@ -1,4 +1,4 @@
-"""The program's own speed: real records from a capture to a real collector on loopback, beside the SDK's own way."""
+"""Measures the program's speed from a capture to a real collector on loopback, and the SDK's speed in comparison."""
 
 import os
 import random
@@ -36,12 +36,12 @@ service:
   pipelines:
     traces: {{ receivers: [otlp], exporters: [debug] }}
 """
-"""The debug exporter counts: its lines say how many spans each message had."""
+"""The debug exporter counts spans: it writes a line for each message, with the number of spans."""
 
 START_RECORDS = 2_000
-"""A run of so many is taken off each run's time, and with it what starting Python and importing take."""
+"""The time of a run with this many records is subtracted from each run's time: Python's start and imports."""
 SDK_RECORDS = 20_000
-"""The SDK's way is measured over fewer: it takes that much longer."""
+"""The SDK is much slower, so it gets fewer records."""
 _STAGE_RECORDS = 5_000
 _ALLOCATION_RECORDS = 500
 
@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 
 
 def cut(capture: Path, records: int) -> Path:
-    """A capture file beside it with the first so many records."""
+    """Copy the first `records` records to a new file beside the capture; return the new file."""
     path = capture.with_name(f"{capture.name}-{records}")
     with CaptureWriter(path, {}) as writer:
         for frame in islice(read_capture(capture), records):
@@ -61,7 +61,7 @@ def cut(capture: Path, records: int) -> Path:
 
 
 def _run(command: list[str | Path], port: int) -> Cost:
-    """Runs it on one processor, the collector being on the others."""
+    """Run a command on one processor; the collector has the others. Raise RuntimeError if it fails."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     environment |= {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
     start_s = time.monotonic()
@@ -78,7 +78,7 @@ def _run(command: list[str | Path], port: int) -> Cost:
 
 
 def to_collector(capture: Path, records: int, rounds: int, advance: Callable[[str], None]) -> dict[str, Any]:
-    """Requests a second on one processor, both ways in turn, and the spans that the collector says it has."""
+    """Measure requests/s on one processor, the program and the SDK in turn, and count the collector's spans."""
     ways: dict[str, tuple[list[str | Path], int]] = {
         "program": ([PROGRAM, "replay", "--exporter", "otlp"], records),
         "sdk": ([sys.executable, "-m", "bench.sdk_path"], min(SDK_RECORDS, records)),
@@ -113,12 +113,12 @@ def to_collector(capture: Path, records: int, rounds: int, advance: Callable[[st
 
 
 def spans_received(log: str) -> int:
-    """Out of what the collector's debug exporter says of each batch."""
+    """Return how many spans the collector received, from the lines of its debug exporter."""
     return sum(map(int, re.findall(r'"spans": (\d+)', log)))
 
 
 def each_stage(capture: Path, rounds: int, advance: Callable[[str], None]) -> dict[str, Any]:
-    """Processor time, bytes and allocations of each stage by itself, a request."""
+    """Measure processor time, bytes and allocations of each stage, for a request."""
     frames = list(islice(read_capture(capture), _STAGE_RECORDS))
     count = len(frames)
     requests = stages.decoded(frames)

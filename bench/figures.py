@@ -1,11 +1,11 @@
-"""Many measurements of one thing, in few numbers: pure."""
+"""Reduces many measurements to a few numbers. Pure functions."""
 
 import statistics
 from collections.abc import Sequence
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The value that `percent` of the sorted values do not exceed (nearest rank). Raises ValueError for none."""
+    """Return the value that `percent` of the sorted values do not exceed (nearest rank). Raise ValueError if empty."""
     if not ordered:
         raise ValueError("no values")
     rank = -(-len(ordered) * percent // 100)
@@ -13,7 +13,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Return lower quartile, median and upper quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -21,11 +21,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:
-    """The figures that the JSON file and the tables have of each series."""
+    """Return the figures of a series, for the JSON file and the tables."""
     low, middle, high = quartiles(values)
     return {"median": middle, "lower_quartile": low, "upper_quartile": high, "least": min(values)}
 
 
 def paired(values: Sequence[float], against: Sequence[float]) -> list[float]:
-    """What each round's value is above the same round's other one: what both share, such as load, drops out."""
+    """Return each round's value minus the other value of that round. This removes what both share, such as load."""
     return [value - other for value, other in zip(values, against, strict=True)]

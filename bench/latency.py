@@ -1,4 +1,4 @@
-"""Latency at a fixed rate below saturation, tracing off and on in turn."""
+"""Measures latency at a fixed rate below saturation, with tracing off and on in turn."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ def measure(
     requests_a_second: int,
     advance: Callable[[str], None],
 ) -> dict[str, Any]:
-    """By scenario, variant and percentile: microseconds in each round, and their figures."""
+    """Return microseconds in each round, and their figures, by scenario, variant and percentile."""
     names = list(names)
     found: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in names}
     for number, label, name in turns(variants, names, site.nginx.pid, rounds):

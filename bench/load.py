@@ -1,4 +1,4 @@
-"""Load generators: h2load at most speed, for processor time and throughput; vegeta at a fixed rate, for latency."""
+"""Runs load generators: h2load at full speed for processor time and throughput, vegeta at a fixed rate for latency."""
 
 import csv
 import re
@@ -11,7 +11,7 @@ from bench.site import Scenario
 
 CONNECTIONS = 8
 STREAMS = 4
-"""Of each HTTP/2 connection."""
+"""Concurrent streams of each HTTP/2 connection."""
 
 _OPEN_LOOP_CONNECTIONS = 32
 _OPEN_LOOP_IN_FLIGHT = 512
@@ -19,9 +19,9 @@ _WARM_UP_S = 1
 
 
 def at_most_speed(urls: Sequence[str], scenario: Scenario, requests: int = 0, user_agent: str = "h2load") -> float:
-    """Makes the scenario's requests, or so many, as fast as one thread can; requests a second.
+    """Make requests as fast as one thread can; return requests a second. 0 requests: as many as the scenario has.
 
-    Raises RuntimeError if any is not answered as the scenario says.
+    Raises RuntimeError if a response is not as the scenario says.
     """
     requests = requests or scenario.requests
     protocol = [f"--max-concurrent-streams={STREAMS}"] if scenario.http2 else ["--h1"]
@@ -38,7 +38,7 @@ def at_most_speed(urls: Sequence[str], scenario: Scenario, requests: int = 0, us
 
 
 def parse_rate(output: str, requests: int, answer: str = "2xx") -> float:
-    """Requests a second out of h2load's report. Raises RuntimeError unless all of them had such an answer."""
+    """Return requests a second from h2load's report. Raise RuntimeError unless every request got this answer."""
     finished = re.search(r"^finished in .*?, ([0-9.]+) req/s", output, re.MULTILINE)
     answered = re.search(rf"^status codes:.*? (\d+) {answer}", output, re.MULTILINE)
     if not finished or not answered or int(answered[1]) != requests:
@@ -47,18 +47,16 @@ def parse_rate(output: str, requests: int, answer: str = "2xx") -> float:
 
 
 def vegeta() -> Path:
-    """Its binary. Raises CalledProcessError where it cannot be built."""
+    """Return vegeta's binary. Raise CalledProcessError if the build fails."""
     script = Path(__file__).with_name("install-vegeta")
     return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
 def at_rate(url: str, scenario: Scenario, requests_a_second: int, seconds: int) -> list[float]:
-    """Latencies of requests that begin at a fixed rate whatever the answers do, microseconds, sorted.
+    """Start requests at a fixed rate, whether answers come or not; return their latencies in microseconds, sorted.
 
-    A second before that, in which connections are opened, does not count.
-
-    Each is counted from when the request was due, so that one that had to wait for its turn shows it. Raises
-    RuntimeError if any fails.
+    The first second, which opens connections, does not count. Each latency counts from the moment when the request was
+    due, so it includes the time that the request waited. Raises RuntimeError if a request fails.
     """
     attack = [
         "attack",
@@ -77,10 +75,11 @@ def at_rate(url: str, scenario: Scenario, requests_a_second: int, seconds: int) 
 
 
 def parse_latencies(lines: Iterable[str], requests_a_second: int, first: int = 0) -> list[float]:
-    """Microseconds from the moment each request from `first` on was due to its answer, out of vegeta's table.
+    """Return latencies from vegeta's table: microseconds from when a request was due to its answer.
 
-    Its columns are: begin in Unix ns, status, ns taken, bytes out and in, error, body, name, number, and more. Request
-    n is due n / rate after the first; the one that was least late fixes when that was.
+    The table's columns are: begin in Unix ns, status, ns taken, bytes out and in, error, body, name, number, and more.
+    Request n is due n / rate after the first request. The request that was least late decides when the first one was
+    due. Requests before number `first` do not count.
     """
     period_ns = 1e9 / requests_a_second
     began_ns: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Where a measurement was made, and on which processors its parts run."""
+"""Describes the machine, and says on which processors the parts of a measurement run."""
 
 import os
 import platform
@@ -9,11 +9,11 @@ from typing import Any
 from e2e.nginx_server import nginx_build
 
 NGINX_CPU = 0
-"""The traced worker has this processor for itself, as far as the machine lets it."""
+"""The traced worker has this processor for itself, if the machine has another one."""
 
 
 def pin_all_but_nginx() -> None:
-    """This process and all that it starts from now on keep off nginx's processor."""
+    """Keep this process, and all that it starts from now on, off nginx's processor."""
     os.sched_setaffinity(0, os.sched_getaffinity(0) - {NGINX_CPU} or {NGINX_CPU})
 
 
@@ -22,12 +22,12 @@ def on_any_cpu() -> None:
 
 
 def cpu_ns(pid: int) -> int:
-    """Processor time of all threads of a process, nanoseconds: /proc/PID/task/*/schedstat, first field."""
+    """Return the processor time of all threads of a process in nanoseconds: /proc/PID/task/*/schedstat, first field."""
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
 
 
 def describe() -> dict[str, Any]:
-    """What the figures depend on, for the JSON file."""
+    """Return what the figures depend on, for the JSON file."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {

@@ -1,4 +1,4 @@
-"""Resident memory of the long-lived process, and what its libraries add."""
+"""Measures resident memory of the emitter, and what its libraries add."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from bench.machine import cpu_ns
 from bench.site import SCENARIOS, Site
 
 HOUR_RATE = 50
-"""Requests a second whose hour is made up for: 180,000 records."""
+"""Requests a second. The measurement makes as many requests as an hour at this rate has: 180,000."""
 _LOAD = 20_000
 _BURST = 100_000
 
@@ -33,7 +33,7 @@ _GROUPS = {
 
 
 def parse_smaps(text: str) -> list[tuple[str, int]]:
-    """Of each mapping in /proc/PID/smaps the file's name, empty for none, and its resident kB."""
+    """Return the file name (empty without a file) and the resident kB of each mapping in /proc/PID/smaps."""
     found: list[tuple[str, int]] = []
     for line in text.splitlines():
         if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
@@ -44,7 +44,7 @@ def parse_smaps(text: str) -> list[tuple[str, int]]:
 
 
 def by_group(mappings: list[tuple[str, int]]) -> dict[str, float]:
-    """Resident MB of each group of files that `_GROUPS` has, and of all others."""
+    """Return resident MB of each group of files in `_GROUPS`, and of all other files."""
     totals = dict.fromkeys([*_GROUPS, "other"], 0.0)
     for name, resident_kb in mappings:
         group = next((group for group, pattern in _GROUPS.items() if re.search(pattern, name)), "other")
@@ -53,7 +53,7 @@ def by_group(mappings: list[tuple[str, int]]) -> dict[str, float]:
 
 
 def resident(pid: int) -> dict[str, Any]:
-    """Of one process, MB: /proc/PID/smaps_rollup and /proc/PID/smaps."""
+    """Return the resident memory of a process in MB, from /proc/PID/smaps_rollup and /proc/PID/smaps."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     totals = {
         name: int(kb) / 1024 for name, kb in re.findall(r"^(Rss|Pss|Private_Dirty): +(\d+) kB$", rollup, re.MULTILINE)
@@ -64,9 +64,10 @@ def resident(pid: int) -> dict[str, Any]:
 
 
 def over_time(site: Site, directory: Path, advance: Callable[[str], None]) -> dict[str, Any]:
-    """The program's memory as it sends to a collector: attached, after load, after a burst, after an hour's worth.
+    """Return the emitter's memory while it sends to a collector.
 
-    A burst is at most speed, so that the queue fills; before each look the collector has all of it.
+    Looks four times: attached, after load, after a burst, and after as many requests as an hour has. All requests run
+    at full speed, so the queue fills. Before each look the collector has received everything.
     """
     (port,) = free_ports(1)
     collector = official(COUNTING_COLLECTOR.format(port=port), [port], directory)
@@ -94,7 +95,7 @@ def over_time(site: Site, directory: Path, advance: Callable[[str], None]) -> di
 
 
 def _wait_for_quiet(pid: int) -> None:
-    """Until the process has used hardly any processor time for a second."""
+    """Wait until the process uses hardly any processor time for a second."""
     seen: list[int] = []
 
     def quiet() -> bool:
@@ -111,13 +112,13 @@ _IMPORTS = {
     "and OTLP's protobuf messages": "opentelemetry.proto.collector.trace.v1.trace_service_pb2",
     "and the exporter over HTTP": "opentelemetry.exporter.otlp.proto.http.trace_exporter",
     "and the exporter over gRPC": "opentelemetry.exporter.otlp.proto.grpc.trace_exporter",
-    "and what does not stay: the command line": "otel_nginx_ebpf.cli",
-    "and what reads binaries": "otel_nginx_ebpf.planner.plan",
+    "and the command line, which does not stay": "otel_nginx_ebpf.cli",
+    "and the reader of binaries": "otel_nginx_ebpf.planner.plan",
 }
 
 
 def of_imports() -> dict[str, float]:
-    """Resident MB of a Python process that has imported one after the other."""
+    """Return resident MB of a Python process after each import; the imports add up."""
     steps = "".join(
         (f"import {modules}\n" if modules else "")
         + f"print({name!r}, int(open('/proc/self/statm').read().split()[1]) * 4096 / 1048576, sep='\\t')\n"

@@ -1,4 +1,4 @@
-"""The kernel's own accounts of our BPF programs, by bpftool."""
+"""Reads what the kernel counts for our BPF programs, with bpftool."""
 
 import json
 import re
@@ -12,7 +12,7 @@ _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 
 
 class Program(NamedTuple):
-    """`runs` and `run_ns` count only while `counting`; `instructions` are the verifier's, 8 bytes each."""
+    """Counts of a program. `runs` and `run_ns` grow only within `counting`. `instructions` is after the verifier."""
 
     name: str
     instructions: int
@@ -27,8 +27,8 @@ def _bpftool(*arguments: str) -> Any:
 
 
 def programs_of(pid: int) -> list[Program]:
-    """The programs that the process holds attached."""
-    # By a link's descriptor, which says so itself, or by a perf event's.
+    """Return the programs that the process has attached."""
+    # The process holds a link, whose fdinfo names the program, or a perf event.
     links = (path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
     identifiers = {int(number) for text in links for number in re.findall(r"^prog_id:\s+(\d+)$", text, re.MULTILINE)}
     identifiers |= {each["prog_id"] for each in _bpftool("perf", "show") if each["pid"] == pid}
@@ -36,7 +36,7 @@ def programs_of(pid: int) -> list[Program]:
 
 
 def parse_program(shown: dict[str, Any]) -> Program:
-    """Of what `bpftool prog show` tells. Without BTF the kernel knows a name's first 15 characters."""
+    """Read the output of `bpftool prog show`. Without BTF the kernel knows only 15 characters of a name."""
     return Program(
         name=shown["name"].removeprefix("enter_ngx_http_"),
         instructions=shown["bytes_xlated"] // 8,
@@ -48,7 +48,7 @@ def parse_program(shown: dict[str, Any]) -> Program:
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """The kernel counts programs' runs and their time, which costs some 50 ns a run; then as it was before."""
+    """Let the kernel count the runs of programs and their time. This costs about 50 ns a run. Ends with the block."""
     before = _STATISTICS.read_text()
     _STATISTICS.write_text("1")
     try:

@@ -1,4 +1,4 @@
-"""A capture of real records: what many clients' different requests leave behind."""
+"""Records a capture of different requests from many clients."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +8,7 @@ from e2e.agent_process import AgentProcess
 from bench.load import at_most_speed
 from bench.site import SCENARIOS, Scenario, Site
 
-# Of every twenty requests so many; the last three are errors: 404, 502 with no live peer, and a retry that succeeds.
+# How many of every twenty requests. The last three have problems: 404, 502 with no live peer, a retry that succeeds.
 _MIX: tuple[tuple[Scenario, int], ...] = (
     (SCENARIOS["static"], 5),
     (SCENARIOS["proxied"], 7),
@@ -31,7 +31,7 @@ ROUND = 2_000
 
 
 def record(site: Site, path: Path, records: int, advance: Callable[[str], None]) -> None:
-    """Traces some `records` requests into a capture file: every kind again and again, each time of another client."""
+    """Record about `records` requests into a capture file: every kind in each round, with another client each round."""
     agent = AgentProcess(site.nginx.pid, path.parent, ["record", "--pid", str(site.nginx.pid), "-o", path])
     rounds = -(-records // ROUND)
     try:

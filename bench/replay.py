@@ -1,8 +1,8 @@
-"""Decodes a capture's records and encodes their traces, and does nothing besides: what callgrind counts.
+"""Decodes a capture's records and encodes their traces, and does nothing else, so that callgrind counts only this.
 
     python -m bench.replay FILE RECORDS
 
-calls getppid, for callgrind to see it, after so many records and at the end.
+Calls getppid after RECORDS records and at the end, as a mark for callgrind.
 """
 
 import os

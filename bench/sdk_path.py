@@ -1,4 +1,4 @@
-"""Sends a capture's traces by the SDK's own means: `Tracer`, `BatchSpanProcessor`, the official exporter over gRPC.
+"""Sends a capture's traces through the SDK: `Tracer`, `BatchSpanProcessor`, the official exporter over gRPC.
 
 OTEL_EXPORTER_OTLP_ENDPOINT=… python -m bench.sdk_path FILE
 """
@@ -19,7 +19,7 @@ _CHUNK = 200
 if __name__ == "__main__":
     frames = list(read_capture(Path(sys.argv[1])))
     provider = TracerProvider(resource=RESOURCE, shutdown_on_exit=False)
-    # It drops what its queue has no room for: here it has room for all.
+    # The processor drops spans if its queue is full. This queue has room for all spans.
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(), max_queue_size=50 * len(frames) + 512))
     tracer = provider.get_tracer("otel_nginx_ebpf")
     ids = RandomIds()

@@ -1,4 +1,4 @@
-"""The nginx under load: one worker with a processor of its own, and an upstream that no probe is on."""
+"""Starts the nginx under load: one worker with a processor of its own, and an upstream without probes."""
 
 import shutil
 import socket
@@ -38,7 +38,7 @@ server {{
 
 
 class Scenario(NamedTuple):
-    """One kind of request. `requests` are how many a turn makes: a second's worth."""
+    """A kind of request. A turn makes `requests` requests, which takes about a second."""
 
     path: str
     http2: bool
@@ -58,7 +58,7 @@ SCENARIOS = {
 
 
 class Site:
-    """`directory` must be readable and searchable by everyone."""
+    """The traced nginx and its upstream. All users must be able to read and search `directory`."""
 
     def __init__(self, directory: Path) -> None:
         self.plain_port, self.tls_port, upstream_port, dead_port = free_ports(4)
@@ -69,7 +69,7 @@ class Site:
         prefixes = directory / "nginx", directory / "upstream"
         for prefix in prefixes:
             prefix.mkdir()
-        # Copies of the binary: a uprobe is on the file, so that other processes of the same file would be hit as well.
+        # Copies of the binary: a uprobe belongs to a file, so it would hit every process that runs this file.
         traced, untraced = (shutil.copy(NGINX, prefix / "nginx") for prefix in prefixes)
         self._upstream = NginxServer(
             prefixes[1], _UPSTREAM.format(port=upstream_port, body=_BODY.decode().strip()), command=[untraced]
@@ -99,9 +99,10 @@ class Site:
         return f"{scheme}://127.0.0.1:{port}{scenario.path}"
 
     def served_and_cpu_ns(self) -> tuple[int, int]:
-        """Requests that the worker has served (nginx's own count, the one that asks included), and its CPU time.
+        """Return the requests that the worker has served, by nginx's own count, and its processor time in nanoseconds.
 
-        The difference of two calls is exact: it has the second call's request and its time.
+        The count includes the request that asks for it. So the difference between two calls is exact: it includes the
+        second call's request and its time.
         """
         with socket.create_connection(("127.0.0.1", self.plain_port)) as connection:
             connection.sendall(b"GET /served HTTP/1.0\r\n\r\n")

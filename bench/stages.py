@@ -1,4 +1,4 @@
-"""The way from a record's bytes to OTLP, stage by stage: ours, and the SDK's from the same requests."""
+"""Turns a record's bytes into OTLP, stage by stage: with our code, and with the SDK for the same requests."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 RESOURCE = Resource.create({"service.name": "nginx"})
 _BATCH = 128
-"""Requests a message."""
+"""Requests in a message."""
 
 
 def decoded(frames: Sequence[Frame]) -> list[tuple[Request, int]]:
@@ -25,7 +25,7 @@ def decoded(frames: Sequence[Frame]) -> list[tuple[Request, int]]:
 
 
 def encoded(requests: Sequence[tuple[Request, int]], encoder: Encoder) -> list[bytes]:
-    """Finished messages."""
+    """Return finished messages."""
     messages = []
     for start in range(0, len(requests), _BATCH):
         spans = [encoder.encode(*each)[0] for each in requests[start : start + _BATCH]]
@@ -34,12 +34,12 @@ def encoded(requests: Sequence[tuple[Request, int]], encoder: Encoder) -> list[b
 
 
 def readable(requests: Sequence[tuple[Request, int]], ids: RandomIds) -> list[Trace]:
-    """What the console, line and JSON exporters take."""
+    """Return the traces that the console, line and JSON exporters use."""
     return [build_trace(request, unix_offset_ns, ids) for request, unix_offset_ns in requests]
 
 
 def made_by_sdk(traces: Sequence[Trace], tracer: Tracer) -> None:
-    """Starts and ends the spans of each trace as an application does with the SDK's `Tracer`."""
+    """Start and end the spans of each trace with the SDK's `Tracer`, as an application does."""
     for trace in traces:
         server, *children = trace.spans
         parent = tracer.start_span(
@@ -61,14 +61,14 @@ def made_by_sdk(traces: Sequence[Trace], tracer: Tracer) -> None:
 
 
 def cpu_us_each(stage: Callable[[], Any], count: int) -> float:
-    """Processor time of this process, microseconds for each of `count`."""
+    """Run a stage; return the processor time of this process, in microseconds for each of `count` requests."""
     start_ns = time.process_time_ns()
     stage()
     return (time.process_time_ns() - start_ns) / 1000 / count
 
 
 def allocations_each(stage: Callable[[], Any], count: int) -> float:
-    """How often Python's allocators were asked for memory, for each of `count`, by memray."""
+    """Run a stage; return the calls of Python's allocators for each of `count` requests, by memray."""
     from memray import FileReader, Tracker
 
     with TemporaryDirectory(prefix="otel-bench-") as directory:

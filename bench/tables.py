@@ -1,4 +1,4 @@
-"""The figures as tables on a terminal."""
+"""Shows the figures as tables on a terminal."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from rich.table import Table
 
 from bench.variants import OFF
 
-# On loopback nginx answers in far less; more means that the machine was busy.
+# nginx on loopback answers much faster. A slower answer means that the machine was busy.
 _STARVED_US = 5_000
 
 
@@ -18,7 +18,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def cpu(figures: dict[str, Any], rates: dict[str, Any]) -> Table:
-    """What tracing adds: “least” holds the best round of each against the other, where load shows least."""
+    """Show what tracing adds. “least” compares the best rounds, which have the least load."""
     table = _table(
         "Processor time in the worker, µs a request (bystander: µs a system call)",
         "scenario",
@@ -49,9 +49,9 @@ def cpu(figures: dict[str, Any], rates: dict[str, Any]) -> Table:
 
 
 def programs(figures: dict[str, Any]) -> Table:
-    """Hits and program time, as the kernel counts them; those that did not run are left out."""
+    """Show hits and program time, as the kernel counts them, without programs that did not run."""
     table = _table(
-        "BPF programs, by the kernel's own count; the tracepoints' of all processes on the machine",
+        "BPF programs, by the kernel's count; tracepoints run for all processes on the machine",
         "scenario",
         "",
         "program",
@@ -74,12 +74,12 @@ def programs(figures: dict[str, Any]) -> Table:
                         f"{each['us_a_request']:.2f}",
                     )
             total = sum(each["us_a_request"] for each in programs)
-            table.add_row(name, label, "in all", "", "", "", f"{total:.2f}", end_section=True)
+            table.add_row(name, label, "total", "", "", "", f"{total:.2f}", end_section=True)
     return table
 
 
 def latency(figures: dict[str, Any], requests_a_second: int) -> Table:
-    """Medians over the rounds; the spread is that of the rounds."""
+    """Show medians and quartiles of the rounds."""
     columns = [each for series in figures.values() for each in series[OFF]]
     columns = list(dict.fromkeys(columns))
     title = f"Latency at {requests_a_second} requests a second, µs: median over the rounds, and quartiles"
@@ -97,8 +97,8 @@ def latency(figures: dict[str, Any], requests_a_second: int) -> Table:
 
 
 def stages(figures: dict[str, Any]) -> Table:
-    """One stage by itself, on one processor."""
-    title = f"Stages, of {figures['records']} requests with {figures['spans_a_request']:.2f} spans each"
+    """Show the cost of each stage, on one processor."""
+    title = f"Stages, for {figures['records']} requests with {figures['spans_a_request']:.2f} spans each"
     table = _table(title, "stage", "µs a request", "least", "allocations a request")
     for name, cost in figures["cpu_us_a_request"].items():
         allocations = figures["allocations_a_request"][name]
@@ -106,20 +106,20 @@ def stages(figures: dict[str, Any]) -> Table:
     sizes = figures["otlp_bytes_a_request"]
     table.caption = (
         f"bytes a request: record {figures['record_bytes_a_request']:.0f}, "
-        f"OTLP {sizes['program']:.0f}, the SDK's {sizes['sdk']:.0f}"
+        f"OTLP {sizes['program']:.0f}, OTLP by the SDK {sizes['sdk']:.0f}"
     )
     return table
 
 
 def to_collector(figures: dict[str, Any]) -> Table:
-    """All stages and the sending, gRPC's threads included, on one processor; the collector on another."""
+    """Show the cost of all stages and of sending, with gRPC's threads, on one processor. The collector has another."""
     table = _table(
         "Capture → collector over gRPC, everything on one processor",
         "",
         "requests",
         "CPU µs a request",
         "requests a CPU second",
-        "requests/s, the collector's pace included",
+        "requests/s, limited by the collector",
     )
     for way, figure in figures.items():
         table.add_row(
@@ -133,10 +133,10 @@ def to_collector(figures: dict[str, Any]) -> Table:
 
 
 def memory(figures: dict[str, Any]) -> Table:
-    """Resident, by what it is mapped from."""
+    """Show resident memory by the files that are mapped."""
     moments = figures["moments"]
     groups = list(next(iter(moments.values()))["by_group"])
-    table = _table("Resident memory of the long-lived process, MB", "", "requests", "Rss", "Pss", *groups)
+    table = _table("Resident memory of the emitter, MB", "", "requests", "Rss", "Pss", *groups)
     for moment, figure in moments.items():
         cells = [f"{figure['by_group'][group]:.1f}" for group in groups]
         table.add_row(moment, str(figure["requests"]), f"{figure['Rss']:.1f}", f"{figure['Pss']:.1f}", *cells)
@@ -146,8 +146,8 @@ def memory(figures: dict[str, Any]) -> Table:
 
 
 def imports(figures: dict[str, float]) -> Table:
-    """Cumulative, so what a line adds is its difference to the one above."""
-    table = _table("A Python process that has imported …", "", "MB", "more")
+    """Show resident memory after each import. “more” is the difference from the line above."""
+    table = _table("Resident memory of a Python process that has imported …", "", "MB", "more")
     before = 0.0
     for name, megabytes in figures.items():
         table.add_row(name, f"{megabytes:.1f}", f"{megabytes - before:+.1f}")
@@ -156,7 +156,7 @@ def imports(figures: dict[str, float]) -> Table:
 
 
 def counts(figures: dict[str, Any]) -> Table:
-    """What CI prints."""
+    """Show what CI prints."""
     table = _table("Instructions", "", "BPF instructions", "bytes of machine code")
     for each in figures["programs"]:
         table.add_row(each["program"], str(each["instructions"]), str(each["machine_code_bytes"]))

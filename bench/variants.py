@@ -1,4 +1,4 @@
-"""What is compared with an nginx that nobody traces: the program, with different arguments or from another checkout."""
+"""Names what is compared with an untraced nginx: the program with different arguments, or from another checkout."""
 
 import shlex
 import tempfile
@@ -11,7 +11,8 @@ from e2e.agent_process import PROGRAM, AgentProcess
 
 OFF = "off"
 
-# The probe that plain HTTP/1 does not need is let go after 30 seconds, but a turn lasts one: here after 1,000 requests.
+# The probe that plain HTTP/1 does not need detaches after 30 seconds, but a turn lasts a second. Here it detaches after
+# 1,000 requests.
 _AT_ONCE = {"OTEL_NGINX_EBPF_TEST_QUIET": "1000 0"}
 
 
@@ -23,7 +24,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """`NAME`, `NAME=ARGUMENTS` or `NAME=PATH/otel-nginx-ebpf ARGUMENTS`."""
+        """Parse `NAME`, `NAME=ARGUMENTS` or `NAME=PATH/otel-nginx-ebpf ARGUMENTS`."""
         name, _, rest = text.partition("=")
         words = shlex.split(rest)
         program = Path(words.pop(0)) if words and not words[0].startswith("-") else PROGRAM
@@ -32,7 +33,7 @@ class Variant:
 
 @contextmanager
 def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | None]:
-    """The probes of `variant` live, records written to a file and no further; nothing for None."""
+    """Trace with `variant` while the block runs, and only write the records to a file. None: do not trace."""
     if variant is None:
         yield None
         return
@@ -51,8 +52,10 @@ def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | 
 def turns(
     variants: Sequence[Variant], names: Iterable[str], nginx_pid: int, rounds: int
 ) -> Iterator[tuple[int, str, str]]:
-    """A round's number, a variant's label and a name, while the variant is live. Each round has every variant, in an
-    order that changes, and each variant every name."""
+    """Yield a round's number, a variant's label and a name, while the variant traces.
+
+    Each round has every variant, in an order that changes. Each variant has every name.
+    """
     names = list(names)
     for number in range(1, rounds + 1):
         order = [None, *variants]

@@ -1,4 +1,4 @@
-"""What tracing costs in the nginx worker and in a process that has nothing to do with nginx."""
+"""Measures what tracing costs in the nginx worker, and in a process that has nothing to do with nginx."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from bench.site import SCENARIOS, Site
 from bench.variants import OFF, Variant, tracing, turns
 
 BYSTANDER = "bystander"
-"""A process that does nothing but system calls; its figures are of one call."""
+"""A process that only makes system calls. Its figures are for a call."""
 _BYSTANDER_CALLS = 1_000_000
 _LOOKS = 5
 
@@ -22,9 +22,9 @@ Series = dict[str, list[float]]
 
 
 def cpu_us_a_request(site: Site, name: str) -> tuple[float, float]:
-    """Processor time of the worker, microseconds a request, and requests a second as one client thread gets them.
+    """Return the worker's processor time in microseconds a request, and the requests a second of one client thread.
 
-    The best of a few short looks each: whatever else the machine does can only add.
+    Both are the best of a few short measurements, because other work on the machine can only add time.
     """
     scenario = SCENARIOS[name]
     cpu_us, requests_a_second = [], []
@@ -37,7 +37,7 @@ def cpu_us_a_request(site: Site, name: str) -> tuple[float, float]:
 
 
 def bystander_us_a_call() -> float:
-    """Processor time of a read or write of one byte, microseconds, in coreutils' dd on nginx's processor."""
+    """Return microseconds of processor time for a read or write of one byte, by coreutils' dd on nginx's processor."""
     command = f"dd if=/dev/zero of=/dev/null bs=1 count={_BYSTANDER_CALLS // 2} status=none"
     process = subprocess.Popen(["taskset", "--cpu-list", str(NGINX_CPU), *command.split()])
     _, status, usage = os.wait4(process.pid, 0)
@@ -50,7 +50,7 @@ def bystander_us_a_call() -> float:
 def interleave(
     site: Site, names: Iterable[str], variants: Sequence[Variant], rounds: int, advance: Callable[[str], None]
 ) -> tuple[dict[str, Series], dict[str, Series]]:
-    """CPU time and throughput by scenario and variant. Each round has every variant, in an order that changes."""
+    """Return processor time and throughput by scenario and variant, with the variants in turn (`turns`)."""
     names = list(names)
     cpu_us: dict[str, Series] = {name: {} for name in names}
     rate: dict[str, Series] = {name: {} for name in names}
@@ -66,7 +66,7 @@ def interleave(
 
 
 def compare(series: Series) -> dict[str, Any]:
-    """The series' figures, and how far each variant is above `off` in the same round."""
+    """Return the series' figures, and how far each variant is above `off` in the same round."""
     return {
         label: {
             **summary(values),
@@ -78,7 +78,7 @@ def compare(series: Series) -> dict[str, Any]:
 
 
 def probe_accounts(site: Site, name: str, variant: Variant) -> list[dict[str, Any]]:
-    """For each program of ours: runs and program time a request, and how large it is."""
+    """Return runs a request, time a request and size of each of our programs."""
     with tracing(variant, site.nginx.pid) as agent, counting():
         assert agent is not None
         before = {program.name: program for program in programs_of(agent.pid)}

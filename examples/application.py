@@ -1,4 +1,4 @@
-"""An application to trace. It knows nothing of tracing; OpenTelemetry's own instrumentation is put in front of it:
+"""Answers requests as the application behind nginx. OpenTelemetry's instrumentation traces it, without code of its own:
 
 pip install flask opentelemetry-distro[otlp] opentelemetry-instrumentation-flask
 OTEL_SERVICE_NAME=application opentelemetry-instrument flask --app application.py run

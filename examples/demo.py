@@ -1,7 +1,7 @@
-"""`make demo`: a private nginx and an upstream on loopback, traced while they answer a handful of requests.
+"""Traces a private nginx and an upstream on loopback while they answer a few requests. `make demo` runs it.
 
-Needs root, Debian's nginx and this package. Everything runs in a temporary directory, on ports that the
-operating system chooses, and is stopped again. With OTEL_EXPORTER_OTLP_ENDPOINT set the traces go there as well.
+Needs root, Debian's nginx and this package. Everything runs in a temporary directory, on ports that the operating
+system chooses, and ends with the demo. If OTEL_EXPORTER_OTLP_ENDPOINT is set, the traces also go there.
 """
 
 import os
@@ -57,10 +57,10 @@ http {{
 
 
 class Application(BaseHTTPRequestHandler):
-    """The upstream: answers after `/slow`'s 300 ms, and to a POST after its body."""
+    """Answers as the upstream: `/slow` after 300 ms, a POST after its body."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # Header and body in one write: two would wait for nginx's delayed acknowledgement.
+    wbufsize = -1  # One write for header and body: a second one would wait for nginx's delayed acknowledgement.
 
     def do_GET(self) -> None:
         if "/slow" in self.path:
@@ -92,7 +92,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 @contextmanager
 def application() -> Iterator[int]:
-    """The upstream's port."""
+    """Start the upstream; yield its port."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Application) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -102,7 +102,7 @@ def application() -> Iterator[int]:
 
 @contextmanager
 def ended(process: "subprocess.Popen[str]", by: signal.Signals) -> Iterator[None]:
-    """Ends the process when the block ends, however it does."""
+    """End the process when the block ends, also after an error."""
     try:
         yield
     finally:
@@ -117,7 +117,7 @@ def ended(process: "subprocess.Popen[str]", by: signal.Signals) -> Iterator[None
 
 @contextmanager
 def nginx(upstream_port: int) -> Iterator[tuple[int, int]]:
-    """nginx's port and its master's pid."""
+    """Start nginx; yield its port and the pid of its master."""
     with (
         tempfile.TemporaryDirectory(prefix="otel-nginx-demo-") as name,
         socket.socket() as dead,
@@ -127,7 +127,7 @@ def nginx(upstream_port: int) -> Iterator[tuple[int, int]]:
         directory.chmod(0o755)  # The workers are not root.
         (directory / "html").mkdir()
         (directory / "html" / "index.html").write_text("<h1>It is traced.</h1>\n")
-        dead.bind(("127.0.0.1", 0))  # Bound, but it does not listen: connections are refused.
+        dead.bind(("127.0.0.1", 0))  # Bound without listening: connections are refused.
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -149,7 +149,7 @@ def nginx(upstream_port: int) -> Iterator[tuple[int, int]]:
 
 
 class Agent:
-    """`otel-nginx-ebpf run --exporter console`, whose waterfalls are read one by one."""
+    """Runs `otel-nginx-ebpf run --exporter console` and reads its waterfalls one by one."""
 
     def __init__(self, nginx_pid: int, console: Console) -> None:
         command: list[str | Path] = [PROGRAM, "run", "--pid", str(nginx_pid), "--exporter", "console"]
@@ -208,7 +208,7 @@ def get(port: int, path: str) -> None:
 
 
 def upload_slowly(port: int) -> None:
-    """A client with a slow line: its body comes in four pieces within 200 ms."""
+    """Upload as a client with a slow connection: the body arrives in four pieces within 200 ms."""
     piece = b"x" * 16_384
     connection = HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
     connection.putrequest("POST", "/api/upload")
@@ -224,10 +224,10 @@ def upload_slowly(port: int) -> None:
 REQUESTS: list[tuple[str, Callable[[int], None]]] = [
     ("A static file", lambda port: get(port, "/index.html")),
     ("Proxied to an application", lambda port: get(port, "/api/users?page=1")),
-    ("Proxied to a slow application: 300 ms to its first byte", lambda port: get(port, "/api/slow")),
-    ("The first peer is dead, nginx tries the next", lambda port: get(port, "/retried/users")),
+    ("Proxied to a slow application: its first byte takes 300 ms", lambda port: get(port, "/api/slow")),
+    ("The first peer is dead, so nginx tries the next", lambda port: get(port, "/retried/users")),
     ("All peers are dead: 502", lambda port: get(port, "/broken/users")),
-    ("A slow client uploads for 200 ms, nginx buffers", upload_slowly),
+    ("A slow client uploads for 200 ms, and nginx buffers", upload_slowly),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Rules for all tests: what a skip means where everything must run."""
+"""Sets rules for all tests, such as what a skip means in CI."""
 
 import os
 from collections.abc import Generator
@@ -11,13 +11,13 @@ import pytest
 hypothesis.settings.register_profile("no-deadline", deadline=None)
 hypothesis.settings.load_profile("no-deadline")
 
-# The harness asserts too, and its failures should show their values.
+# The helpers assert, too. Their failures should show the values.
 pytest.register_assert_rewrite("e2e")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
-    """In CI everything is there or must be set up: a skip is a failure."""
+    """Turn a skip into a failure in CI, where every requirement is set up."""
     report = yield
     if report.skipped and os.environ.get("CI") == "true" and not hasattr(report, "wasxfail"):
         report.outcome = "failed"

@@ -1,4 +1,4 @@
-"""An application behind nginx, on the port given: answers fast, slowly (/slow) or not at all well (/broken)."""
+"""Answers as the application behind nginx, on the given port: fast, slowly (/slow) or with an error (/broken)."""
 
 import random
 import sys

@@ -1,4 +1,4 @@
-"""Real collectors: the official one and Jaeger, built from their Go modules, and rotel, written in Rust, from PyPI."""
+"""Runs real collectors: the official one and Jaeger, from their Go modules, and rotel, in Rust, from PyPI."""
 
 import socket
 import struct
@@ -18,16 +18,16 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Status, TracesData
 
 
 def build(program: str = "collector") -> Path:
-    """The binary of the official collector, or of `jaeger`.
+    """Build the official collector, or `jaeger`; return the binary.
 
-    Raises CalledProcessError where there is no Go and no way to get it.
+    Raises CalledProcessError if Go is missing and cannot be installed.
     """
     script = Path(__file__).parents[1] / program / "build"
     return Path(subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
 
 
 class CollectorProcess:
-    """A collector that listens on 127.0.0.1 at `ports` when the constructor returns."""
+    """Runs a collector. It listens on 127.0.0.1 at `ports` when the constructor returns."""
 
     def __init__(self, command: list[str | Path], ports: Iterable[int], log: Path) -> None:
         self._log = log
@@ -52,7 +52,7 @@ class CollectorProcess:
             return client.connect_ex(("127.0.0.1", port)) == 0
 
     def stop(self) -> None:
-        """Lets it flush and exit."""
+        """Let the collector flush and exit."""
         self._process.terminate()
         try:
             self._process.wait(20)
@@ -75,9 +75,9 @@ def jaeger(config: str, ports: Iterable[int], directory: Path) -> CollectorProce
 
 
 def rotel(grpc_port: int, http_port: int, forward_to: str, directory: Path) -> CollectorProcess:
-    """rotel writes no files: it sends on, over OTLP, what it has decoded and encoded again. It needs libpython.
+    """Start rotel. It writes no files: it decodes traces, encodes them again, and sends them on over OTLP.
 
-    Every resource gets the attribute `relay=rotel`, which shows that it came this way.
+    Every resource gets the attribute `relay=rotel`, as a proof of the way. rotel needs libpython.
     """
     command = [Path(str(files("rotel") / "rotel-agent")), "start"]
     options = {
@@ -124,18 +124,18 @@ Message = TypeVar("Message", TracesData, MetricsData)
 
 
 def _messages(output: Path, kind: type[Message]) -> Iterator[Message]:
-    """The file exporter's `format: proto`: each message behind its length in four bytes, big-endian."""
+    """Yield the messages of the file exporter's `format: proto`: each follows its length in four bytes, big-endian."""
     content = output.read_bytes() if output.exists() else b""
     while len(content) >= 4:
         (length,) = struct.unpack_from(">I", content)
         if len(content) < 4 + length:
-            return  # being written
+            return  # the collector still writes this message
         yield kind.FromString(content[4 : 4 + length])
         content = content[4 + length :]
 
 
 def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Trace]:
-    """Each trace in a collector's output file, as each service with a `wanted` resource told it; SERVER span first."""
+    """Return the traces in a collector's output file, for each service with a `wanted` resource; SERVER span first."""
     traces: dict[tuple[bytes, str], tuple[dict[str, Any], list[OtlpSpan]]] = {}
     for message in _messages(output, TracesData):
         for group in message.resource_spans:
@@ -149,7 +149,7 @@ def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Tr
 
 
 def collected_metrics(output: Path, service: str) -> list[Metric]:
-    """Each metric in a collector's output file that a service told of, in the order told."""
+    """Return a service's metrics in a collector's output file, in order of arrival."""
     return [
         metric
         for message in _messages(output, MetricsData)

@@ -1,4 +1,4 @@
-"""The program under test, as a user runs it, and the traces that it writes."""
+"""Runs the program under test as a user does, and reads the traces that it writes."""
 
 import json
 import os
@@ -38,7 +38,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Trace:
-    """One line of the JSON exporter."""
+    """A line of the JSON exporter."""
 
     trace_id: str
     trace_flags: int
@@ -58,7 +58,7 @@ class Trace:
 
     @property
     def children(self) -> tuple[Span, ...]:
-        """By start time."""
+        """The child spans by start time."""
         return tuple(sorted(self.spans[1:], key=lambda span: span.start_unix_ns))
 
     def named(self, name: str) -> list[Span]:
@@ -70,9 +70,9 @@ class Trace:
 
 
 class AgentProcess:
-    """The program attached to one nginx, ready when the constructor returns.
+    """Attaches the program to an nginx. The probes are live when the constructor returns.
 
-    `arguments` are instead of `run` with the JSON exporter. No OTEL_* variables but those in `environment`.
+    `arguments` replace `run` with the JSON exporter. The program gets only the OTEL_* variables in `environment`.
     """
 
     def __init__(
@@ -111,17 +111,17 @@ class AgentProcess:
 
     @property
     def pids(self) -> list[int]:
-        """Its own and its children's."""
+        """The pids of the program and of its children."""
         return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
 
     @property
     def emitter_pid(self) -> int:
-        """Of the process that reads requests and sends traces, which `pid` has started."""
+        """The pid of the emitter, which the process `pid` started."""
         (emitter,) = (child for child in psutil.Process(self.pid).children() if child.cmdline()[-1].startswith("emit"))
         return emitter.pid
 
     def signal_all(self, number: signal.Signals) -> None:
-        """To all its processes."""
+        """Send a signal to all processes of the program."""
         for pid in self.pids:
             os.kill(pid, number)
 
@@ -134,7 +134,7 @@ class AgentProcess:
         return any(line.startswith("ready") for line in self.stderr().splitlines())
 
     def poll(self) -> list[Trace]:
-        """All traces so far, in the order of the file."""
+        """Return all traces so far, in the order of the file."""
         if self.output.exists():
             with self.output.open("rb") as file:
                 file.seek(self._read_bytes)
@@ -144,16 +144,16 @@ class AgentProcess:
         return self.traces
 
     def wait(self, seconds: float = 30) -> int:
-        """Its exit code, when it has ended by itself."""
+        """Wait until the program ends by itself; return its exit code."""
         return self._process.wait(seconds * PATIENCE)
 
     def kill(self) -> None:
-        """Without a chance to detach anything."""
+        """Kill the program, without a chance to detach."""
         self._process.kill()
         self._process.wait()
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> None:
-        """As Ctrl-C does: the agent drains, flushes and exits with 0."""
+        """Stop the program as Ctrl-C does: it delivers what it has and exits with 0."""
         if self._process.poll() is not None:
             raise AssertionError(f"the agent ended early with {self._process.returncode}: {self.stderr()}")
         self._process.send_signal(number)

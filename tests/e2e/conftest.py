@@ -1,4 +1,4 @@
-"""Fixtures of the end-to-end tests: upstreams for the session; nginx and the agent for a module."""
+"""Fixtures of the end-to-end tests: upstreams for the session, nginx and the agent for a module."""
 
 import os
 import re
@@ -18,15 +18,15 @@ from e2e.stage import Site, Stage
 from e2e.terminal import Terminal
 from e2e.upstreams import UpstreamProcess, make_certificate
 
-FORCE = "run them with `sudo make test` (Debian 12; sets everything up)"
+FORCE = "run them with `sudo make test`, which sets everything up on Debian 12"
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "nginx(server, http, listen, main): configuration of the scenario's own server {}, text beside it"
-        ", its `listen` directives if not the default one, and text at the top of nginx.conf"
-        "; @NAME@ stands for what scenario.py lists",
+        "nginx(server, http, listen, main): the scenario's nginx configuration: text in its server {}, text beside it"
+        ", its `listen` directives instead of the default, and text at the top of nginx.conf"
+        "; scenario.py lists the words @NAME@",
     )
 
 
@@ -56,7 +56,7 @@ def _requirements() -> None:
 
 @pytest.fixture(scope="session")
 def public_directory(_requirements: None) -> Iterator[Path]:
-    """Readable for nginx's unprivileged workers, unlike pytest's tmp_path, and short enough for sockets."""
+    """Yield a directory that nginx's workers can read, unlike tmp_path, with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(prefix="otel-nginx-") as name:
         os.chmod(name, 0o755)
         yield Path(name)
@@ -64,7 +64,7 @@ def public_directory(_requirements: None) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def upstream_addresses(public_directory: Path) -> Iterator[dict[str, str]]:
-    """The live upstream's addresses by kind, and those of peers that refuse or ignore connections."""
+    """Yield addresses by kind: of the live upstream, and of peers that refuse or ignore connections."""
     make_certificate(public_directory)
     upstream = UpstreamProcess(public_directory)
     sockets: list[socket.socket] = []
@@ -85,11 +85,10 @@ def beginnings(request: pytest.FixtureRequest) -> str:
 def site(
     request: pytest.FixtureRequest, public_directory: Path, upstream_addresses: dict[str, str], beginnings: str
 ) -> Iterator[Site]:
-    """One nginx with a server for each selected scenario of the module, and one agent attached to it.
+    """Yield an nginx with a server for each selected scenario of the module, and an agent attached to it.
 
-    WORKERS, CONNECTIONS (a worker's), SITE_HTTP (text inside `http {}`), SITE_MAIN (text ahead of it) and
-    AGENT_ENVIRONMENT are the module's, if it has them. At its end the agent's whole output is compared with all access
-    logs.
+    The module may define WORKERS, CONNECTIONS (of a worker), SITE_HTTP (text inside `http {}`), SITE_MAIN (text before
+    it) and AGENT_ENVIRONMENT. At the end the fixture compares the agent's whole output with all access logs.
     """
     module = request.node
     items = [item for item in request.session.items if item.getparent(pytest.Module) is module]
@@ -112,7 +111,7 @@ def site(
 
 @pytest.fixture
 def stage(request: pytest.FixtureRequest, site: Site) -> Iterator[Stage]:
-    """The scenario's own server."""
+    """Yield the stage of the scenario, with its own server."""
     stage = site.stage(request.node.name)
     yield stage
     stage.close()
@@ -147,7 +146,7 @@ def make_nginx(directory: Path) -> Iterator["type[PrivateNginx]"]:
 
 @pytest.fixture
 def start_agent(directory: Path) -> Iterator[StartAgent]:
-    """Starts `run` with these arguments and the JSON exporter; none is left behind, whatever fails."""
+    """Yield a function that starts `run` with arguments and the JSON exporter. Kills every agent at the end."""
     started: list[AgentProcess] = []
 
     def start(*arguments: str | Path, name: str = "agent") -> AgentProcess:
@@ -164,7 +163,7 @@ def start_agent(directory: Path) -> Iterator[StartAgent]:
 
 @pytest.fixture
 def terminal(tmp_path: Path) -> Iterator[Terminal]:
-    """A shell in a terminal of its own."""
+    """Yield a shell in a terminal of its own."""
     found = Terminal(tmp_path)
     yield found
     found.close()

@@ -1,7 +1,7 @@
-"""A name server with the records it is given, on UDP: nginx's own resolver asks it.
+"""Answers nginx's own resolver over UDP, as a name server with given records.
 
-Unknown names get NXDOMAIN; names without a record of the asked type, an empty answer. A name that begins with
-`slow` is answered after SLOW_SECONDS.
+It answers unknown names with NXDOMAIN, and names without a record of the type with an empty answer. It answers a name
+that begins with `slow` after SLOW_SECONDS.
 """
 
 import socket
@@ -16,7 +16,7 @@ _A, _IN = 1, 1
 _TTL_SECONDS = 1
 _RESPONSE, _NXDOMAIN = 0x8180, 3
 _QUESTION_NAME = 0xC00C
-"""A pointer to the name at byte 12, the question's (RFC 1035, 4.1.4)."""
+"""A pointer to the question's name, at byte 12 (RFC 1035, 4.1.4)."""
 
 
 def _parse_name(query: bytes, offset: int) -> tuple[str, int]:

@@ -1,9 +1,9 @@
-"""The application behind uwsgi: what a request's query string asks for.
+"""Answers as the application behind uwsgi, as a request's query string asks:
 
 status=N bytes=N        the response
 delay_ms=N              wait before it
 parts=N part_ms=N       the body in N pieces, with a wait before each
-echo=1                  the body is the request's header as it came, with names in lower case
+echo=1                  the body is the request's header as received, with names in lower case
 """
 
 import time

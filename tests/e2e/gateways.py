@@ -1,4 +1,4 @@
-"""Servers of the protocols that nginx speaks to applications and caches: uwsgi's own, FastCGI, SCGI, memcached."""
+"""Runs servers of the protocols that nginx speaks to applications and caches: uwsgi, FastCGI, SCGI, memcached."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ UNPRIVILEGED = "nobody"
 
 
 class UwsgiServer:
-    """uwsgi with gateway_app.py, at a port for each of its protocols; `addresses` by protocol."""
+    """Runs uwsgi with gateway_app.py. Each protocol has a port; `addresses` has them by protocol."""
 
     def __init__(self, directory: Path) -> None:
         shutil.copy(Path(__file__).with_name("gateway_app.py"), directory)
@@ -33,7 +33,7 @@ class UwsgiServer:
 
 
 class Fcgiwrap:
-    """FastCGI that keeps connections, which uwsgi's does not: runs a script for each request."""
+    """Runs fcgiwrap, which keeps FastCGI connections open (uwsgi does not), with a script for each request."""
 
     def __init__(self, directory: Path) -> None:
         own = _own_directory(directory, "fcgiwrap")
@@ -74,7 +74,7 @@ class Memcached:
 
 
 def _own_directory(directory: Path, name: str) -> Path:
-    """A directory where an unprivileged server can make its socket."""
+    """Make a directory where an unprivileged server can create its socket."""
     own = directory / name
     own.mkdir()
     shutil.chown(own, UNPRIVILEGED)

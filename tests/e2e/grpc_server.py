@@ -1,7 +1,8 @@
-"""A real gRPC server, and its client: methods of every kind over bytes, so that no code need be generated.
+"""Provides a real gRPC server and its client. Methods of every kind take and return bytes, without generated code.
 
-Runs as a process of its own (`python grpc_server.py DIRECTORY`); `GrpcServer` starts it. Each message of a request
-asks, in JSON, for `count` messages of `bytes` each, `delay_ms` before each, and for a `status` that ends the call.
+The server runs as a separate process (`python grpc_server.py DIRECTORY`); `GrpcServer` starts it. Each message of a
+request asks, in JSON, for `count` messages of `bytes` each, with `delay_ms` before each, and for a `status` that ends
+the call.
 """
 
 import json
@@ -19,7 +20,7 @@ SERVICE = "test.Echo"
 
 
 class GrpcServer:
-    """On TCP, `grpc` in `addresses`, and with TLS, `grpcs`, by the certificate in `directory`."""
+    """Runs the server on TCP (`grpc` in `addresses`) and with TLS (`grpcs`), with the certificate in `directory`."""
 
     def __init__(self, directory: Path) -> None:
         command = [sys.executable, __file__, directory]
@@ -35,7 +36,7 @@ class GrpcServer:
 
 
 def call(channel: grpc.Channel, kind: str, messages: list[dict[str, Any]], prefix: str = "") -> list[bytes]:
-    """Calls the method `kind` (`unary_unary`, `unary_stream`, `stream_unary`, `stream_stream`), returns its answer.
+    """Call the method `kind` (`unary_unary`, `unary_stream`, `stream_unary`, `stream_stream`); return its answer.
 
     Raises grpc.RpcError with the call's status.
     """

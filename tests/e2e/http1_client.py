@@ -1,4 +1,4 @@
-"""An HTTP/1.1 client on a bare socket: it can be slow, rude and wrong, as real clients are."""
+"""Provides an HTTP/1.1 client on a bare socket. It can be slow, rude and wrong, as real clients are."""
 
 import socket
 import ssl
@@ -19,7 +19,7 @@ def family_of(address: Address) -> socket.AddressFamily:
 
 
 class ConnectionEnded(Exception):
-    """The server closed the connection before the response's end; `received` is what came."""
+    """The server closed the connection before the end of the response. `received` has the bytes before that."""
 
     def __init__(self, received: bytes) -> None:
         super().__init__(f"connection ended after {len(received)} bytes of a response: {received[:200]!r}")
@@ -32,11 +32,11 @@ class Response:
     headers: dict[str, str]
     body_bytes: int
     body: bytes
-    """Its first megabyte."""
+    """The first megabyte of the body."""
 
 
 def request_bytes(method: str, target: str, headers: dict[str, str] | None = None, body: bytes = b"") -> bytes:
-    """A whole request; adds Host, and Content-Length where there is a body and no other framing."""
+    """Return a whole request. Add Host, and Content-Length for a body without other framing."""
     fields = {"Host": "localhost", **(headers or {})}
     if body and "Transfer-Encoding" not in fields:
         fields.setdefault("Content-Length", str(len(body)))
@@ -45,7 +45,7 @@ def request_bytes(method: str, target: str, headers: dict[str, str] | None = Non
 
 
 class Http1Connection:
-    """One connection; every read has a deadline of `timeout` seconds."""
+    """A connection. Every read has a deadline of `timeout` seconds."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Http1Connection:
         self.socket.close()
 
     def abort(self) -> None:
-        """Closes with RST."""
+        """Close the connection with RST."""
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
 
@@ -83,7 +83,7 @@ class Http1Connection:
         self.socket.sendall(data)
 
     def send_slowly(self, parts: Iterable[bytes], pause_seconds: float) -> None:
-        """Sends the parts one by one with a pause between two of them: the slow client is what is tested."""
+        """Send the parts one by one, with a pause between two parts, as a slow client."""
         for index, part in enumerate(parts):
             if index:
                 time.sleep(pause_seconds)
@@ -117,7 +117,7 @@ class Http1Connection:
         return taken
 
     def _read_exactly(self, count: int, keep: int = 1 << 20) -> bytes:
-        """Reads `count` bytes, returns the first `keep` of them."""
+        """Read `count` bytes; return the first `keep` bytes."""
         kept, left = b"", count
         while left:
             data, self._buffer = self._buffer or self._receive(), b""
@@ -129,7 +129,7 @@ class Http1Connection:
         return kept
 
     def read_response(self, method: str = "GET") -> Response:
-        """Reads one response. Raises ConnectionEnded where the server closes inside or before it."""
+        """Read a response. Raise ConnectionEnded if the server closes the connection before the end of the response."""
         lines = self._read_until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         status = int(lines[0].split()[1])
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
@@ -151,7 +151,7 @@ class Http1Connection:
 
 
 def trusting_tls(version: ssl.TLSVersion | None = None, alpn: list[str] | None = None) -> ssl.SSLContext:
-    """A client context that accepts the test's self-signed certificate."""
+    """Return a client context that accepts the test's self-signed certificate."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

@@ -1,4 +1,4 @@
-"""An HTTP/2 client: many concurrent streams on one connection, over TLS (ALPN) or with prior knowledge."""
+"""Provides an HTTP/2 client: concurrent streams on one connection, over TLS (ALPN) or with prior knowledge."""
 
 from dataclasses import dataclass, field
 
@@ -23,7 +23,7 @@ class Http2Response:
     status: int = 0
     body_bytes: int = 0
     body: bytes = b""
-    """Its first megabyte."""
+    """The first megabyte of the body."""
     reset: bool = False
     ended: bool = False
     headers: dict[str, str] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Http2Connection:
             h2.config.H2Configuration(client_side=True, header_encoding="utf-8", validate_inbound_headers=False)
         )
         self._h2.initiate_connection()
-        # A large window, so that a response waits for this client only where a test wants it to.
+        # The window is large, so that a response waits for this client only if a test wants that.
         self._h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 1 << 20})
         self._h2.increment_flow_control_window(1 << 26)
         self._responses: dict[int, Http2Response] = {}
@@ -51,9 +51,9 @@ class Http2Connection:
         self.transport.close()
 
     def start(self, requests: list[Http2Request], hold_bodies: bool = False) -> dict[int, Http2Response]:
-        """Opens one stream for each request, all at once; bodies follow as far as the windows let them.
+        """Open a stream for each request, all at once. Bodies follow as far as the windows allow.
 
-        Held bodies wait for `release_bodies`.
+        With `hold_bodies` the bodies wait for `release_bodies`.
         """
         for request in requests:
             stream = self._h2.get_next_available_stream_id()
@@ -91,7 +91,7 @@ class Http2Connection:
         self._flush()
 
     def finish(self) -> list[Http2Response]:
-        """Reads until every stream has ended. The responses since the last call, in the requests' order."""
+        """Read until every stream has ended; return the responses since the last call, in the order of the requests."""
         while not all(response.ended for response in self._responses.values()):
             data = self.transport.socket.recv(1 << 18)
             if not data:

@@ -1,4 +1,4 @@
-"""An HTTP/3 client, on aioquic: requests at once on one QUIC connection."""
+"""Provides an HTTP/3 client, on aioquic: concurrent requests on one QUIC connection."""
 
 import asyncio
 import ssl
@@ -21,7 +21,7 @@ class Http3Request:
     method: str = "GET"
     body: tuple[bytes, ...] = ()
     pause_seconds: float = 0
-    """Before each further part of the body."""
+    """The pause before each further part of the body."""
     cancel_after_seconds: float | None = None
     headers: tuple[tuple[str, str], ...] = ()
 
@@ -87,5 +87,5 @@ async def _fetch(host: str, port: int, requests: list[Http3Request], at_once: bo
 
 
 def fetch(address: tuple[str, int], requests: list[Http3Request], at_once: bool = True) -> list[Http3Response]:
-    """The responses, in the requests' order; those of cancelled requests are what came until then."""
+    """Return the responses in the order of the requests. A cancelled request has what arrived before it."""
     return asyncio.run(asyncio.wait_for(_fetch(*address, requests, at_once), TIMEOUT_SECONDS))

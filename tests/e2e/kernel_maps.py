@@ -1,4 +1,4 @@
-"""What an agent's kernel programs hold, read from outside: its maps by bpftool, whichever of its processes has them."""
+"""Reads the maps of an agent's kernel programs with bpftool, whichever process of the agent holds them."""
 
 import json
 import struct
@@ -10,7 +10,7 @@ from typing import Any
 from e2e.agent_process import AgentProcess
 
 SocketKey = tuple[int, int]
-"""Of a socket that is remembered: its process and descriptor."""
+"""The process and the descriptor of a socket."""
 
 
 def _bpftool(*arguments: object) -> Any:
@@ -18,7 +18,7 @@ def _bpftool(*arguments: object) -> Any:
 
 
 def _numbers(agent: AgentProcess, field: str) -> set[int]:
-    """The values of a field, such as `map_id:`, over the descriptors of all the agent's processes."""
+    """Return the values of a field, such as `map_id:`, in the fdinfo of all descriptors of the agent's processes."""
     texts = []
     for pid in agent.pids:
         for path in Path(f"/proc/{pid}/fdinfo").iterdir():
@@ -28,7 +28,7 @@ def _numbers(agent: AgentProcess, field: str) -> set[int]:
 
 
 class KernelMaps:
-    """One binary's, of a live agent."""
+    """The maps that a live agent has for a binary."""
 
     def __init__(self, agent: AgentProcess) -> None:
         maps = [_bpftool("map", "show", "id", number) for number in _numbers(agent, "map_id:")]
@@ -39,14 +39,14 @@ class KernelMaps:
         return [bytes(int(byte, 16) for byte in entry["key"]) for entry in entries]
 
     def in_flight(self) -> dict[str, int]:
-        """How many requests, and finished attempts of such, are remembered."""
+        """Return how many requests, and finished attempts of requests, the maps hold."""
         return {name: len(self._keys(name)) for name in ("active_requests", "attempts")}
 
     def sockets(self) -> set[SocketKey]:
         return {struct.unpack("=Ii", key) for key in self._keys("sockets")}
 
     def stale_sockets(self) -> set[SocketKey]:
-        """Those that are not open."""
+        """Return the sockets in the map that are no longer open."""
         return {(pid, fd) for pid, fd in self.sockets() if not Path(f"/proc/{pid}/fd/{fd}").exists()}
 
     def processes(self) -> set[int]:
@@ -54,17 +54,17 @@ class KernelMaps:
 
 
 def loaded_programs() -> set[int]:
-    """The ids of the whole machine's, attached or called by others."""
+    """Return the ids of all BPF programs of the machine, attached or called by other programs."""
     return {each["id"] for each in _bpftool("prog", "show")}
 
 
 def attached_programs(agent: AgentProcess) -> set[int]:
-    """The ids of its."""
+    """Return the ids of the agent's attached programs."""
     return _numbers(agent, "prog_id:")
 
 
 def links(agent: AgentProcess) -> set[int]:
-    """What holds each of its probes, and tracepoints, in place."""
+    """Return the ids of the links that hold the agent's probes and tracepoints."""
     return _numbers(agent, "link_id:")
 
 

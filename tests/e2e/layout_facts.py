@@ -1,6 +1,6 @@
-"""`probes/layout.h`, the text that the kernel program compiles, compiled by gcc: it looks at requests of a live worker.
+"""Checks requests of a live worker with `probes/layout.h`, the text of the kernel program, compiled by gcc.
 
-The worker's memory is read while the requests are under way, by the offsets of any layout.
+It reads the worker's memory while the requests are in flight, by the offsets of any layout.
 """
 
 import ctypes
@@ -73,7 +73,7 @@ u64 contradicted(u64 r, u64 core_module, u64 cached_time, u64 current_msec)
 
 
 class Worker:
-    """Of a live nginx, whose requests' facts are told by any layout."""
+    """A worker of a live nginx. Checks the facts of its requests by any layout."""
 
     def __init__(self, pid: int) -> None:
         executable = Path(f"/proc/{pid}/exe")
@@ -106,7 +106,7 @@ class Worker:
         return [(int(begin, 16), int(end, 16)) for begin, end, path in found if path == name]
 
     def main_requests(self) -> list[int]:
-        """The addresses of all that are under way. One that has ended has no pool (ngx_http_free_request)."""
+        """Return the addresses of all main requests in flight. An ended request has no pool (ngx_http_free_request)."""
         main, pool = self.structs["ngx_http_request_s"]["main"], self.structs["ngx_http_request_s"]["header_in"] - 8
         found = []
         for begin, end in self._mappings("[heap]"):
@@ -120,7 +120,7 @@ class Worker:
         return found
 
     def contradicted(self, request: int, structs: Structs | None = None) -> set[str]:
-        """The facts that do not hold of the request at an address, by a layout; without one, by the worker's own."""
+        """Return the facts that a request contradicts, by a layout; without `structs`, by the worker's own layout."""
         for (struct, member), number in self._index.items():
             self._offsets[number] = (structs or self.structs)[struct][member]
         bits = self._library.contradicted(*map(ctypes.c_uint64, (request, *self._addresses)))

@@ -1,4 +1,4 @@
-"""A private nginx: its own prefix, ports and logs; workers run as nginx's unprivileged default user."""
+"""Runs a private nginx with its own prefix, ports and logs. Workers run as nginx's unprivileged default user."""
 
 import functools
 import json
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from e2e.http1_client import Address, family_of
 
-# One of tests/matrix/builds.py's directories, instead of the machine's own nginx.
+# A directory of tests/matrix/builds.py, to use its nginx instead of the machine's.
 BUILD = os.environ.get("OTEL_NGINX_EBPF_TEST_NGINX")
 NGINX = Path(BUILD, "nginx") if BUILD else Path("/usr/sbin/nginx")
 START = Path(BUILD, "start") if BUILD else NGINX
 
 PATIENCE = float(os.environ.get("OTEL_NGINX_EBPF_TEST_PATIENCE", "1"))
-"""How many times longer everything may take than on a real machine: an emulated one (tests/vm) needs it."""
+"""How many times longer everything may take than on a real machine. An emulated machine (tests/vm) needs this."""
 
-# Every variable is logged as a JSON string; empty means that nginx has no value.
+# nginx logs every variable as a JSON string. An empty string means that nginx has no value.
 LOG_VARIABLES = """
     msec request_time status bytes_sent request_length connection connection_requests pid
     request request_method request_uri uri server_protocol request_completion
@@ -37,18 +37,18 @@ LogLine = dict[str, str]
 
 @functools.cache
 def nginx_version(start: Path = START) -> tuple[int, ...]:
-    """Empty where there is no nginx, as when tests are collected that will be skipped for the lack of it."""
+    """Return nginx's version. Empty without nginx, because pytest also collects tests that it will skip."""
     told = re.search(r"(?:nginx|openresty)/([0-9.]+)", nginx_build(start))
     return tuple(int(number) for number in told[1].split(".")) if told else ()
 
 
 def nginx_release() -> str:
-    """Such as `1.22.1`."""
+    """Return nginx's release, such as `1.22.1`."""
     return ".".join(map(str, nginx_version()))
 
 
 def nginx_build(start: Path = START) -> str:
-    """What `nginx -V` says: its version and configure arguments; empty where there is no nginx."""
+    """Return what `nginx -V` says: version and configure arguments. Empty without nginx."""
     return subprocess.run([start, "-V"], capture_output=True, text=True, check=True).stderr if start.exists() else ""
 
 
@@ -58,7 +58,7 @@ def _unknown_variables() -> set[str]:
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:
-    """Polls `condition` until it holds. Raises TimeoutError naming `what` after `seconds`, times PATIENCE."""
+    """Poll `condition` until it is true. Raise TimeoutError, with `what`, after `seconds` times PATIENCE."""
     deadline = time.monotonic() + seconds * PATIENCE
     while not condition():
         if time.monotonic() > deadline:
@@ -70,7 +70,7 @@ _given_ports: set[int] = set()
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """TCP ports that were free a moment ago, and that no earlier call gave."""
+    """Return TCP ports that were free a moment ago, and that no earlier call returned."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sockets: list[socket.socket] = []
     ports: list[int] = []
@@ -79,7 +79,7 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
             sockets.append(socket.socket(family))
             sockets[-1].bind((host, 0))
             port = sockets[-1].getsockname()[1]
-            # nobody listens on it yet, so the kernel may give it again: nginx would join two scenarios' servers
+            # The kernel may return the port again, as nobody listens on it yet. Two servers would then be one.
             if port not in _given_ports:
                 _given_ports.add(port)
                 ports.append(port)
@@ -90,8 +90,8 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
 
 
 def parse_log_line(line: bytes) -> LogLine:
-    """One access log line. Bytes that are not UTF-8 become `\\xNN`, as the program writes them."""
-    # nginx's escape=json leaves bytes above 0x7f alone, so a line need not be UTF-8.
+    """Parse an access log line. Bytes that are not UTF-8 become `\\xNN`, as the program writes them."""
+    # nginx's escape=json does not change bytes above 0x7f, so a line may not be UTF-8.
     fields: dict[str, str] = json.loads(line.decode("utf-8", "surrogateescape"))
     return {
         name: value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -108,7 +108,7 @@ class AccessLog:
         self.lines: list[LogLine] = []
 
     def poll(self) -> list[LogLine]:
-        """All lines so far; an incomplete last line is left for the next call."""
+        """Return all lines so far. An incomplete last line waits for the next call."""
         if self.path.exists():
             with self.path.open("rb") as file:
                 file.seek(self._read_bytes)
@@ -119,10 +119,10 @@ class AccessLog:
 
 
 class NginxServer:
-    """nginx under `prefix`, which must be readable and searchable by everyone.
+    """Runs nginx under `prefix`. All users must be able to read and search `prefix`.
 
-    `http` is the text inside `http {}`; each of its servers writes `access_log logs/NAME.log json;`.
-    `main` is the text at the top of the file. `command` starts nginx, its options follow. `connections` are a worker's.
+    `http` is the text inside `http {}`; each server in it has `access_log logs/NAME.log json;`. `main` is the text at
+    the top of the file. `command` starts nginx; nginx's options follow it. `connections` is for each worker.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class NginxServer:
         self.configure(http, main)
 
     def configure(self, http: str, main: str) -> None:
-        """Writes nginx.conf anew."""
+        """Write nginx.conf, over an earlier one."""
         prefix, workers, connections = self.prefix, self._workers, self._connections
         log_format = json.dumps(
             {name: f"${name}" for name in LOG_VARIABLES.split() if name not in _unknown_variables()}
@@ -173,7 +173,7 @@ http {{
         )
 
     def lacks(self) -> str:
-        """What nginx.conf asks of this nginx that it was not built with, in nginx's words; empty where it has all."""
+        """Return what nginx.conf needs and this build lacks, in nginx's words. Empty if the build lacks nothing."""
         done = subprocess.run(
             [*self._command, "-p", self.prefix, "-c", "nginx.conf", "-t"], capture_output=True, text=True, check=False
         )
@@ -185,7 +185,7 @@ http {{
         return found[0] if found else ""
 
     def start(self, addresses: Iterable[Address]) -> None:
-        """Starts the master and waits until every address accepts connections and a worker is there to answer."""
+        """Start the master; wait until every address accepts connections and a worker can answer."""
         with (self.prefix / "output.log").open("wb") as output:
             self._process = subprocess.Popen(
                 [*self._command, "-p", self.prefix, "-c", "nginx.conf"],
@@ -212,15 +212,15 @@ http {{
         return [int(pid) for pid in children.split()]
 
     def off_processor_ms(self) -> float:
-        """How long its workers have been ready to run and were not, in all: /proc/PID/schedstat, second field."""
+        """Return how long all workers waited for a processor, in milliseconds: /proc/PID/schedstat, second field."""
         waited_ns = 0
         for pid in self.worker_pids():
-            with suppress(OSError):  # it has ended since
+            with suppress(OSError):  # the worker has ended
                 waited_ns += int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
         return waited_ns / 1e6
 
     def reload(self) -> None:
-        """Asks the master to replace its workers and waits for the new ones."""
+        """Ask the master to replace its workers; wait for the new workers."""
         before = set(self.worker_pids())
         os.kill(self.pid, signal.SIGHUP)
         wait_until(lambda: bool(set(self.worker_pids()) - before), "new workers after the reload")
@@ -237,6 +237,6 @@ http {{
             raise
 
     def problems(self) -> list[str]:
-        """Error log lines that tell of a fault in nginx itself."""
+        """Return error log lines about a fault in nginx itself."""
         text = self.error_log.read_text(errors="backslashreplace") if self.error_log.exists() else ""
         return [line for line in text.splitlines() if re.search(r"\[(alert|emerg|crit)\]", line)]

@@ -1,6 +1,6 @@
-"""What a trace must say, given the line that nginx itself logged for the same request: exact facts.
+"""Checks the exact facts of a trace against the line that nginx itself logged for the request.
 
-Times are in `timing.py`. Every check returns its violations as text, so that one run shows all of them.
+`timing.py` checks times. Every check returns its violations as text, so that one run shows all violations.
 """
 
 import re
@@ -19,24 +19,24 @@ KINDS = {
 }
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
 
-# HTTP/0.9 requests name no version.
+# An HTTP/0.9 request has no version in its text.
 PROTOCOL_VERSIONS = {"HTTP/1.0": "1.0", "HTTP/1.1": "1.1", "HTTP/2.0": "2", "HTTP/3.0": "3"}
 
 ATTEMPTS_MAX = 32
-"""Further ones have no spans, and are counted in nginx.upstream.attempts_lost."""
+"""Further attempts have no spans. nginx.upstream.attempts_lost counts them."""
 URI_BYTES_MAX, USER_AGENT_BYTES_MAX = 4096, 1024
-"""Longer ones are cut, and named in nginx.truncated_attributes."""
+"""Longer values are cut, and named in nginx.truncated_attributes."""
 
 
 GIVEN_UP = {"client_closed_request", "timeout"}
-"""nginx.termination where the client was the cause: no error of anyone's, also of a peer that had not answered yet."""
+"""Values of nginx.termination if the client was the cause. Then no span is an ERROR, even without an answer."""
 FAULTS = {"upstream_incomplete", "upstream_timeout", "shutdown", "aborted"}
-"""nginx.termination where a response that had begun was not completed, which the access log does not show."""
+"""Values of nginx.termination if nginx did not complete a response. The access log does not show this."""
 
 
 @dataclass(frozen=True)
 class LoggedAttempt:
-    """One element of the `$upstream_*` lists, in nginx's text; `-` and empty mean none."""
+    """An element of the `$upstream_*` lists, in nginx's text. `-` and empty mean no value."""
 
     peer: str
     status: str
@@ -48,7 +48,7 @@ class LoggedAttempt:
 
 
 def logged_attempts(log: LogLine) -> list[LoggedAttempt]:
-    """`, ` separates peers, ` : ` the groups of an internal redirect; the order is that of time."""
+    """Split nginx's lists, in order of time. `, ` separates peers, ` : ` the groups of an internal redirect."""
     names = ("addr", "status", "connect_time", "header_time", "response_time", "bytes_sent", "bytes_received")
     if not log["upstream_addr"]:
         return []
@@ -58,7 +58,7 @@ def logged_attempts(log: LogLine) -> list[LoggedAttempt]:
 
 @dataclass(frozen=True)
 class TracedAttempt:
-    """One attempt's spans; at least one of them is there."""
+    """The spans of an attempt. At least one of them exists."""
 
     connect: Span | None
     exchange: Span | None
@@ -69,7 +69,7 @@ class TracedAttempt:
 
 
 def traced_attempts(trace: Trace, subrequests: bool = False) -> list[TracedAttempt]:
-    """The main request's attempts, or the subrequests', in the order of their numbers."""
+    """Return the attempts of the main request, or of the subrequests, in the order of their numbers."""
     numbered: dict[int, dict[str, Span]] = {}
     for span in _attempt_spans(trace):
         if ("nginx.subrequest.uri" in span.attributes) == subrequests:
@@ -95,7 +95,7 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("kind", server.kind, "SERVER")
     if not any(log[header] for header in ("http_traceparent", "http_b3", "http_x_b3_traceid")):
         yield from _differ("parent", server.parent_span_id, None)
-    # 000 and 009: nothing that could be called a status was sent. Further ones are made up.
+    # 000 and 009: nginx sent no status. A module made up any other status outside 100 to 599.
     yield from _differ("status", attributes.get("http.response.status_code"), status if 100 <= status < 600 else None)
     yield from _differ("request size", attributes.get("http.request.size"), length if length >= 0 else None)
     yield from _differ("response size", attributes.get("http.response.size"), int(log["bytes_sent"]))
@@ -113,11 +113,11 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ("error.type", attributes.get("error.type"), error)
     yield from _differ("span status", server.status, "ERROR" if error else "UNSET")
 
-    # A request line that nginx could not read has no method, no version and no URI. An internal redirect overwrites
+    # A request has no method, version and URI if nginx could not read its first line. An internal redirect overwrites
     # $request_method, but not $request.
     method, route = log["request_method"] and log["request"].partition(" ")[0], attributes.get("http.route")
     if status in (400, 505) and "http.request.method" not in attributes:
-        method = ""  # with error_page, nginx says GET of it
+        method = ""  # with error_page, nginx logs GET
     known = method if method in KNOWN_METHODS else "_OTHER"
     yield from _differ("method", attributes.get("http.request.method"), known if method else None)
     name = method if method in KNOWN_METHODS else "HTTP"
@@ -132,7 +132,7 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     )
     for name, traced, logged, bytes_max in texts:
         whole = log[logged].encode()
-        # A query that is empty is absent.
+        # An empty query is absent.
         kept = whole[:bytes_max].decode("utf-8", "backslashreplace").removesuffix("?")
         yield from _differ(name, traced, kept)
         yield from _differ(f"{name} truncated", name in truncated, len(whole) > bytes_max)
@@ -168,7 +168,7 @@ def _check_tree(trace: Trace) -> Iterator[str]:
 
 
 def _check_attempt_numbers(trace: Trace) -> Iterator[str]:
-    """1, 2, … over the whole trace, each with one connect at most and one exchange at most."""
+    """Check that the trace's attempts have the numbers 1, 2, …, each with at most one connect and one exchange."""
     spans = _attempt_spans(trace)
     numbers = {span.attributes.get("nginx.upstream.attempt") for span in spans}
     count = trace.server.attributes.get("nginx.upstream.attempts", 0)
@@ -178,9 +178,13 @@ def _check_attempt_numbers(trace: Trace) -> Iterator[str]:
 
 
 def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None, given_up: bool) -> Iterator[str]:
-    """`logged` is None for a subrequest's attempt, which nginx's log does not show.
+    """Check an attempt's facts.
 
-    `given_up`: it may have ended because the client did."""
+    Args:
+        attempt: The spans.
+        logged: The log element; `None` for a subrequest's attempt, which nginx's log does not show.
+        given_up: The attempt may have ended because the client left.
+    """
     connect, exchange = attempt.connect, attempt.exchange
     for span in attempt.spans:
         peer = span.attributes.get("nginx.upstream.peer", "")
@@ -203,7 +207,7 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None, given_u
     status = exchange.attributes.get("http.response.status_code")
     broken = exchange.error in ("timeout", "incomplete_response")
     answered = logged is not None and logged.header_time != "-"
-    # Of an answer without a status line nginx logs none where it caches, else 009.
+    # For an answer without a status line nginx logs no status if it caches, else 009.
     made_up = logged is not None and answered and not (logged.status.isdigit() and 100 <= int(logged.status) < 600)
     if not (given_up and status is None) and not broken and not made_up:
         yield from _differ("exchange fails", exchange.status, "ERROR" if status is None or status >= 400 else "UNSET")
@@ -217,14 +221,16 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None, given_u
 
 
 def pair_attempts(trace: Trace, log: LogLine) -> list[tuple[TracedAttempt, LoggedAttempt]]:
-    """Each of the main request's attempts with its log element. Elements that are an upstream's own name,
-    which nginx logs where no peer is live, have no spans: nothing was sent."""
+    """Return each attempt of the main request with its log element.
+
+    nginx logs the upstream's own name if no peer is live. Such an element has no spans, because nginx sent nothing.
+    """
     tried = [each for each in logged_attempts(log) if ":" in each.peer][:ATTEMPTS_MAX]
     return list(zip(traced_attempts(trace), tried, strict=True))
 
 
 def check_facts(trace: Trace, log: LogLine) -> list[str]:
-    """Everything but the times. An empty list: the trace tells what nginx logged."""
+    """Check everything except times. An empty list means that the trace agrees with nginx's log."""
     violations = [*_check_tree(trace), *_check_server(trace.server, log), *_check_attempt_numbers(trace)]
     if violations:
         return violations

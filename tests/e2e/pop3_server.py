@@ -1,4 +1,4 @@
-"""A POP3 server with empty mailboxes that lets everyone in: what nginx's mail proxy stands in front of."""
+"""Provides a POP3 server for nginx's mail proxy. Its mailboxes are empty and it accepts every user."""
 
 import socketserver
 import threading

@@ -1,4 +1,4 @@
-"""An nginx that runs a binary of its own, and agents that find it."""
+"""Runs an nginx with its own binary, and agents that find it."""
 
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +9,7 @@ from e2e.nginx_server import AccessLog, NginxServer, free_ports, wait_until
 
 
 class PrivateNginx:
-    """An nginx that runs a binary of its own: a copy, and so another inode, of the machine's."""
+    """An nginx with its own binary: a copy of the machine's, with another inode."""
 
     def __init__(self, directory: Path, name: str, binary: Path, command: tuple[str, ...] = (), main: str = "") -> None:
         self.address = ("127.0.0.1", free_ports(1)[0])

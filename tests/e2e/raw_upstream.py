@@ -1,4 +1,4 @@
-"""Upstream peers that speak byte by byte as a test wants: each connection is handled by a function."""
+"""Runs upstream peers that send exactly the bytes that a test wants. A function handles each connection."""
 
 import socket
 import threading
@@ -9,7 +9,7 @@ Handler = Callable[[socket.socket], None]
 
 
 class RawUpstream:
-    """Listens on 127.0.0.1 and hands every connection to `handle`, in a thread of its own."""
+    """Listens on 127.0.0.1 and calls `handle` for every connection, in a separate thread."""
 
     def __init__(self, handle: Handler) -> None:
         self._handle = handle
@@ -33,7 +33,7 @@ class RawUpstream:
 
 
 def read_head(connection: socket.socket) -> bytes:
-    """What came up to the end of an HTTP/1 request's header, or of the connection."""
+    """Read and return everything up to the end of an HTTP/1 request's header, or of the connection."""
     head = b""
     while b"\r\n\r\n" not in head:
         data = connection.recv(65536)

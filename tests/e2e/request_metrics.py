@@ -1,4 +1,4 @@
-"""What the metrics of all requests must say, by the spans of the same requests."""
+"""Compares the metrics of all requests with the spans of these requests."""
 
 from bisect import bisect_left
 from collections.abc import Iterable
@@ -46,7 +46,7 @@ def series_of(span: Span) -> Series:
 
 
 def expected(traces: Iterable[Trace]) -> dict[Series, Histogram]:
-    """By series, of the spans' durations."""
+    """Return the histograms that follow from the spans' durations, by series."""
     durations_ns: dict[Series, list[int]] = {}
     for span in measured_spans(traces):
         durations_ns.setdefault(series_of(span), []).append(span.end_unix_ns - span.start_unix_ns)
@@ -60,7 +60,7 @@ def expected(traces: Iterable[Trace]) -> dict[Series, Histogram]:
 
 
 def told(metrics: Iterable[Metric], attributes_of: Any) -> dict[Series, Histogram]:
-    """By series, what a collector got."""
+    """Return the histograms that a collector received, by series."""
     histograms = {}
     for metric in metrics:
         for point in metric.histogram.data_points:
@@ -72,7 +72,7 @@ def told(metrics: Iterable[Metric], attributes_of: Any) -> dict[Series, Histogra
 
 
 def differences(told: dict[Series, Histogram], expected: dict[Series, Histogram]) -> list[str]:
-    """Empty: they say the same."""
+    """Return the series that differ, as text. Empty if they agree."""
     return [
         f"{metric} {sorted(attributes)}: told {told.get((metric, attributes))}, of the spans "
         f"{expected.get((metric, attributes))}"

@@ -1,13 +1,13 @@
-"""A scenario's nginx configuration, and what the words in it stand for:
+"""Makes a scenario's nginx configuration. These words in it stand for:
 
-@NAME@                                   unique to the scenario; fit for an upstream's or a cache's name
+@NAME@                                   a name of the scenario's own, for an upstream or a cache
 @UP@ @OTHER@ @UP6@ @UP_UNIX@ @UP_TLS@    the live upstream, at several addresses
 @DEAD1@ @DEAD2@                          peers that refuse the connection
-@DEAF@                                   a peer whose listen queue is full: connecting takes for ever
+@DEAF@                                   a peer with a full listen queue: a connect never ends
 @LISTEN@                                 a free address on 127.0.0.1; @LISTEN6@ on ::1; @LISTEN_UNIX@
-@LISTEN_ANYTHING@                        one more address on 127.0.0.1, `anything` in the stage's addresses
+@LISTEN_ANYTHING@                        another address on 127.0.0.1, `anything` in the stage's addresses
 @PREFIX@ @HTML@ @CERTIFICATE@ @KEY@      paths
-and every further upstream that the module's `upstream_addresses` name, in capitals
+and the name of every other upstream in the module's `upstream_addresses`, in capitals
 """
 
 import re
@@ -21,22 +21,22 @@ from e2e.http1_client import Address
 from e2e.nginx_server import free_ports
 
 BEGINNINGS = {"marked": EMPTY, "told": {"OTEL_NGINX_EBPF_TEST_QUIET": "0 0"}}
-"""How the beginning of a plain HTTP/1 request is known, by a probe or its client's socket alone, and what makes it so.
+"""What shows the beginning of a plain HTTP/1 request, a probe or only the client's socket, and the variables for it.
 
 A module with `BOTH_BEGINNINGS = True` runs once with each."""
 
 
 def peers_that_fail(sockets: list[socket.socket]) -> dict[str, str]:
-    """Addresses that refuse (dead1, dead2) or never answer (deaf) a connect, while `sockets` stay open."""
+    """Return addresses that refuse a connect (dead1, dead2) or never answer it (deaf), while `sockets` stay open."""
     addresses = {}
     for name in ("dead1", "dead2", "deaf"):
         peer = socket.socket()
         sockets.append(peer)
-        peer.bind(("127.0.0.1", 0))  # bound and not listening: refused, and nobody else gets the port
+        peer.bind(("127.0.0.1", 0))  # bound, does not listen: connects are refused, and nobody else gets the port
         addresses[name] = "{}:{}".format(*peer.getsockname())
     deaf = sockets[-1]
     deaf.listen(0)
-    for _ in range(3):  # the kernel drops further SYNs once the queue is full
+    for _ in range(3):  # the kernel drops further SYNs when the queue is full
         filler = socket.socket()
         filler.setblocking(False)
         filler.connect_ex(deaf.getsockname())
@@ -46,7 +46,7 @@ def peers_that_fail(sockets: list[socket.socket]) -> dict[str, str]:
 
 @dataclass
 class Scenario:
-    """One test's nginx configuration, from its `nginx` marker."""
+    """The nginx configuration of a test, from its `nginx` marker."""
 
     name: str
     server: str

@@ -1,4 +1,4 @@
-"""The stage of a scenario: its own nginx server with its own access log, its clients, its traces."""
+"""Provides the stage of a scenario: its own nginx server and access log, its clients, its traces."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ LARGE_BYTES = 100 * 1024 * 1024
 
 
 class Site:
-    """nginx with one server for each scenario, and the agent attached to it."""
+    """Runs nginx with a server for each scenario, and the agent attached to it."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Site:
         texts = {each.name: (each.http_text(words), each.main_text(words)) for each in scenarios}
         self.nginx = NginxServer(prefix, http, workers, connections=connections)
         self._impossible = self._lacking(http, texts) if BUILD else {}
-        """What scenarios need that this build of nginx lacks, in its words."""
+        """What this build of nginx lacks, in its words, by the scenario that needs it."""
         scenarios = [each for each in scenarios if each.name not in self._impossible]
         self._scenarios = {each.name: each for each in scenarios}
         possible = [texts[name] for name in self._scenarios]
@@ -72,11 +72,11 @@ class Site:
         )
         self.logs = {each.name: AccessLog(prefix / "logs" / f"{each.identifier}.log") for each in scenarios}
         self.losses_max = 0
-        """Requests that a scenario makes nginx lose without a log line."""
+        """How many requests may be lost, because a scenario makes nginx lose them without a log line."""
         self.unlogged: set[str] = set()
-        """Workers that were killed, perhaps between a request's end and its log line: one trace more each, at most."""
+        """Workers that were killed. Each may have one trace without a log line, if it died just before it logged."""
         self.expected_problems: list[str] = []
-        """Text of each [alert], [crit] or [emerg] line that a scenario is meant to cause."""
+        """Text of each [alert], [crit] or [emerg] line that a scenario causes on purpose."""
 
     def _lacking(self, http: str, texts: Mapping[str, tuple[str, str]]) -> dict[str, str]:
         lacking = {}
@@ -112,13 +112,13 @@ class Site:
             self.agent.stop()
 
     def stage(self, name: str) -> "Stage":
-        """A scenario's own. Skips the test where this build of nginx cannot have it."""
+        """Return the stage of a scenario. Skip the test if this build of nginx cannot run it."""
         if name in self._impossible:
             pytest.skip(cannot(self._impossible[name]))
         return Stage(self, self._scenarios[name].addresses, self.logs[name])
 
     def finish(self) -> None:
-        """Stops the agent; then it has written one trace for each line of every log, and lost nothing."""
+        """Stop the agent; check that it wrote one trace for each line of every log, and lost nothing."""
         self.stop_agent()
         logged = sorted(key_of_log(line) for log in self.logs.values() for line in log.poll())
         traced = sorted(key_of_trace(trace) for trace in self.agent.traces)
@@ -161,7 +161,7 @@ def key_of_trace(trace: Trace) -> Key:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request: what nginx logged and what the agent traced."""
+    """A request: what nginx logged and what the agent traced."""
 
     log: LogLine
     trace: Trace
@@ -179,7 +179,7 @@ class Stage:
     def connect(
         self, kind: str = "ipv4", tls: ssl.SSLContext | None = None, receive_buffer_bytes: int | None = None
     ) -> Http1Connection:
-        """A new client connection to the scenario's server; closed with the scenario."""
+        """Return a new client connection to the scenario's server. It closes with the scenario."""
         connection = Http1Connection(self.addresses[kind], tls, receive_buffer_bytes)
         self._connections.append(connection)
         return connection
@@ -187,7 +187,7 @@ class Stage:
     def get(
         self, target: str, method: str = "GET", headers: dict[str, str] | None = None, body: bytes = b""
     ) -> Response:
-        """One request on a connection of its own."""
+        """Make a request on a new connection."""
         with Http1Connection(self.addresses["ipv4"]) as connection:
             return connection.request(target, method, headers, body)
 
@@ -196,7 +196,7 @@ class Stage:
             connection.close()
 
     def lines(self, count: int, seconds: float = 10) -> list[LogLine]:
-        """Waits for the scenario's log lines; there must be exactly `count`."""
+        """Wait for the scenario's log lines; check that there are exactly `count`."""
         wait_until(lambda: len(self.log.poll()) >= count, f"{count} log lines", seconds)
         assert len(self.log.lines) == count, f"{len(self.log.lines)} log lines, not {count}"
         return self.log.lines
@@ -204,9 +204,9 @@ class Stage:
     def exchanges(
         self, count: int, slack: Slack | Callable[[LogLine], Slack] = NO_SLACK, seconds: float = 10
     ) -> list[Exchange]:
-        """Waits for `count` requests' log lines and traces, and holds each trace against its line.
+        """Wait for the log lines and traces of `count` requests, and compare each trace with its line.
 
-        In the log's order, which is the order of the requests' ends. `slack` may depend on the line.
+        Returns them in the log's order, which is the order in which requests end. `slack` may depend on the line.
         """
         return self.match(self.lines(count, seconds), self.site.agent.poll, slack, seconds)
 
@@ -217,7 +217,7 @@ class Stage:
         slack: Slack | Callable[[LogLine], Slack] = NO_SLACK,
         seconds: float = 10,
     ) -> list[Exchange]:
-        """Waits until `poll` has the trace of every line, and holds each against its line."""
+        """Wait until `poll` has the trace of every line, and compare each trace with its line."""
         wanted = [key_of_log(line) for line in lines]
         assert len(set(wanted)) == len(wanted), "log lines share a connection and request number"
         by_key: dict[Key, Trace] = {}
@@ -247,7 +247,7 @@ class Stage:
         return exchanges
 
     def exchange(self, slack: Slack = NO_SLACK) -> Exchange:
-        """The scenario's only request."""
+        """Return the scenario's only request."""
         return self.exchanges(1, slack)[0]
 
 

@@ -1,4 +1,4 @@
-"""Requests at a steady rate from a process of its own: h2load, over HTTP/1.1."""
+"""Makes requests at a steady rate over HTTP/1.1, with h2load as a separate process."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ class SteadyLoad:
     """Runs from the constructor until `wait`, or until the `with` block ends."""
 
     def __init__(self, urls: Sequence[str], requests: int, rate: int) -> None:
-        """`requests` and `rate` (a second) are whole multiples of CLIENTS."""
+        """Start the load. `requests` and `rate` (a second) must be multiples of CLIENTS."""
         self._requests = requests
         command = ["h2load", "--h1", f"--clients={CLIENTS}", f"--requests={requests}", f"--rps={rate // CLIENTS}"]
         self._process = subprocess.Popen([*command, *urls], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -31,7 +31,7 @@ class SteadyLoad:
         return self._process.poll() is not None
 
     def wait(self, seconds: float) -> None:
-        """Until all requests are made. Raises AssertionError unless each was answered with 2xx."""
+        """Wait until all requests are made. Raise AssertionError unless every answer was 2xx."""
         report, _ = self._process.communicate(timeout=seconds)
         answered = re.search(r"^status codes: (\d+) 2xx, 0 3xx, 0 4xx, 0 5xx", report, re.MULTILINE)
         assert answered, report

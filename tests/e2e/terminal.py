@@ -1,4 +1,4 @@
-"""A real terminal, tmux's, whose screen can be read."""
+"""Runs a real terminal in tmux, and reads its screen."""
 
 import re
 import subprocess
@@ -35,7 +35,7 @@ class Terminal:
         return self._do("capture-pane", "-p").splitlines()
 
     def wait_for(self, text: str, seconds: float = 15) -> list[str]:
-        """The screen, as soon as it has `text`, a regular expression."""
+        """Wait until the screen matches `text`, a regular expression; return the screen."""
         wait_until(
             lambda: re.search(text, "\n".join(self.lines), re.MULTILINE) is not None, f"{text!r} on the screen", seconds
         )

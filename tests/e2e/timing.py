@@ -1,12 +1,11 @@
-"""What a trace's times must be, given nginx's own: order, nesting, and nginx's millisecond clock.
+"""Checks a trace's times against nginx's times: order, nesting, and nginx's millisecond clock.
 
-nginx reads the clock once per turn of its event loop, and every time that it logs is that cached reading cut
-to milliseconds. The cached clock is therefore never ahead of the true one (but for rounding), and behind it
-by as long as the turn has lasted: microseconds on an idle machine, but a worker that the scheduler takes off
-the processor in the middle of a turn is behind by the whole pause. Tests share two cores with an upstream, a
-client and the agent, where pauses of several scheduler slices were seen; LAG_MAX_MS leaves room for those,
-and so does what the kernel counted of them for the workers meanwhile (NginxServer.off_processor_ms). The
-medians show that they are the exception.
+nginx reads the clock once in each turn of its event loop. Every time that nginx logs is this cached reading, cut to
+milliseconds. So the cached clock is never ahead of the true clock (except for rounding). It is behind by as long as
+the turn has lasted: microseconds on an idle machine. If the scheduler takes a worker off the processor in the middle
+of a turn, the clock is behind by the whole pause. Tests share two cores with an upstream, a client and the agent, and
+pauses of several scheduler slices were seen. LAG_MAX_MS allows such pauses, and so does the time that the kernel
+counted for the workers (NginxServer.off_processor_ms). The medians show that pauses are rare.
 """
 
 from collections.abc import Iterator
@@ -19,53 +18,53 @@ from e2e.nginx_server import PATIENCE, LogLine
 from e2e.oracle import LoggedAttempt, TracedAttempt, pair_attempts, traced_attempts
 
 EARLY_MAX_MS = 2.0
-"""How far a true time may lie before nginx's: both ends of a difference are cut to a millisecond."""
+"""How far a true time may lie before nginx's time: both ends of a difference are cut to a millisecond."""
 LAG_MAX_MS = 50.0
-"""Beyond the pauses that the kernel counted: for those that only the machine's hypervisor knows of."""
+"""The limit beyond the pauses that the kernel counted: for pauses that only the machine's hypervisor knows."""
 LONG_TURN_MS = 1000.0
-"""For responses so large that writing all that the client takes at once makes a single long turn."""
+"""The limit for responses so large that nginx writes them in a single long turn."""
 MEDIAN_MAX_MS = 3.0
 MEDIAN_SAMPLES_MIN = 5
-"""Below this one unlucky turn decides the median, and LAG_MAX_MS alone applies."""
+"""With fewer samples one unlucky turn decides the median, so only LAG_MAX_MS applies."""
 
 
 @dataclass(frozen=True)
 class Slack:
-    """Where nginx's times and the trace's mean different moments, and why a scenario may say so.
+    """Says where nginx's times and the trace's times mean different moments, and why.
 
-    Milliseconds are those of a real machine: an emulated one has PATIENCE times as many."""
+    Milliseconds are for a real machine. An emulated machine has PATIENCE times as many."""
 
     end_early: bool = False
-    """nginx logs later than the response's last byte: it lingers for the request's body, or a mirror."""
+    """nginx logs later than the response's last byte: it waits for the request's body, or for a mirror."""
     header_early: bool = False
-    """The upstream's first byte comes long before its header is complete."""
+    """The upstream's first byte arrives long before its header is complete."""
     first_byte_unseen: bool = False
-    """A TLS upstream may have sent a session ticket ahead of its answer: which bytes are which, no socket says."""
+    """A TLS upstream may send a session ticket before its answer; the socket does not show which bytes are which."""
     response_early: bool = False
-    """nginx gives the upstream up later than its last byte came: a timeout, a gone client."""
+    """nginx gives the upstream up some time after its last byte: a timeout, or the client has left."""
     write_early: bool = False
-    """The client got bytes before the upstream answered: 100 Continue, or a page put together of several."""
+    """The client got bytes before the upstream answered: 100 Continue, or a page made of several responses."""
     early_max_ms: float = EARLY_MAX_MS
-    """Of a start that is by nginx's own clocks."""
+    """How early a start may be if it comes from nginx's own clocks."""
     late_max_ms: float = LAG_MAX_MS
     median_max_ms: float = MEDIAN_MAX_MS
 
 
 NO_SLACK = Slack()
 CROWDED = Slack(late_max_ms=100)
-"""Many clients at once, on the cores that nginx works on: some turns are long, the medians stay as they are."""
+"""Many clients at once, on the cores that nginx uses: some turns are long, but the medians do not change."""
 ONE_TURN = Slack(late_max_ms=100, median_max_ms=15)
-"""Many requests that one turn of the event loop takes up: nginx's clock stands still meanwhile."""
+"""One turn of the event loop handles many requests. nginx's clock stands still during the turn."""
 
 
 @dataclass
 class Lags:
-    """True time minus nginx's, in milliseconds, of every request that was checked."""
+    """True time minus nginx's time, in milliseconds, for every checked request."""
 
     values_ms: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, lag_ms: float, low_ms: float, high_ms: float) -> Iterator[str]:
-        """A lag without a lower limit says nothing of nginx's clock, and does not count for the median."""
+        """Add a lag. A lag without a lower limit says nothing about nginx's clock, so the median leaves it out."""
         if low_ms > -inf:
             self.values_ms.setdefault(name, []).append(lag_ms)
         if not low_ms <= lag_ms <= high_ms:
@@ -124,7 +123,7 @@ def _milliseconds(seconds: str) -> float | None:
 
 
 def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt, slack: Slack, lags: Lags) -> Iterator[str]:
-    """Durations from the attempt's start. The clock may lag at either end, and so nginx's be the longer."""
+    """Compare durations from the attempt's start. The clock may lag at either end, so nginx's time may be longer."""
     start_unix_ns = attempt.spans[0].start_unix_ns
     connect_ms, header_ms = _milliseconds(logged.connect_time), _milliseconds(logged.header_time)
     response_ms = _milliseconds(logged.response_time)
@@ -145,11 +144,11 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt, slack: Slack, 
 
 
 def check_times(trace: Trace, log: LogLine, lags: Lags, slack: Slack) -> list[str]:
-    """Every violation as text; the lags are added to `lags`."""
+    """Return every violation as text; add the lags to `lags`."""
     violations = list(_check_order(trace, slack))
     end_ms = round(float(log["msec"]) * 1000)
     start_ms = end_ms - round(float(log["request_time"]) * 1000)
-    # Whole milliseconds first: a Unix time in nanoseconds does not fit in a float.
+    # Subtract integers first: a Unix time in nanoseconds does not fit in a float.
     end_lag_ms = (trace.server.end_unix_ns - end_ms * 1_000_000) / 1e6
     start_lag_ms = (trace.server.start_unix_ns - start_ms * 1_000_000) / 1e6
     violations += lags.add("end", end_lag_ms, -inf if slack.end_early else -EARLY_MAX_MS, slack.late_max_ms)

@@ -1,4 +1,4 @@
-"""What clients send as trace context, and what the specification makes of it: https://www.w3.org/TR/trace-context-2/."""
+"""Lists trace contexts from clients, and what they mean: https://www.w3.org/TR/trace-context-2/."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ Headers = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Context:
-    """What our spans continue. `flags`: of our spans, where the sampler says yes whatever the parent said."""
+    """What our spans continue. `flags` are those of our spans if the sampler ignores the parent and samples."""
 
     flags: int = 1
     state: str = ""
@@ -85,13 +85,13 @@ CASES: dict[str, tuple[Headers, Context | None]] = {
 
 
 def head(target: str, headers: Headers) -> bytes:
-    """A whole GET request; unlike `request_bytes`, with header lines that repeat."""
+    """Return a whole GET request. Header lines may repeat, unlike with `request_bytes`."""
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
     return f"GET {target} HTTP/1.1\r\nHost: localhost\r\n{lines}\r\n".encode()
 
 
 def check_context(trace: Trace, expected: Context | None) -> list[str]:
-    """What the trace says otherwise than `expected`; None: it begins here."""
+    """Return how the trace differs from `expected`. None means that the trace begins here."""
     server = trace.server
     continued = Context(trace.trace_flags, trace.trace_state, trace.trace_id, server.parent_span_id or "")
     if expected is None:
@@ -102,7 +102,7 @@ def check_context(trace: Trace, expected: Context | None) -> list[str]:
 
 
 def check_cases(exchanges: list[Exchange]) -> None:
-    """The exchanges are one for each case, with the case's number in the query."""
+    """Check the exchanges: one for each case, with the number of the case in the query."""
     cases = list(CASES.items())
     wrong = {}
     for each in exchanges:

@@ -1,7 +1,7 @@
-"""Clients of every kind at once, each request with a URI of its own, until they are told to stop.
+"""Runs clients of every kind at once until it is told to stop. Each request has its own URI.
 
-Runs as a process of its own (`python -m e2e.traffic`), so that it shares no interpreter lock with the test; `Traffic`
-starts it. Plain requests go to one address, those over TLS to another.
+Runs as a separate process (`python -m e2e.traffic`), so that it shares no interpreter lock with the test; `Traffic`
+starts it. Plain requests go to one address, requests over TLS to another.
 """
 
 import json
@@ -27,7 +27,7 @@ class _Clients:
     plain: Address
     tls: Address
     reloads: bool
-    """nginx closes connections that are at rest: that a further request on one is not answered is no failure."""
+    """During reloads nginx closes idle connections. An unanswered request on such a connection is no failure."""
     stop: threading.Event = field(default_factory=threading.Event)
     answered: int = 0
     failures: list[str] = field(default_factory=list)
@@ -46,7 +46,7 @@ class _Clients:
                 self.failures.append(f"statuses {statuses}")
 
     def run(self, name: str, converse: Callable[[], None]) -> None:
-        """One connection after the other."""
+        """Use one connection after the other until `stop`."""
         while not self.stop.is_set():
             try:
                 converse()
@@ -82,7 +82,7 @@ class _Clients:
                     break
 
     def http2(self) -> None:
-        """On each connection there are always streams open: others begin before the slow ones end."""
+        """Keep streams open on each connection: new streams begin before the slow streams end."""
         connection = Http2Connection(self.tls, tls=True)
         try:
             for _ in range(5):
@@ -130,7 +130,7 @@ class Traffic:
         )
 
     def stop(self) -> int:
-        """How many requests were answered. Raises AssertionError where one was not, or not well."""
+        """Stop; return how many requests were answered. Raise AssertionError if one failed."""
         told, _ = self._process.communicate(b"\n", timeout=60)
         answered, failures = json.loads(told)
         assert failures == []

@@ -1,7 +1,7 @@
-"""A real HTTP/1.1 upstream whose behaviour each request's query string asks for.
+"""Runs a real HTTP/1.1 upstream that does what each request's query string asks for.
 
-Runs as a process of its own (`python upstreams.py DIRECTORY`), so that it shares no interpreter lock with
-the clients; `UpstreamProcess` starts it. Query parameters, all optional:
+Runs as a separate process (`python upstreams.py DIRECTORY`), so that it shares no interpreter lock with the clients;
+`UpstreamProcess` starts it. Query parameters, all optional:
 
     status=N  bytes=N  chunked=1   the response; `bytes` counts the body
     delay_ms=N                     wait before the response's first byte
@@ -10,14 +10,14 @@ the clients; `UpstreamProcess` starts it. Query parameters, all optional:
     parts=N part_ms=N              the body in N pieces, with a wait before each
     end=close|reset                close or reset without answer
     end=truncate|abort             close or reset in the middle of the body
-    end=head|nonsense|garble       close inside the header; answer what is no HTTP; send chunks that are none
+    end=head|nonsense|garble       close inside the header; answer something other than HTTP; send invalid chunks
     keep_alive=0                   answer `Connection: close`, then close
     etag=TEXT                      answer 304 to a matching If-None-Match
-    header=NAME:VALUE              one more response header, repeatable
+    header=NAME:VALUE              another response header, repeatable
     early=1                        answer before reading the request's body
-    echo=1                         the body is the request's header as it came
+    echo=1                         the body is the request's header as received
 
-A request with an `Upgrade` header gets 101 and then an echo until it closes.
+A request with an `Upgrade` header gets 101, and then an echo until the client closes.
 """
 
 import asyncio
@@ -39,16 +39,16 @@ Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Coroutine[None, N
 
 
 def make_certificate(directory: Path) -> None:
-    """Writes the self-signed `certificate.pem` and `key.pem` for localhost."""
+    """Write the self-signed `certificate.pem` and `key.pem` for localhost."""
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
     names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
     files = ["-keyout", str(directory / "key.pem"), "-out", str(directory / "certificate.pem")]
     subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
-    (directory / "key.pem").chmod(0o644)  # workers read it where a variable names it
+    (directory / "key.pem").chmod(0o644)  # workers read the key if the configuration names it by a variable
 
 
 class UpstreamProcess:
-    """The upstream on IPv4 (twice), IPv6, a unix socket and TLS, at ports of the kernel's choice."""
+    """Starts the upstream on IPv4 (twice), IPv6, a unix socket and TLS, on ports that the kernel chooses."""
 
     def __init__(self, directory: Path, program: str | Path = __file__) -> None:
         self._process = subprocess.Popen(
@@ -56,7 +56,7 @@ class UpstreamProcess:
         )
         assert self._process.stdout is not None
         self.addresses: dict[str, str] = json.loads(self._process.stdout.readline())
-        """In nginx's words: `127.0.0.1:80`, `[::1]:80`, `unix:/path`; keys ipv4, other, ipv6, unix, tls."""
+        """Addresses in nginx's form: `127.0.0.1:80`, `[::1]:80`, `unix:/path`; keys ipv4, other, ipv6, unix, tls."""
 
     def stop(self) -> None:
         self._process.terminate()
@@ -97,13 +97,13 @@ async def _write_body(writer: asyncio.StreamWriter, query: dict[str, list[str]],
 
 
 async def _respond(writer: asyncio.StreamWriter, head: list[str], query: dict[str, list[str]]) -> bool:
-    """Answers one request; says whether the connection stays open."""
+    """Answer a request; return whether the connection stays open."""
     method, headers = head[0].partition(" ")[0], _headers(head)
     await asyncio.sleep(int(query.get("delay_ms", ["0"])[0]) / 1000)
     end = query.get("end", [""])[0]
     if end in ("reset", "abort"):
-        # Lingering for zero seconds makes close() send RST instead of FIN.
-        connection = writer.get_extra_info("socket")  # None once nginx has left
+        # With a linger time of zero, close() sends RST instead of FIN.
+        connection = writer.get_extra_info("socket")  # None after nginx has left
         if connection is not None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     if end in ("close", "reset"):
@@ -124,7 +124,7 @@ async def _respond(writer: asyncio.StreamWriter, head: list[str], query: dict[st
         total = 0
     else:
         lines.append("Transfer-Encoding: chunked" if chunked else f"Content-Length: {len(echo) or total}")
-    # nginx speaks HTTP/1.0 to an upstream unless told otherwise, and then asks for a close.
+    # By default nginx speaks HTTP/1.0 to an upstream, and asks for a close.
     keep = query.get("keep_alive") != ["0"] and headers.get("connection", "").lower() != "close"
     lines.append(f"Connection: {'keep-alive' if keep else 'close'}")
     writer.write(f"HTTP/1.1 {status} Whatever\r\n".encode())
@@ -178,7 +178,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def listen(directory: Path, serve: Serve = serve) -> None:
-    """Says its addresses on stdout, and serves for ever."""
+    """Print the addresses as JSON on stdout, and serve for ever."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(directory / "certificate.pem", directory / "key.pem")
     path = directory / "upstream.sock"
@@ -189,7 +189,7 @@ async def listen(directory: Path, serve: Serve = serve) -> None:
         "tls": await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context),
         "unix": await asyncio.start_unix_server(serve, path),
     }
-    os.chmod(path, 0o666)  # nginx's workers are another user
+    os.chmod(path, 0o666)  # nginx's workers run as another user
     addresses = {"unix": f"unix:{path}"}
     for name, server in servers.items():
         if name != "unix":

@@ -1,7 +1,6 @@
-"""`make fuzz`: fuzzes every target for some seconds, beginning with the kept inputs, and prints a table.
+"""Fuzzes every target for some seconds, from the kept inputs on, and prints a table (`make fuzz`).
 
-What is found lies in `.cache/fuzz/TARGET/found`. With --keep the kept inputs become the fewest that reach all that was
-reached.
+Findings go to `.cache/fuzz/TARGET/found`. --keep replaces the kept inputs by the fewest that reach the same code.
 """
 
 import argparse
@@ -19,23 +18,23 @@ from fuzz.targets import PLANTED, TARGETS
 CACHE = Path(__file__).parents[2] / ".cache" / "fuzz"
 KEPT = Path(__file__).parent / "corpus"
 KEPT_BYTES_MAX = 64 << 10
-"""Of one target, in git."""
+"""The limit for the kept inputs of a target, in git."""
 
 
 @dataclass(frozen=True)
 class Fuzzed:
-    """What libFuzzer says at the end of a run."""
+    """What libFuzzer reports at the end of a run."""
 
     executions: int
     reached: int
-    """Places and comparisons of the code, as libFuzzer counts them."""
+    """Places and comparisons that the run reached, as libFuzzer counts them."""
     cpu_seconds: float
     found: list[Path]
     log: str
 
 
 def kept(name: str) -> list[bytes]:
-    """A target's inputs in git."""
+    """Return a target's inputs in git."""
     path = KEPT / f"{name}.zip"
     if not path.exists():
         return []
@@ -44,7 +43,7 @@ def kept(name: str) -> list[bytes]:
 
 
 def keep(name: str, inputs: list[bytes]) -> None:
-    """The smallest first, as many as may be; the file is the same for the same inputs."""
+    """Store inputs up to the limit, the smallest first. Equal inputs give an equal file."""
     KEPT.mkdir(exist_ok=True)
     with zipfile.ZipFile(KEPT / f"{name}.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         size = 0
@@ -59,8 +58,8 @@ def keep(name: str, inputs: list[bytes]) -> None:
 def _run(name: str, *options: str | Path) -> tuple[int, str, float]:
     before = os.times()
     done = subprocess.run(
-        # By a shell's child: a process begins with the peak memory of what it was forked from, here pytest's after a
-        # thousand tests, and libFuzzer holds that against its limit.
+        # Through a shell: a process starts with the peak memory of the process that forked it. Here that is pytest
+        # after a thousand tests, and libFuzzer would count that memory against its limit.
         ["sh", "-c", '"$@"; exit $?', "sh", "nice", "-n", "19", sys.executable, "-m", "fuzz.one", name, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -74,7 +73,7 @@ def _run(name: str, *options: str | Path) -> tuple[int, str, float]:
 
 
 def fuzz(name: str, seconds: int, directory: Path) -> Fuzzed:
-    """Fuzzes one target; what it learns stays in `directory`, and what it finds."""
+    """Fuzz a target. Its new inputs and its findings stay in `directory`."""
     corpus, found = directory / "corpus", directory / "found"
     for folder in (corpus, found):
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +94,7 @@ def fuzz(name: str, seconds: int, directory: Path) -> Fuzzed:
 
 
 def minimize(name: str, directory: Path) -> None:
-    """Keeps the fewest inputs that reach all that those of `directory` reach."""
+    """Keep the fewest inputs that reach everything that the inputs in `directory` reach."""
     with tempfile.TemporaryDirectory() as fewest:
         _run(name, "-merge=1", fewest, directory / "corpus")
         keep(name, [path.read_bytes() for path in Path(fewest).iterdir()])
@@ -104,7 +103,7 @@ def minimize(name: str, directory: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument("targets", nargs="*", default=list(TARGETS), help=", ".join(TARGETS))
-    parser.add_argument("--seconds", type=int, default=60, help="for each target; default: 60")
+    parser.add_argument("--seconds", type=int, default=60, help="seconds for each target; default: 60")
     parser.add_argument("--keep", action="store_true", help="replace the inputs in git")
     arguments = parser.parse_args()
     problems = 0

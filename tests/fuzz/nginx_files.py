@@ -1,4 +1,4 @@
-"""Executables to damage: small ones that have what is looked for in nginx, and nginx itself."""
+"""Makes executables to damage: small ones that look like nginx to the reader, and nginx itself."""
 
 import subprocess
 import tempfile
@@ -50,7 +50,7 @@ _WITHOUT, _WITH_DEBUG_INFORMATION = range(2)
 
 @cache
 def _file(which: int) -> tuple[bytes, list[tuple[int, int]]]:
-    """nginx, and what in it is read: offsets and sizes in bytes."""
+    """Return nginx's bytes, and the places that the program reads: offsets and sizes in bytes."""
     path = Path("/usr/sbin/nginx") if which == _WITHOUT else obtain(NO_COMPAT) / "nginx"
     raw = path.read_bytes()
     elf = ELFFile(BytesIO(raw))
@@ -68,13 +68,13 @@ def _file(which: int) -> tuple[bytes, list[tuple[int, int]]]:
 
 
 def damages() -> Iterator[bytes]:
-    """Which file; then where, how far in and what, eight bytes each."""
+    """Yield inputs: a byte for the file, then eight bytes for each damage (place, offset in it, new bytes)."""
     for which, place in product((_WITHOUT, _WITH_DEBUG_INFORMATION), range(12)):
         yield bytes([which]) + bytes([place]) + (40).to_bytes(3, "little") + b"\xff\xff\xff\x7f"
 
 
 def damaged(data: bytes) -> bytes:
-    """What `damages` means. A place that there is not is where the file ends."""
+    """Apply an input in the format of `damages`. A place that does not exist cuts the file."""
     raw, places = _file(data[0] % 2 if data else _WITHOUT)
     changed = bytearray(raw)
     for start in range(1, len(data) - 7, 8):

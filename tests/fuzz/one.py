@@ -1,4 +1,4 @@
-"""Fuzzes one target, in a process of its own: `python -m fuzz.one TARGET`, then libFuzzer's options and directories."""
+"""Fuzzes a target in a separate process: `python -m fuzz.one TARGET`, then libFuzzer's options and directories."""
 
 import logging
 import resource
@@ -6,14 +6,14 @@ import sys
 
 import atheris
 
-# An input may take so much at most; what needs more ends the process, and is found.
+# The limits for an input. An input that needs more ends the process, and is a finding.
 SECONDS, RESIDENT_MIB, ADDRESS_SPACE_BYTES = 20, 1024, 8 << 30
 
 if __name__ == "__main__":
     name, *options = sys.argv[1:]
     logging.disable()
     atheris.enabled_hooks.add("str")
-    # Not elftools for whole nginx: it reads a hundred thousand entries.
+    # elftools reads a hundred thousand entries of the whole nginx, so do not instrument it there.
     read_by = [] if name == "nginx" else ["elftools", "json", "tomllib", "pydantic_settings"]
     with atheris.instrument_imports(include=["otel_nginx_ebpf", *read_by, "fuzz.targets"]):
         from fuzz.targets import PLANTED, TARGETS
@@ -25,6 +25,6 @@ if __name__ == "__main__":
         f"-rss_limit_mb={RESIDENT_MIB}",
         f"-max_len={target.bytes_max}",
     ]
-    # libFuzzer starts itself anew, in a shell, by its first argument.
+    # libFuzzer restarts itself in a shell, with its first argument.
     atheris.Setup([f"{sys.executable} -m fuzz.one {name}", *limits, *options], target.check)
     atheris.Fuzz()

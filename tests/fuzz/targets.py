@@ -1,6 +1,6 @@
-"""What is fuzzed: for each target inputs to begin with, and a check that any bytes must pass.
+"""Defines what is fuzzed: for each target first inputs, and a check that any bytes must pass.
 
-A check raises for what must not be; it takes processor time and memory for granted, which `fuzz.one` limits.
+A check raises if something is wrong. It does not look at processor time and memory, which `fuzz.one` limits.
 """
 
 import json
@@ -50,7 +50,7 @@ from otel_nginx_ebpf.traces.spans import build_trace
 from otel_nginx_ebpf.traces.trace_state import canonical
 
 SCRATCH = Path("/dev/shm") / f"otel-nginx-ebpf-fuzz-{os.getpid()}"
-"""A file for those that read files."""
+"""A file for the targets that read files."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ class Target:
     check: Callable[[bytes], None]
     seeds: Callable[[], Iterator[bytes]]
     bytes_max: int
-    """Of an input."""
+    """The longest input."""
 
 
-# Records: the kernel's or a capture file's, to what every exporter makes of them.
+# Records, from the kernel or a capture file, through every exporter.
 
 _OFFSET = struct.Struct("<q")
 _RESOURCE = Resource({"service.name": "nginx"})
@@ -74,7 +74,7 @@ class _Ids:
 
 
 def _otlp(encoded: bytes) -> list[Span]:
-    """As a collector parses it; attributes in order of their names."""
+    """Parse a message as a collector does; sort attributes by name."""
     message = ExportTraceServiceRequest.FromString(encode_resource_spans(_RESOURCE, [encoded]))
     spans = list(message.resource_spans[0].scope_spans[0].spans)
     for span in spans:
@@ -83,7 +83,7 @@ def _otlp(encoded: bytes) -> list[Span]:
 
 
 def check_record(data: bytes) -> None:
-    """Decoded or refused; text is printable and its lines are whole; both ways to OTLP say the same."""
+    """Check that a record is decoded or refused, its text is printable and whole, and both ways to OTLP agree."""
     (unix_offset_ns,) = _OFFSET.unpack(data[:8].ljust(8, b"\0"))
     doubt(data[8:])
     try:
@@ -130,8 +130,10 @@ def record_seeds() -> Iterator[bytes]:
 
 
 def check_capture(data: bytes) -> None:
-    """Replayed as far as it is whole. A first byte over 0x80 makes its checksums right; from 0xf0 on a page is made,
-    too, which takes its time."""
+    """Check that a capture is replayed as far as it is whole.
+
+    If the first byte is over 0x80, every checksum is right. From 0xf0 on the check also makes a page, which is slow.
+    """
     SCRATCH.write_bytes(data[1:])
     stats, output = Stats(), StringIO()
     resource = make_resource()
@@ -173,7 +175,7 @@ def capture_seeds() -> Iterator[bytes]:
     yield b"\x81" + capture.MAGIC + capture._HEADER_PREFIX.pack(2, 0) + b"[]"
 
 
-# Trace context: the kernel program's text against the specifications' words.
+# Trace context: the kernel program's text compared with the specifications' grammar.
 
 _TRACEPARENT = re.compile(
     rb"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL
@@ -214,7 +216,7 @@ _READERS: tuple[tuple[str, Callable[[bytes], Context]], ...] = (
 
 
 def check_context(data: bytes) -> None:
-    """Every reader takes what its specification allows, nothing else; of several lines nothing but whole ids come."""
+    """Check that each reader accepts exactly what its specification allows; several lines give only whole ids."""
     stale, value = int.from_bytes(data[:1], "big"), data[1:]
     for name, expected in _READERS:
         assert read((name, value), stale=stale) == expected(value), name
@@ -242,11 +244,11 @@ def context_seeds() -> Iterator[bytes]:
         yield stale + b"a=1 , vendor@x/y=\t2,a=3,,b=" + b"v" * 255
 
 
-# Executables and debug information: small ones byte by byte, nginx's own with damage.
+# Executables and debug information: small executables byte by byte, nginx itself with damage.
 
 
 def check_executable(data: bytes) -> None:
-    """Read or refused, without a look at any other file that would not be of this build."""
+    """Check that an executable is read or refused, and that no file of another build is read."""
     SCRATCH.write_bytes(data)
     try:
         binary = Binary(SCRATCH)
@@ -267,7 +269,7 @@ def check_executable(data: bytes) -> None:
 
 
 def check_nginx(data: bytes) -> None:
-    """`data` says what is done to nginx's executable, or to one with its debug information."""
+    """Check nginx's executable, or a build with debug information, with the damage that `data` describes."""
     check_executable(damaged(data))
 
 
@@ -281,8 +283,11 @@ _FLAGS = tuple(sources.Source.model_fields)
 
 
 def check_config(data: bytes) -> None:
-    """Settings that can be used, or one line for the user. Parts between zeros: the TOML file; variables and flags,
-    the first byte of each telling which."""
+    """Check that settings are usable, or that the user gets one line.
+
+    Zero bytes separate the parts: first the TOML file, then variables and flags. The first byte of a variable or flag
+    says which it is.
+    """
     toml, *given = data.split(b"\0")
     SCRATCH.write_bytes(toml)
     environment, flags = {"PATH": "/bin"}, {}
@@ -325,7 +330,7 @@ def config_seeds() -> Iterator[bytes]:
 
 
 def planted_bug(data: bytes) -> None:
-    """To see that what is wrong is found."""
+    """Fail on one input, to show that the fuzzer finds a bug."""
     assert data[:4] != b"bug!"
 
 

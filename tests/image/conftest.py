@@ -1,4 +1,4 @@
-"""The images, built once for the session."""
+"""Builds the images once for the session."""
 
 import os
 import shutil

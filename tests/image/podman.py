@@ -1,4 +1,4 @@
-"""Containers of the images that image/build has built."""
+"""Builds the images with image/build, and runs containers of them."""
 
 import subprocess
 import uuid
@@ -9,13 +9,13 @@ from typing import Any, Self
 from e2e.nginx_server import wait_until
 
 _BUILD = Path(__file__).parents[2] / "image" / "build"
-# What podman would ask of systemd, which need not run here.
+# By default podman asks systemd for these, but systemd may not run here.
 _GLOBAL = ("--cgroup-manager=cgroupfs", "--runtime=runc", "--events-backend=file")
 _RUN = ("--ulimit=nofile=1024:4096", "--ulimit=nproc=4096:4096")
 
 
 def build() -> "Podman":
-    """Builds the images unless they are there already. Raises CalledProcessError where it cannot."""
+    """Build the images if they are not there yet. Raise CalledProcessError if the build fails."""
     told = subprocess.run([_BUILD], check=True, stdout=subprocess.PIPE, text=True).stdout
     return Podman(told.split())
 
@@ -55,7 +55,7 @@ class Container:
         self._podman.run("rm", "--force", "--ignore", "--time=5", self.name)
 
     def output(self) -> str:
-        """All that it wrote so far, on both streams."""
+        """Return everything that the container wrote so far, on both streams."""
         ended = self._podman.run("logs", self.name)
         return ended.stdout + ended.stderr
 
@@ -72,16 +72,16 @@ class Container:
         return self._podman.run("exec", self.name, *command, check=False).returncode == 0
 
     def is_healthy(self) -> bool:
-        """By the check that the image declares."""
+        """Run the health check that the image declares; return its result."""
         return self._podman.run("healthcheck", "run", self.name, check=False).returncode == 0
 
     def stop(self, seconds: int | None = 20) -> int:
-        """As SIGTERM does; the exit code. None: as long as podman waits by default."""
+        """Stop the container with SIGTERM; return its exit code. None: wait as long as podman does by default."""
         self._podman.run("stop", *([] if seconds is None else [f"--time={seconds}"]), self.name)
         return int(self.inspect(".State.ExitCode"))
 
     def wait_until_it_says(self, text: str, seconds: float = 30) -> None:
-        """Raises AssertionError when it ends without."""
+        """Wait for `text` in the output. Raise AssertionError if the container ends without it."""
 
         def said() -> bool:
             running = self.is_running()

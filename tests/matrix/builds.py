@@ -1,9 +1,9 @@
-"""The nginx builds that the end-to-end scenarios run against: of four Debian releases, with other flags, and of forks.
+"""Makes the nginx builds for the end-to-end scenarios: of four Debian releases, with other flags, and of forks.
 
 `obtain` puts a build into `.cache/nginx-builds/NAME/`, once:
 
-    nginx   the executable; a fork whose executable has another name has a link with that name
-    start   runs it with the given arguments; the process id of `start` becomes nginx's
+    nginx   the executable, or a link to it if the fork's executable has another name
+    start   runs nginx with the given arguments; the pid of `start` becomes nginx's pid
 """
 
 import functools
@@ -22,8 +22,8 @@ from matrix.forks import ANGIE, FREENGINX, OPENRESTY, TENGINE, Fork
 CACHE = Path(__file__).parents[2] / ".cache" / "nginx-builds"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
-# The tree is nginx's whole file system but for the tests' directory, which lies at the same path inside and outside,
-# in a mount namespace that ends with nginx. Only `exec`, so that one process id stays.
+# The tree is nginx's whole file system, except the tests' directory. That directory has the same path inside and
+# outside, in a mount namespace that ends with nginx. The script uses only `exec`, so the pid stays the same.
 ENTER_TREE = """\
 #!/bin/sh
 set -e
@@ -45,12 +45,12 @@ exec "$(readlink -f "$(dirname "$0")/nginx")" "$@"
 
 
 class BuildError(Exception):
-    """A build cannot be had here. The text says why, and the next step."""
+    """A build is not available here. The text says why, and the next step."""
 
 
 @dataclass(frozen=True)
 class DebianBuild:
-    """nginx of a Debian release with that release's libraries, unpacked from packages; nothing gets installed."""
+    """nginx of a Debian release with the libraries of that release, unpacked from packages without installing them."""
 
     name: str
     suite: str
@@ -67,7 +67,7 @@ class DebianBuild:
             download(self.suite, Path(name), "install", *wanted)
             for package in Path(name).glob("*.deb"):
                 subprocess.run(["dpkg-deb", "--extract", package, tree], check=True)
-        # What base-files and base-passwd would set up. Before Debian 13 libc itself brings /lib and /lib64.
+        # base-files and base-passwd would set this up. Before Debian 13 libc itself has /lib and /lib64.
         for merged in ("bin", "lib", "lib64", "sbin"):
             if not (tree / merged).exists():
                 (tree / merged).symlink_to(f"usr/{merged}")
@@ -79,20 +79,20 @@ class DebianBuild:
 
 @dataclass(frozen=True)
 class CompiledBuild:
-    """nginx as its authors released it, compiled here, with this machine's compiler and libraries."""
+    """nginx as its authors released it, compiled with this machine's compiler and libraries."""
 
     name: str
     compiler: str
-    """Flags."""
+    """The compiler's flags."""
     linker: str = ""
-    """Flags."""
+    """The linker's flags."""
     compatible: bool = True
-    """`--with-compat`: one layout for all builds of a version."""
+    """Whether to build `--with-compat`, which gives all builds of a version one layout."""
     stripped: bool = False
     options: tuple[str, ...] = ()
-    """More options of `configure`."""
+    """Further options of `configure`."""
     without: tuple[str, ...] = ()
-    """Options that are left out."""
+    """Options of `configure` to leave out."""
     fork: Fork | None = None
 
     @property
@@ -130,12 +130,12 @@ class CompiledBuild:
 
 @dataclass(frozen=True)
 class StrippedBuild:
-    """Another build without symbols and debug information, where the program needs them."""
+    """Another build, stripped of the symbols and debug information that the program needs."""
 
     name: str
     original: CompiledBuild
     refusal: str = field(default="", repr=False)
-    """What the program must say where this build is out of its reach."""
+    """What the program must say if it cannot trace this build."""
 
     @property
     def description(self) -> str:
@@ -147,10 +147,10 @@ class StrippedBuild:
         run_as_it_is(directory / original.name)
 
 
-# The Debian releases whose source package of nginx may be compiled, the preferred one first.
+# The Debian releases whose source package of nginx may be compiled, in order of preference.
 SOURCES = ("trixie", "bookworm", "sid")
 
-# What the scenarios use, and a path that nginx would otherwise look for below --prefix before it reads its arguments.
+# What the scenarios use. Without --error-log-path nginx would look below --prefix before it reads its arguments.
 OPTIONS = (
     "--error-log-path=stderr",
     "--with-threads",
@@ -172,7 +172,7 @@ OPTIONS = (
     "--with-stream_ssl_preread_module",
 )
 
-# dpkg-buildflags of Ubuntu 24.04, where they decide which functions exist and how they begin.
+# The flags of Ubuntu 24.04's dpkg-buildflags that decide which functions exist and how they begin.
 UBUNTU_COMPILER = (
     "-g -O2 -fno-omit-frame-pointer -mno-omit-leaf-frame-pointer -flto=auto -ffat-lto-objects -fstack-protector-strong"
     " -fstack-clash-protection -fcf-protection -fPIC -Wdate-time -D_FORTIFY_SOURCE=2"
@@ -208,10 +208,10 @@ BUILDS: tuple[Build, ...] = (
 
 
 def obtain(build: Build) -> Path:
-    """The build's directory, made unless it is there already and made by the same recipe.
+    """Return the build's directory. Make the build unless it exists and the recipe is the same.
 
     Raises:
-        BuildError: it cannot be downloaded or compiled.
+        BuildError: The build cannot be downloaded or compiled.
     """
     directory = CACHE / build.name
     recipe = f"{build!r}\n"
@@ -230,13 +230,13 @@ def obtain(build: Build) -> Path:
 
 
 def unpack_source(directory: Path) -> Path:
-    """Unpacks nginx's own release and returns its directory.
+    """Unpack nginx's own release without Debian's patches; return its directory.
 
-    It takes the release of the first Debian suite whose tarball the mirror serves, and none of Debian's patches: on any
-    day a mirror may lack a file of the newest package.
+    Takes the first Debian suite in `SOURCES` whose tarball the mirror serves, because a mirror may lack a file of the
+    newest package on any day.
 
     Raises:
-        BuildError: the mirror serves none of the tarballs.
+        BuildError: The mirror does not serve any of the tarballs.
     """
     problems = []
     for suite in SOURCES:
@@ -254,24 +254,24 @@ def unpack_source(directory: Path) -> Path:
 
 
 def download(suite: str, directory: Path, *command: str) -> None:
-    """Puts into `directory` what apt fetches for `command` on a machine of that release with nothing installed.
+    """Download into `directory` what apt fetches for `command` on a machine of that release without packages.
 
     Raises:
-        BuildError: apt cannot.
+        BuildError: apt failed.
     """
     (directory / "partial").mkdir()
     flags = apt_flags(suite)
     fetch = [*flags, f"--option=Dir::Cache::archives={directory}", "--download-only", *command]
     try:
         run_apt(fetch, directory)
-    except BuildError:  # the lists may be older than what the mirror serves by now
+    except BuildError:  # the lists may be older than the mirror
         run_apt([*flags, "update"], directory)
         run_apt(fetch, directory)
 
 
 @functools.cache
 def apt_flags(suite: str) -> tuple[str, ...]:
-    """Options for an apt whose sources, lists and state are its own and up to date; the machine's are not touched."""
+    """Return options for an apt with its own sources, lists and state, up to date. The machine's stay as they are."""
     apt = CACHE / "apt" / suite
     (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
     (apt / "nothing-installed").touch()
@@ -285,7 +285,7 @@ def apt_flags(suite: str) -> tuple[str, ...]:
         "Dir::Etc::sourceparts": "-",
         "Acquire::Languages": "none",
         "APT::Install-Recommends": "false",
-        "APT::Sandbox::User": "root",  # the sandbox's own user may not be able to reach these directories
+        "APT::Sandbox::User": "root",  # the sandbox's user may not reach these directories
     }
     flags = tuple(f"--option={name}={value}" for name, value in options.items())
     run_apt([*flags, "update"], apt)
@@ -299,10 +299,10 @@ def run_apt(arguments: Sequence[str], directory: Path) -> None:
 
 
 def mirror() -> str:
-    """The Debian mirror that this machine uses.
+    """Return the Debian mirror that this machine uses.
 
     Raises:
-        BuildError: apt does not know one.
+        BuildError: apt knows no mirror.
     """
     listed = subprocess.run(
         ["apt-get", "indextargets", "--format=$(REPO_URI)", "Created-By: Packages", "Label: Debian", "Component: main"],

@@ -1,9 +1,9 @@
-"""nginx's forks, as far as a tracer can tell them apart: their names, and where their structs differ from nginx's.
+"""Makes forks from nginx's source, as far as a tracer can see them: their names, and how their structs differ.
 
-No package registry has the sources of Tengine, Angie, freenginx or OpenResty. So nginx's own source is edited: it gets
-the fork's names and version, and its structs get room where the fork has members of its own, lose members that the fork
-lacks, and keep others where the fork keeps them. With nginx 1.26 as the source, the members that this program reads lie
-where Tengine 3.2.0, Angie 1.12.1, freenginx 1.27.2 and OpenResty 1.31.3.1 have them on x86-64.
+No package registry has the sources of Tengine, Angie, freenginx or OpenResty. So this module edits nginx's own source.
+It sets the fork's names and version. It adds room in the structs for the fork's own members, removes members that the
+fork lacks, and moves members that the fork has elsewhere. With nginx 1.26 as the source, the members that this program
+reads then lie where Tengine 3.2.0, Angie 1.12.1, freenginx 1.27.2 and OpenResty 1.31.3.1 have them on x86-64.
 """
 
 import re
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class More:
-    """Room for members that only the fork has, in front of `before` or, without it, at the struct's end."""
+    """Room for members that only the fork has: before the member `before`, or at the end of the struct."""
 
     struct: str
     octets: int
@@ -22,7 +22,7 @@ class More:
 
 @dataclass(frozen=True)
 class Moved:
-    """A member that the fork has in front of `before` or, without it, at the struct's end."""
+    """A member that the fork has before the member `before`, or at the end of the struct."""
 
     struct: str
     member: str
@@ -39,19 +39,19 @@ class Absent:
 
 @dataclass(frozen=True)
 class Fork:
-    """What makes a fork of nginx's source."""
+    """The changes that turn nginx's source into a fork."""
 
     name: str
-    """As its version begins."""
+    """The name at the beginning of the fork's version."""
     names: tuple[tuple[str, str, str], ...]
-    """File, a text in it, and what takes the text's place; `{nginx}` stands for the source's version."""
+    """File, a text in it, and its replacement. `{nginx}` stands for the source's version."""
     members: tuple[More | Moved | Absent, ...]
     without: tuple[str, ...] = ()
     """Options of `configure` that the fork does not have."""
     executable: str = "nginx"
 
     def apply(self, source: Path) -> None:
-        """Edits nginx's source. Raises ValueError where it is too different from the one that the fork grew from."""
+        """Edit nginx's source. Raise ValueError if it differs too much from the source that the fork began with."""
         text = (source / "src/core/nginx.h").read_text()
         (nginx,) = re.findall(r'#define NGINX_VERSION +"(.*)"', text)
         for file, old, new in self.names:
@@ -68,7 +68,7 @@ def _edit(path: Path, old: str, new: str) -> None:
 
 
 def _edit_struct(source: Path, change: More | Moved | Absent) -> None:
-    """Edits the declaration of a struct, which is found by its tag or its typedef."""
+    """Edit the declaration of a struct. Find it by its tag or its typedef."""
     name = re.escape(change.struct)
     declaration = re.compile(
         rf"^struct {name} {{\n(.*?)^}};|^typedef struct {{\n((?:(?!^}}).)*?)^}} {name};", re.M | re.S
@@ -146,7 +146,7 @@ ANGIE = Fork(
         ("src/os/unix/ngx_setproctitle.c", '"nginx: "', '"angie: "'),
         ("src/os/unix/ngx_process_cycle.c", '"master process"', '"master process v1.12.1 #1"'),
         ("src/os/unix/ngx_process_cycle.c", '"worker process', '"worker process #1'),
-        # It asks no getsockopt of a kept-alive connection.
+        # Angie does not call getsockopt for a kept-alive connection.
         ("src/http/ngx_http_upstream.c", "!u->request_sent &&", "!u->request_sent && !u->peer.cached &&"),
     ),
     members=(

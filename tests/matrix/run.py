@@ -1,7 +1,7 @@
-"""`make matrix`: the end-to-end scenarios against every nginx build, as one table in `.cache/matrix.md`.
+"""Runs the end-to-end scenarios against every nginx build, and writes a table to `.cache/matrix.md` (`make matrix`).
 
-A scenario that needs what a build lacks says so by a skip. Exits with 1 when a scenario fails, when none could run, or
-when a build that must be refused is not.
+A scenario skips if it needs what a build lacks. Exits with 1 if a scenario fails, if no scenario of a build could run,
+or if the program accepts a build that it must refuse.
 """
 
 import argparse
@@ -28,7 +28,7 @@ REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / ".cache" / "matrix"
 TABLE = REPOSITORY / ".cache" / "matrix.md"
 
-# Every test with a configuration of its own, but those of faults, load and the kernel: they tell nothing of a build.
+# The tests of faults, load and the kernel say nothing about a build. All other tests with their own configuration run.
 BESIDE = (
     "agent_faults", "collector_outage", "idle_clients", "left_out_programs", "mixed", "program_stacks", "watchdog",
     "worker_faults",
@@ -39,7 +39,7 @@ REASON_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class Result:
-    """What one scenario came to on one build."""
+    """The result of a scenario on a build."""
 
     module: str
     scenario: str
@@ -50,7 +50,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Column:
-    """What one build came to. `problem` stands for all scenarios where none ran."""
+    """The results of a build. `problem` says why no scenario ran."""
 
     build: Build
     version: str
@@ -77,9 +77,9 @@ class Column:
 
 
 def run_scenarios(build: Build, directory: Path, selection: Sequence[str]) -> tuple[Result, ...]:
-    """The scenarios of all modules; those of a module with a failure once more, and then the second time counts.
+    """Run the scenarios of all modules. If a module has a failure, run it again; its second results count.
 
-    Two thousand scenarios measure time on a machine that others use too: what fails twice is no accident.
+    Two thousand scenarios measure time on a machine that others use, too. A failure that repeats is real.
     """
     first = run_pytest(build.name, directory, ["tests/e2e", *selection])
     failed = {each.module for each in first if each.outcome == "failed"}
@@ -92,10 +92,10 @@ def run_scenarios(build: Build, directory: Path, selection: Sequence[str]) -> tu
 
 
 def run_pytest(name: str, directory: Path, selection: Sequence[str]) -> tuple[Result, ...]:
-    """One pytest. Its output is left beside its report."""
+    """Run pytest once. Its output stays beside its report."""
     report = RESULTS / f"{name}.xml"
     report.unlink(missing_ok=True)
-    # In CI a skip is a failure, but here it is an answer: the build cannot do what the scenario needs.
+    # In CI a skip is a failure. Here it is a result: the build lacks what the scenario needs.
     environment = {**os.environ, "OTEL_NGINX_EBPF_TEST_NGINX": str(directory), "CI": ""}
     with report.with_suffix(".log").open("wb") as log:
         subprocess.run(
@@ -118,7 +118,7 @@ def run_pytest(name: str, directory: Path, selection: Sequence[str]) -> tuple[Re
 
 
 def result_of(case: ElementTree.Element) -> Result:
-    # A module that is skipped as a whole has no classname.
+    # A skipped module has no classname.
     module = (case.attrib["classname"] or case.attrib["name"]).rpartition(".")[2]
     scenario = case.attrib["name"].removeprefix("test_") if case.attrib["classname"] else "all"
     for outcome, tags in (("failed", ("failure", "error")), ("skipped", ("skipped",))):
@@ -136,10 +136,10 @@ def first_line(text: str) -> str:
 
 
 def check_refusal(directory: Path, expected: str) -> str:
-    """What the program says when it refuses the build.
+    """Return what the program says when it refuses the build.
 
     Raises:
-        BuildError: it does not, or without the `expected` words.
+        BuildError: The program does not refuse the build, or does not say the `expected` words.
     """
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
@@ -150,12 +150,12 @@ def check_refusal(directory: Path, expected: str) -> str:
             arguments = [str(PROGRAM), "run", "--pid", str(nginx.pid), "--exporter", "json"]
             done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired:
-            raise BuildError("it is not refused") from None
+            raise BuildError("the program does not refuse it") from None
         finally:
             nginx.stop()
     said = str(done.stderr).strip().replace(f"{REPOSITORY}/", "")
     if done.returncode == 0 or expected not in said:
-        raise BuildError(f"exit code {done.returncode}, and it says nothing of `{expected}`: {said}")
+        raise BuildError(f"exit code {done.returncode}, and no word of `{expected}`: {said}")
     return said
 
 
@@ -178,7 +178,7 @@ def run(build: Build, selection: Sequence[str]) -> Column:
 
 
 def table(columns: Sequence[Column]) -> str:
-    """Markdown: how many scenarios passed by module and build; what each build is; exceptions with their reasons."""
+    """Return Markdown: scenarios that passed, by module and build; what each build is; exceptions and reasons."""
     ran = [column for column in columns if column.results]
     modules = sorted({result.module for column in ran for result in column.results})
     rows = [["scenarios", *(column.build.name for column in ran)], ["---", *("---:" for _ in ran)]]
@@ -205,16 +205,16 @@ def readable(module: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make matrix", description=__doc__)
     parser.add_argument("builds", nargs="*", metavar="BUILD", help=f"of {', '.join(each.name for each in BUILDS)}")
-    parser.add_argument("-k", metavar="EXPRESSION", help="pytest's: only scenarios whose names match")
-    parser.add_argument("-j", "--jobs", type=int, default=2, help="builds at a time (default: 2)")
+    parser.add_argument("-k", metavar="EXPRESSION", help="run only scenarios whose names match, as pytest's -k does")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="how many builds to test at a time (default: 2)")
     arguments = parser.parse_args()
     if unknown := set(arguments.builds) - {each.name for each in BUILDS}:
         parser.error(f"no build is called {', '.join(sorted(unknown))}")
     chosen = [each for each in BUILDS if not arguments.builds or each.name in arguments.builds]
     RESULTS.mkdir(parents=True, exist_ok=True)
-    # Scenarios mostly wait. Compilers do not, so all builds are made first.
+    # Scenarios mostly wait, but compilers do not. So make all builds first.
     for build in chosen:
-        with suppress(BuildError):  # said below
+        with suppress(BuildError):  # the loop below reports it
             obtain(build)
     with ThreadPoolExecutor(arguments.jobs) as pool:
         columns = list(pool.map(lambda build: run(build, ["-k", arguments.k] if arguments.k else []), chosen))

@@ -1,6 +1,6 @@
-"""`make soak`: minutes without a collector at a real rate of requests; memory meanwhile, and what becomes of each one.
+"""Runs for minutes without a collector at a real rate of requests; watches memory and each request (`make soak`).
 
-Exits with 1 unless memory stays within its limit, and nginx's log has as many requests as were delivered and lost.
+Exits with 1 unless memory stays within its limit, and nginx logged as many requests as were delivered and lost.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from e2e.nginx_server import NginxServer, free_ports, wait_until
 from e2e.steady_load import CLIENTS, SteadyLoad
 from unit.otlp_receiver import GrpcReceiver
 
-# One half are proxied to the other half.
+# Half of the requests are proxied, and make the other half.
 NGINX_HTTP = """
 log_format short '$status';
 keepalive_requests 1000000000;
@@ -30,11 +30,11 @@ server {{ listen 127.0.0.1:{upstream}; access_log logs/all.log short; return 200
 """
 
 BESIDE_THE_QUEUE_MIB = 80
-"""The emitter's, as tests/e2e/test_memory.py has it."""
+"""Memory of the emitter without its queue, as in tests/e2e/test_memory.py."""
 
 
 def memory_mib(agent: AgentProcess) -> dict[str, float]:
-    """Resident, of each of its processes, by what it is."""
+    """Return resident MiB of the agent's processes, by their role."""
     parts = {}
     for pid in agent.pids:
         process = psutil.Process(pid)
@@ -78,25 +78,25 @@ def soak(minutes: float, rate: int, queue_mib: int, directory: Path) -> bool:
                 told_s += 30
                 parts = ", ".join(f"{part} {mib:.1f}" for part, mib in now.items())
                 print(f"{passed_s:5.0f} s  {log.stat().st_size // 4:>9,} requests  MiB resident: {parts}", flush=True)
-            time.sleep(0.2)  # how often memory is looked at
+            time.sleep(0.2)  # the interval between looks at memory
         load.wait(1)
     with GrpcReceiver(collector) as receiver:
         wait_until(lambda: look() is not None and bool(receiver.requests), "the first message to the collector", 60)
         agent.stop()
     nginx.stop()
-    logged = log.stat().st_size // 4  # a status and the end of the line
+    logged = log.stat().st_size // 4  # a line has a status and its end
     counts = re.search(r"received (\d+), exported (\d+), lost (\d+)(?: \((.*)\))?", agent.stderr())
     assert counts, agent.stderr()
     received, exported, lost = (int(number) for number in counts.groups()[:3])
     delivered, traces = len(receiver.trace_ids), len(set(receiver.trace_ids))
     print(agent.stderr().splitlines()[-1])
-    print(f"most MiB resident: {', '.join(f'{part} {mib:.1f}' for part, mib in most.items())}")
+    print(f"highest MiB resident: {', '.join(f'{part} {mib:.1f}' for part, mib in most.items())}")
     checks = {
-        f"nginx logged what was offered: {logged:,} of {2 * requests:,}": logged == 2 * requests,
+        f"nginx logged every request: {logged:,} of {2 * requests:,}": logged == 2 * requests,
         f"logged = exported + lost: {logged:,} = {exported:,} + {lost:,}": logged == exported + lost,
-        f"delivered, each once: {delivered:,}, {traces:,}": delivered == traces == exported,
-        f"received was not more than logged: {received:,}": received <= logged,
-        "something had to be dropped": lost > 0,
+        f"each trace delivered once: {delivered:,}, {traces:,}": delivered == traces == exported,
+        f"received no more than logged: {received:,}": received <= logged,
+        "some requests had to be dropped": lost > 0,
         f"emitter within {queue_mib} + {BESIDE_THE_QUEUE_MIB} MiB": most["emitter"] < queue_mib + BESIDE_THE_QUEUE_MIB,
         f"nginx's error log: {nginx.problems()}": nginx.problems() == [],
     }

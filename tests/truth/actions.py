@@ -1,4 +1,4 @@
-"""What random clients do: for each connection a list of requests, and how each of them ends."""
+"""Makes what random clients do: a list of requests for each connection, and how each request ends."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -9,12 +9,12 @@ from truth.configuration import KINDS, Configuration
 from truth.locations import FILES, INSTEAD, Location
 
 FATES = ("whole", "unanswered", "midway", "sending", "half_close")
-"""How the client leaves a request: not at all; before the answer; inside it; inside its own body; half-closed."""
+"""How the client leaves a request: not at all; before the answer; inside it; inside its own body; with a half-close."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. `fate` is how its client leaves it, after `leave_ms`, or `leave_bytes` of the answer."""
+    """A request. `fate` says how the client leaves it, after `leave_ms` or after `leave_bytes` of the answer."""
 
     id: str
     prefix: str
@@ -41,14 +41,14 @@ class Ask:
 
 @dataclass(frozen=True)
 class Action:
-    """One connection's requests; pipelined: all at once over HTTP/1. Streams over HTTP/2 always are."""
+    """The requests of a connection. `pipelined` sends all at once over HTTP/1; HTTP/2 always does so with streams."""
 
     number: int
     kind: str
     pipelined: bool
     asks: tuple[Ask, ...]
     nonsense: str = ""
-    """Instead of requests: bytes that are none, in latin-1."""
+    """Bytes that are no request, in latin-1, to send instead of requests."""
 
     @property
     def is_http2(self) -> bool:
@@ -72,7 +72,7 @@ NONSENSE = [
 
 
 def actions(configuration: Configuration, count: int) -> list[Action]:
-    """The same for the same configuration."""
+    """Return random actions. Equal configurations have equal actions."""
     chance = Random(f"actions {configuration.seed}")
     return [_action(chance, configuration, number) for number in range(count)]
 
@@ -144,7 +144,7 @@ def _file(chance: Random, location: Location) -> str:
 
 
 def _upstream(chance: Random, features: set[str]) -> dict[str, str]:
-    """What the upstream is to do."""
+    """Choose what the upstream does."""
     query = {"bytes": str(chance.choice([5, 5, 3000, 70_000, 250_000]))}
     if chance.random() < 0.35:
         query["delay_ms"] = str(chance.choice([10, 60, 130, 300]))

@@ -1,4 +1,4 @@
-"""The clients: they do what an action says, and note when."""
+"""Runs clients. They do what an action says, and record when."""
 
 import socket
 import ssl
@@ -16,7 +16,7 @@ SLOW_READ_S, SLOW_READ_BYTES = 0.005, 16_384
 
 
 def perform(action: Action, address: Address) -> list[Known]:
-    """Does all of it; never raises for what a server may do."""
+    """Perform the whole action. Never raise for what a server may do."""
     kept = [
         Known(ask, action.is_http2, action.pipelined or (action.is_http2 and len(action.asks) > 1))
         for ask in action.asks
@@ -39,7 +39,7 @@ def _nonsense(action: Action, address: Address) -> None:
 
 
 class _TimedConnection(Http1Connection):
-    """Knows when it received something first and last, and can be slow at it."""
+    """Records when it first and last received something. Can receive slowly."""
 
     received_ns: int | None = None
     first_ns: int | None = None
@@ -59,7 +59,7 @@ class _TimedConnection(Http1Connection):
 
     @contextmanager
     def response_of(self, known: Known) -> Iterator[None]:
-        """Notes when the response's first byte came. What is in the buffer came with the one before."""
+        """Record when the first byte of the response arrived. Bytes in the buffer arrived with the response before."""
         self.first_ns = self.received_ns if self._buffer else None
         self.slow = known.ask.slow_reader
         try:
@@ -69,7 +69,7 @@ class _TimedConnection(Http1Connection):
 
 
 class _Requests:
-    """HTTP/1: one after another, or pipelined."""
+    """Makes HTTP/1 requests one after another, or pipelined."""
 
     def __init__(self, action: Action, address: Address, kept: list[Known]) -> None:
         self._kept, self._pipelined, self._ended = kept, action.pipelined, False
@@ -87,7 +87,7 @@ class _Requests:
                     known.sent_ns = now_ns()
                 try:
                     self._connection.send(b"".join(_head(known.ask) + known.ask.body for known in self._kept))
-                except OSError as error:  # nginx takes no more of it, or is gone
+                except OSError as error:  # nginx reads no further, or is gone
                     for known in self._kept:
                         known.left_ns, known.problem = now_ns(), repr(error)
                     return
@@ -99,13 +99,13 @@ class _Requests:
                     break
 
     def _leave_rest(self, last: Known) -> None:
-        """What was asked for and not read is left with the connection, if nginx had not closed it."""
+        """Mark unread requests as left with the connection, unless nginx closed it."""
         for each in self._kept:
             if each.sent_ns and not each.whole and not self._ended:
                 each.left_ns = last.left_ns or now_ns()
 
     def _one(self, known: Known) -> bool:
-        """One exchange; says whether the connection is still good."""
+        """Make one exchange; return whether the connection is still good."""
         try:
             if known.sent_ns is None and not self._send(known):
                 return False
@@ -131,7 +131,7 @@ class _Requests:
                     if (status := connection.read_response(ask.method).status) != 100:
                         known.status, known.last_byte_ns = status, connection.received_ns
                         return False
-                known.first_byte_ns = None  # that was not the answer's
+                known.first_byte_ns = None  # that byte was not the answer's
             half = len(ask.body) // 2
             time.sleep(ask.pause_ms / 2000)
             self._send_piece(ask, ask.body[:half])
@@ -152,7 +152,7 @@ class _Requests:
     def _read(self, known: Known) -> bool:
         ask, connection = known.ask, self._connection
         if ask.fate == "half_close" and not isinstance(connection.socket, ssl.SSLSocket):
-            known.left_ns = now_ns()  # nginx takes it for that
+            known.left_ns = now_ns()  # nginx sees a half-close as the client leaving
             connection.socket.shutdown(socket.SHUT_WR)
         with connection.response_of(known):
             if ask.fate == "unanswered":

@@ -1,4 +1,4 @@
-"""Random nginx configurations: one seed, one text. Words between @ are scenario.py's, filled in when nginx starts."""
+"""Makes random nginx configurations from seeds. scenario.py replaces the words between @ when nginx starts."""
 
 import json
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ LISTEN = """
     ssl_certificate @CERTIFICATE@; ssl_certificate_key @KEY@;
 """
 KINDS = ("ipv4", "ipv6", "unix", "tls", "clear2", "tls2")
-"""The addresses that `listen` makes; those that end with 2 speak HTTP/2."""
+"""The addresses that `listen` makes. Addresses whose names end with 2 speak HTTP/2."""
 
 PEERS = [
     ("@UP@",),
@@ -27,7 +27,7 @@ PEERS = [
     ("@DEAD1@", "@DEAD2@"),
     ("@DEAF@",),
 ]
-# Those whose values nginx does not keep for the request that they belong to.
+# Variables that nginx does not cache, so that a subrequest logs its own values.
 SUBREQUEST_VARIABLES = """
     connection connection_requests pid uri status request_time upstream_addr upstream_status upstream_connect_time
     upstream_header_time upstream_response_time upstream_bytes_sent upstream_bytes_received
@@ -44,7 +44,7 @@ class Configuration:
     workers: int
 
 
-# What the client's request says, in subrequests as well.
+# Parameters of the client's request, also for its subrequests.
 ASKED = "".join(
     f"map $request_uri $asked_{name} {{ '~[?&]{name}=(?<{name}_value>[^&]+)' ${name}_value; }}\n    "
     for name in ("id", "auth", "sub_ms", "sub_end")
@@ -52,12 +52,12 @@ ASKED = "".join(
 
 
 def listen(version: tuple[int, ...]) -> str:
-    """All addresses; since 1.25.1 HTTP/2 is a server's."""
+    """Return `listen` for all addresses. Since 1.25.1 HTTP/2 is an option of the server."""
     return LISTEN if version < (1, 25, 1) else LISTEN.replace(" http2;", ";") + "    http2 on;\n"
 
 
 def generate(seed: int, version: tuple[int, ...] = (1, 22)) -> Configuration:
-    """The same text for the same seed and release of nginx."""
+    """Return a configuration. Equal seeds and nginx releases have equal texts."""
     chance = Random(f"configuration {seed}")
     blocks = [_block(chance, number) for number in range(BLOCKS)]
     zones = f"""
@@ -77,7 +77,7 @@ def generate(seed: int, version: tuple[int, ...] = (1, 22)) -> Configuration:
 
 
 def _block(chance: Random, number: int) -> str:
-    """An upstream block. The first one's peers are alive, whatever comes."""
+    """Return an upstream block. The first block always has a live peer."""
     peers = PEERS[number % 3] if number < 2 else chance.choice(PEERS)
     fails = chance.choice([" max_fails=0", " max_fails=0", ""])
     method = chance.choice(["", "", "least_conn;", "ip_hash;", "hash $request_uri consistent;", "random two;"])
@@ -127,7 +127,7 @@ def _server_options(chance: Random) -> str:
 
 
 def _inner(chance: Random, kind: str, number: int) -> str:
-    """A location for subrequests; nginx logs each of them beside the requests."""
+    """Return a location for subrequests. nginx logs subrequests to a separate file."""
     fixed = {"auth": "status=$asked_auth", "mirror": "bytes=20000", "part": "bytes=300"}[kind]
     query = f"id=$asked_id&sub={kind}{number}&delay_ms=$asked_sub_ms&end=$asked_sub_end&{fixed}"
     proxied = f"proxy_pass http://block{chance.randrange(BLOCKS)}/sub?{query};"
@@ -141,7 +141,7 @@ def _inner(chance: Random, kind: str, number: int) -> str:
 
 
 def _page(chance: Random) -> str:
-    """A page that includes others: one after another, at once, in each other's blocks."""
+    """Return a page that includes others: one after another, at once, and inside each other."""
     text = "<p>page</p>\n"
     for _ in range(chance.randrange(1, 5)):
         wait = chance.choice(["", ' wait="yes"'])

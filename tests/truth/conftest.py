@@ -1,4 +1,4 @@
-"""What the end-to-end tests need, these need as well."""
+"""Uses the fixtures of the end-to-end tests."""
 
 from e2e.conftest import _requirements, public_directory
 

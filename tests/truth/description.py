@@ -1,4 +1,4 @@
-"""A request and all that is known of it, for a person; times in milliseconds since the trace's start."""
+"""Describes a request and all that is known of it, for a person. Times are milliseconds since the trace's start."""
 
 from dataclasses import asdict
 from typing import Any
@@ -9,7 +9,7 @@ from e2e.nginx_server import LogLine
 from truth.actions import Ask
 from truth.judge import Case
 
-# What the log line below says as well, or what is the same in every trace.
+# The log line below has these, too, or they are the same in every trace.
 LEFT_OUT = {
     *("url.scheme", "url.path", "url.query", "http.route", "network.protocol.version", "http.request.method"),
     *("server.address", "server.port", "client.address", "client.port", "user_agent.original", "error.type"),
@@ -63,6 +63,6 @@ def _short(line: LogLine) -> str:
 
 
 def _ask(ask: Ask) -> dict[str, Any]:
-    """Without what is as usual."""
+    """Return the fields that differ from their defaults."""
     usual = asdict(Ask("", "", ""))
     return {name: value for name, value in asdict(ask).items() if value != usual[name] and name not in ("id", "prefix")}

@@ -1,4 +1,4 @@
-"""Whether a trace is true: held against nginx's log, what the client knows, and what the upstream saw."""
+"""Judges whether a trace is true, by nginx's log, what the client knows, and what the upstream saw."""
 
 import re
 from collections import Counter
@@ -16,39 +16,39 @@ from truth.pauses import Pauses
 from truth.witness import Seen
 
 CLOCK_NS = 1_000_000
-"""How exactly the trace's clock and the processes' agree."""
+"""How far the trace's clock and the clocks of the processes may differ."""
 CLIENT_LAG_MS = 100.0
-"""The clients are threads of one interpreter, each waiting for its turn."""
+"""The clients are threads of one interpreter, so each waits for its turn."""
 NO_STATUS_LINE = 9
-"""What nginx makes of an upstream that speaks HTTP/0.9, and passes on."""
+"""The status that nginx gives to an HTTP/0.9 answer from an upstream, and passes on."""
 UPSTREAM_LAG_MS = 60.0
-"""One process serves all of them, one after another."""
+"""One process serves all upstreams, one request after another."""
 
 
 @dataclass
 class Case:
-    """All that is known of one request that nginx logged."""
+    """All that is known of a request that nginx logged."""
 
     log: LogLine
     trace: Trace
     known: Known | None
     seen: list[Seen]
-    """By its id; of requests that share it, as those that nginx sends to itself, all."""
+    """The upstreams' requests with this id. Requests that nginx sends to itself share their id."""
     subrequests: list[LogLine]
     features: frozenset[str]
-    """Of the location that was asked for, and of what the request leads to."""
+    """Features of the requested location, and of the locations that the request leads to."""
     lag_ms: float = LAG_MAX_MS
     violations: list[str] = field(default_factory=list)
-    """What `judge` said of it."""
+    """What `judge` found."""
 
     @property
     def complete(self) -> bool:
-        """nginx says that the whole response was sent, and no client that waited for its end says otherwise."""
+        """Whether nginx says that it sent the whole response, and no client that waited for the end says otherwise."""
         known = self.known
         cut_off = (
             known is not None
             and not (known.whole or known.left_ns or known.problem)
-            # A connection that nginx closes while it is sent to is reset, and what was under way is lost.
+            # If nginx closes a connection while the client still sends, it is reset, and bytes in flight are lost.
             and (known.http2 or not (known.shared or known.ask.body))
         )
         return self.log["request_completion"] == "OK" and not cut_off
@@ -59,7 +59,7 @@ class Case:
 
 
 def kind_of(violation: str) -> str:
-    """The violation without what differs from one request to the next."""
+    """Return the violation without the parts that differ between requests."""
     text = re.sub(r"'[^']*'", "'…'", violation)
     text = re.sub(r"\['…'(, '…')*\]", "['…']", text)
     text = re.sub(r"\b(unix:\S+|\[?[\w:.]+\]?:\d+)", "PEER", text)
@@ -67,18 +67,18 @@ def kind_of(violation: str) -> str:
 
 
 def judge(case: Case, pauses: Pauses) -> list[str]:
-    """Every violation as text."""
+    """Return every violation as text."""
     case.lag_ms = LAG_MAX_MS + pauses.between_ms(*_between(case))
     known = case.known
     log = dict(case.log)
     if known:
-        # After an internal redirect nginx's variables are the other location's.
+        # After an internal redirect nginx's variables belong to the other location.
         log |= {"request_method": known.ask.method}
     violations = []
     try:
         violations += [text for text in check_facts(case.trace, log) if case.complete or not _is_status(text)]
         violations += check_times(case.trace, log, Lags(), _slack(case))
-    except ValueError as error:  # an attempt too many or too few is in the facts; whatever else is said here
+    except ValueError as error:  # the facts already have a wrong number of attempts; report other errors here
         violations += [f"the oracle: {error}"] if not violations else []
     violations += _check_end(case)
     violations += _check_subrequests(case)
@@ -89,7 +89,7 @@ def judge(case: Case, pauses: Pauses) -> list[str]:
 
 
 def _between(case: Case) -> tuple[int, int]:
-    """From the request's beginning to the last that anybody says of it."""
+    """Return the time from the request's beginning to the last event that anybody recorded."""
     end_ns = round(float(case.log["msec"]) * 1000) * 1_000_000
     begin_ns = end_ns - round(float(case.log["request_time"]) * 1000) * 1_000_000
     known = case.known
@@ -109,7 +109,7 @@ def _slack(case: Case) -> Slack:
     put_together = features & {"parts", "hints", "filter", "cache", "post_action", "slice"} or "ssi" in features
     slow_client = (known is not None and known.ask.slow_reader) or bool(features & {"limit_rate"})
     return Slack(
-        # A whole response ends with its last byte, which the client knows; nginx logs when all is done.
+        # A whole response ends with its last byte, which the client knows. nginx logs later, when all is done.
         end_early=case.complete or known is None,
         header_early="head_ms" in query or expect,
         first_byte_unseen="tls_upstream" in features,
@@ -121,20 +121,20 @@ def _slack(case: Case) -> Slack:
 
 
 def _check_end(case: Case) -> Iterator[str]:
-    """A response that did not complete does not look well, and one that did does."""
+    """Check that an incomplete response shows a failure, and that a complete response shows no failure."""
     server = case.trace.server
     told = server.attributes.get("nginx.termination")
     failed = server.status == "ERROR"
     status = int(case.log["status"])
     if case.complete:
         whole = case.known is None or (case.known.whole and not case.known.by_the_end)
-        # A mirror ends with a client that leaves. If the length of the response is not known, nothing tells that it was
+        # A mirror ends when the client leaves. If the length of the response is unknown, nothing shows that it was
         # whole.
         if told and whole and not (told == "client_closed_request" and case.features & {"mirror", "post_action"}):
             yield f"complete, but nginx.termination is {told}"
         return
     if status >= 400:
-        return  # it says so itself, as `return 444` does
+        return  # the status shows the failure, as with `return 444`
     if not told and not failed:
         why = "its client left" if case.known and case.known.left_ns else "nobody knows why"
         why = "its upstream broke off" if _upstream_broke(case) else why
@@ -148,7 +148,7 @@ def _check_end(case: Case) -> Iterator[str]:
 
 
 def _upstream_broke(case: Case) -> bool:
-    """It had begun to answer, and the client was there to the end."""
+    """Return whether the upstream broke off after it began to answer, while the client stayed to the end."""
     known = case.known
     if (
         known is None
@@ -163,7 +163,7 @@ def _upstream_broke(case: Case) -> bool:
 
 
 def _check_subrequests(case: Case) -> Iterator[str]:
-    """nginx logs those that ended by themselves."""
+    """Check attempts of subrequests. nginx logs the subrequests that ended by themselves."""
     logged = Counter(
         (line["uri"], each.peer) for line in case.subrequests for each in logged_attempts(line) if ":" in each.peer
     )
@@ -171,7 +171,7 @@ def _check_subrequests(case: Case) -> Iterator[str]:
     spans = [span for span in case.trace.spans if span.name.startswith("upstream")]
     for span in {span.attributes["nginx.upstream.attempt"]: span for span in spans}.values():
         uri = span.attributes.get("nginx.subrequest.uri", "")
-        # An attempt without a status was still under way when the request ended, and so was its subrequest.
+        # An attempt without a status still ran when the request ended, and so did its subrequest.
         if uri.startswith("/sub/") and "nginx.upstream.status" in span.attributes:
             traced[uri, span.attributes["nginx.upstream.peer"]] += 1
     missing, surplus = logged - traced, traced - logged
@@ -196,16 +196,16 @@ def _check_client(case: Case, known: Known) -> Iterator[str]:
             yield f"{what}: {(at_ns - high_ns) / 1e6:.1f} ms too late"
 
     if known.sent_ns is None or status == NO_STATUS_LINE:
-        return  # or it could not tell one answer from the next
-    # Not the other way round: a request may wait for nginx, whose clock is asked for that.
+        return  # the client could not tell one answer from the next
+    # There is no upper limit here: a request may wait for nginx. The check with nginx's clock covers that.
     yield from outside(
         "SERVER starts, by the client's first byte", server.start_unix_ns, known.sent_ns - CLOCK_NS, None
     )
-    acted = "post_action" in case.features  # nginx logs what came of that
+    acted = "post_action" in case.features  # nginx logs the result of the post action
     if known.status is not None and status not in (444, 499) and known.status != status and not acted:
         yield f"the client got {known.status}, nginx logged {status}"
     for read in trace.named("downstream read"):
-        # nginx reads a large body when it wants it; a stream's frames it reads as they come.
+        # nginx reads a large body when it needs it, but a stream's frames as they arrive.
         done_ns = known.all_sent_ns if known.http2 or not (known.shared or known.ask.body) else None
         done_ns = done_ns and max(done_ns, server.start_unix_ns)
         yield from outside(
@@ -233,7 +233,7 @@ def _check_client(case: Case, known: Known) -> Iterator[str]:
 
 
 def _check_upstream(case: Case) -> Iterator[str]:
-    """Exchanges with upstreams that were asked to remember: which requests they saw, when, how many bytes."""
+    """Check exchanges by what the upstreams recorded: which requests they saw, when, and how many bytes."""
     lag_ns = round((case.lag_ms + UPSTREAM_LAG_MS) * 1e6)
     addresses = {seen.address for seen in case.seen}
     exchanges = [
@@ -255,9 +255,10 @@ def _check_upstream(case: Case) -> Iterator[str]:
 
 
 def _pairs(seen: list[Seen], spans: list[Span]) -> list[tuple[Seen, Span]]:
-    """Each request that an upstream saw with the exchange of the same subrequest, peer and size.
+    """Pair each request that an upstream saw with an exchange of the same subrequest, peer and size.
 
-    Of several such, the first with the first; where there are not as many, with the one that began nearest to it.
+    Several such requests are paired in order of time. If the numbers differ, a request gets the exchange that began
+    nearest to it.
     """
     pairs: list[tuple[Seen, Span]] = []
     rest, left = list(spans), []

@@ -1,11 +1,11 @@
-"""Random locations: what answers a request, and what else happens to it."""
+"""Makes random locations: what answers a request, and what else happens to it."""
 
 from dataclasses import dataclass
 from random import Random
 
 BLOCKS = 8
 SUBREQUEST_LOCATIONS = 3
-"""Of each kind."""
+"""How many locations for subrequests of each kind."""
 FILES = ("hello.txt", "page.html", "large.bin", "nothing")
 INSTEAD = ("@static", "@proxied", "@text", "/error.html", "/error.proxied")
 PARAMETERS = {
@@ -19,7 +19,7 @@ PARAMETERS = {
     "SERVER_PROTOCOL": "$server_protocol",
 }
 
-# What may stand in any location; the feature that the judge must know of, if it must.
+# Directives for any location, each with the feature that the judge must know, if any.
 ANYWHERE = [
     ("limit_rate 800k;", "limit_rate"),
     ("limit_rate 900k; limit_rate_after 20k;", "limit_rate"),
@@ -59,7 +59,7 @@ ANYWHERE = [
     ("post_action /after;", "post_action"),
 ]
 RELEASES = {"early_hints": ((1, 29), (9,)), "http2_push": ((1, 13, 9), (1, 25, 1))}
-"""Directives that not all releases have: from the first one up to, and not in, the second."""
+"""Directives that only some releases have: from the first release until before the second."""
 
 PROXY = [
     "proxy_request_buffering off;",
@@ -100,7 +100,7 @@ def location(chance: Random, number: int, version: tuple[int, ...]) -> tuple[Loc
         name = text.partition(" ")[0]
         since, until = RELEASES.get(name, ((0,), (9,)))
         if name in " ".join(lines) or not since <= version < until:
-            continue  # a directive stands once in a location, and only in a release that has it
+            continue  # a location may have a directive once, and only if the release knows it
         lines.append(text)
         features |= {feature} - {""}
     if chance.random() < 0.15:
@@ -209,7 +209,7 @@ def _sliced(chance: Random, prefix: str) -> Made:
 
 
 def _elsewhere(chance: Random, prefix: str) -> Made:
-    """Answered in another location, after an internal redirect."""
+    """Make a location that another location answers for, after an internal redirect."""
     instead = chance.choice(INSTEAD)
     moved = f"rewrite ^ /l{chance.choice([0, 1, 3])}/hello.txt last;"
     return {"redirect"}, [moved if chance.random() < 0.5 else f"root @HTML@/none; try_files /none {instead};"]

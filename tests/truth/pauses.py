@@ -1,4 +1,4 @@
-"""How long the processes that a test watches were ready to run and were not: the machine's doing, not nginx's."""
+"""Measures how long processes waited for a processor. Such pauses come from the machine, not from nginx."""
 
 import threading
 import time
@@ -11,7 +11,7 @@ INTERVAL_S = 0.01
 
 
 class Pauses:
-    """Samples the time that the threads of some processes waited for a processor, while it is entered."""
+    """Samples, within a `with` block, how long the threads of some processes waited for a processor."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
@@ -29,7 +29,7 @@ class Pauses:
         self._thread.join()
 
     def _sample(self) -> None:
-        """A sample that comes late is a pause as well: of this process, or of the whole machine."""
+        """Take samples. A late sample is a pause, too: of this process, or of the whole machine."""
         late_ns, last_ns = 0, time.monotonic_ns()
         while not self._stop.wait(INTERVAL_S):
             now_ns = time.monotonic_ns()
@@ -40,7 +40,7 @@ class Pauses:
             self._waited_ns.append(waited_ns + late_ns)
 
     def between_ms(self, begin_ns: int, end_ns: int) -> float:
-        """The pauses of all of them, from the sample before the beginning to the one after the end; Unix times."""
+        """Return all pauses from the sample before the beginning to the sample after the end (Unix times)."""
         if not self._at_ns:
             return 0.0
         first = max(0, bisect_left(self._at_ns, begin_ns) - 1)
@@ -49,7 +49,7 @@ class Pauses:
 
 
 def _waited_ns(pid: int) -> int:
-    """/proc/PID/schedstat's second field, of the process's main thread."""
+    """Return the second field of /proc/PID/schedstat, of the process's main thread."""
     with suppress(OSError, IndexError):
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
     return 0

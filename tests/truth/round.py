@@ -1,4 +1,4 @@
-"""One round: nginx with a random configuration, the program attached, all clients' actions, each request judged."""
+"""Plays a round: nginx with a random configuration, the program attached, all clients' actions. Judges each request."""
 
 import re
 import time
@@ -25,7 +25,7 @@ from truth.pauses import Pauses
 
 CLIENTS = 8
 OWN_PROBLEMS = ("[crit]", "http finalize non-active request")
-"""What rude clients make nginx log, and slices inside of other subrequests."""
+"""What nginx logs because of rude clients, and of slices inside other subrequests."""
 IDLE = "location / { stub_status; }"
 
 
@@ -35,7 +35,7 @@ class Round:
     requests: int = 0
     seconds: float = 0.0
     findings: list[tuple[str, str]] = field(default_factory=list)
-    """Kind and example."""
+    """Kind and example of each finding."""
     nginx_conf: str = ""
     script: list[str] = field(default_factory=list)
     cases: list[Case] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Round:
 
 
 def scenarios(seed: int) -> list[Scenario]:
-    """The random server, and one that says whether nginx is idle."""
+    """Return the random server, and a server that shows whether nginx is idle."""
     made = generate(seed, nginx_version())
     return [
         Scenario("truth", made.server, made.http, listen(nginx_version()), ""),
@@ -54,7 +54,7 @@ def scenarios(seed: int) -> list[Scenario]:
 def play(
     seed: int, directory: Path, upstreams: dict[str, str], count: int, only: frozenset[int] = frozenset()
 ) -> Round:
-    """Plays the round of this seed, or some of its connections only."""
+    """Play the round of this seed, or only some of its connections."""
     began_s = time.monotonic()
     made = generate(seed, nginx_version())
     chosen = [action for action in actions(made, count) if not only or action.number in only]
@@ -86,22 +86,22 @@ def _clients(site: Site, chosen: list[Action]) -> list[Known]:
 
 
 def _settle(site: Site, directory: Path) -> None:
-    """Waits until nginx has no client but the one that asks, and the upstreams are done."""
+    """Wait until nginx has no client except the one that asks, and the upstreams are done."""
     asking = site.stage("idle")
 
     def idle() -> bool:
         return asking.get("/").body.startswith(b"Active connections: 1 ")
 
-    with suppress(TimeoutError):  # nginx 1.22 keeps some connections for ever, with post_action
+    with suppress(TimeoutError):  # with post_action, nginx 1.22 keeps some connections for ever
         wait_until(idle, "nginx to be idle", 2)
         wait_until(lambda: all(seen.over_ns for seen in witness.read(directory)), "the upstreams to be idle", 2)
 
 
 def _end(site: Site) -> Iterator[str]:
-    """No trace without a log line, nothing lost, and nginx itself in order."""
+    """Yield problems at the end: traces without a log line, losses, faults in nginx itself."""
     try:
         site.stop_agent()
-    except AssertionError as error:  # it had ended by itself: what came until then can be judged
+    except AssertionError as error:  # the program ended by itself: judge the traces until then
         site.agent.poll()
         yield str(error)
         return

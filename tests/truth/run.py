@@ -1,8 +1,8 @@
-"""`make truth`: random configurations and clients for some minutes; each trace held against all that is known of it.
+"""Traces random configurations and clients for some minutes, and judges each trace (`make truth`).
 
-A round is one random nginx.conf with its clients, made from a seed. Each request is judged by nginx's own log, by
-what its client knows, and by what the upstream saw. Findings are grouped by kind; the configuration, the clients'
-script and each kind's first request are kept in a directory. Exits with 1 if there are any.
+A round is a random nginx.conf with its clients, made from a seed. Each request is judged by nginx's own log, by what
+its client knows, and by what the upstream saw. Findings are grouped by kind. A directory keeps the configuration, the
+clients' script and the first requests of each kind. Exits with 1 if there are findings.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from truth.round import Round, play
 
 ACTIONS = 250
 EXAMPLES = 4
-"""Of a kind of finding, that are kept."""
+"""How many examples of a kind of finding to keep."""
 RESULTS = Path(__file__).parents[2] / ".cache" / "truth"
 
 
 @dataclass
 class Report:
-    """What all rounds found."""
+    """The findings of all rounds."""
 
     rounds: int = 0
     requests: int = 0
@@ -66,7 +66,7 @@ class Report:
 
 @contextmanager
 def upstreams(directory: Path) -> Iterator[dict[str, str]]:
-    """All upstreams that configurations name: addresses by word."""
+    """Start all upstreams that configurations name; yield their addresses by word."""
     make_certificate(directory)
     servers = [
         UpstreamProcess(directory, witness.__file__),
@@ -99,9 +99,9 @@ def upstreams(directory: Path) -> Iterator[dict[str, str]]:
 def run(
     seeds: Iterator[int], until_s: float, results: Path, count: int = ACTIONS, only: frozenset[int] = frozenset()
 ) -> Report:
-    """Rounds until `until_s` by the monotonic clock, or until the seeds end."""
+    """Play rounds until `until_s` by the monotonic clock, or until the seeds end."""
     report = Report()
-    sys.setswitchinterval(0.0005)  # clients are threads, and say when things happened
+    sys.setswitchinterval(0.0005)  # clients are threads, and record when things happen
     with tempfile.TemporaryDirectory(prefix="otel-nginx-") as name:
         directory = Path(name)
         directory.chmod(0o755)
@@ -125,17 +125,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make truth", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument(
-        "--seed", type=int, help="of the first round; each further one has the next (default: the time)"
+        "--seed", type=int, help="seed of the first round; each further round has the next one (default: the time)"
     )
-    parser.add_argument("--rounds", type=int, default=1 << 30, help="at most so many")
-    parser.add_argument("--actions", type=int, default=ACTIONS, help="connections of a round (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1 << 30, help="maximum number of rounds")
+    parser.add_argument("--actions", type=int, default=ACTIONS, help="connections in a round (default: %(default)s)")
     parser.add_argument(
         "--only", type=int, nargs="*", default=[], help="only these connections of each round, by number"
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where findings are kept (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory for findings (default: %(default)s)")
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else int(time.time())
-    print(f"seed {seed}; again with: make truth SEED={seed}", flush=True)
+    print(f"seed {seed}; to repeat: make truth SEED={seed}", flush=True)
     seeds = iter(range(seed, seed + options.rounds))
     report = run(
         seeds, time.monotonic() + options.minutes * 60, options.results, options.actions, frozenset(options.only)
@@ -144,7 +144,7 @@ def main() -> int:
     for kind, examples in report.examples.items():
         print(f"\n--- {kind}\n{examples[0]}")
     if report.examples:
-        print(f"\nkept in {options.results}")
+        print(f"\nfindings are in {options.results}")
     return 1 if report.kinds else 0
 
 

@@ -1,4 +1,4 @@
-"""The clients of HTTP/2: all streams of a connection at once, some of which they reset."""
+"""Runs the HTTP/2 clients: all streams of a connection at once. They reset some streams."""
 
 import time
 from contextlib import suppress
@@ -13,14 +13,14 @@ from truth.knowledge import PATIENCE_S, Known, now_ns
 
 
 class _TimedConnection(Http2Connection):
-    """Knows when each stream's first and last frame came, and when its body had gone out."""
+    """Records when each stream's first and last frame arrived, and when its body was sent."""
 
     def __init__(self, address: Address, tls: bool) -> None:
         self.first_ns: dict[int, int] = {}
         self.last_ns: dict[int, int] = {}
         self.sent_ns: dict[int, int] = {}
         self.whole: set[int] = set()
-        """Those whose response ended; nginx resets a stream after that if it does not want the rest of a body."""
+        """Streams whose response ended. nginx resets such a stream if it does not want the rest of a body."""
         super().__init__(address, tls)
 
     def release_bodies(self) -> None:
@@ -37,7 +37,7 @@ class _TimedConnection(Http2Connection):
         super()._handle(event)
 
     def receive_until(self, until_ns: int) -> None:
-        """Takes what comes, until then or until every stream has ended."""
+        """Receive until `until_ns`, or until every stream has ended."""
         while (left_ns := until_ns - now_ns()) > 0 and not all(each.ended for each in self._responses.values()):
             self.transport.socket.settimeout(left_ns / 1e9)
             with suppress(TimeoutError):
@@ -50,7 +50,7 @@ class _TimedConnection(Http2Connection):
         self.transport.socket.settimeout(PATIENCE_S)
 
     def cancel(self, stream: int) -> bool:
-        """Resets the stream, if it has not ended; says whether it did."""
+        """Reset the stream unless it has ended; return whether it was reset."""
         if self._responses[stream].ended:
             return False
         self.reset(stream)
@@ -58,7 +58,7 @@ class _TimedConnection(Http2Connection):
 
 
 class Streams:
-    """HTTP/2: all streams at once, bodies at once or after a pause; some are reset."""
+    """Makes HTTP/2 requests as concurrent streams, with bodies at once or after a pause. Resets some streams."""
 
     def __init__(self, action: Action, address: Address, kept: list[Known]) -> None:
         self._kept = kept
@@ -108,7 +108,7 @@ class Streams:
                 known.left_ns = closed_ns
 
     def _leave(self, streams: list[int]) -> None:
-        """Resets those whose client goes away, in the order of their times."""
+        """Reset the streams whose clients leave, in order of time."""
         leaving = [
             (known, stream) for known, stream in zip(self._kept, streams, strict=True) if known.ask.fate != "whole"
         ]

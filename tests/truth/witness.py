@@ -1,7 +1,7 @@
-"""The upstream of e2e/upstreams.py as a witness: it writes down what it saw of each request.
+"""Runs the upstream of e2e/upstreams.py as a witness: it records what it saw of each request.
 
-Runs as a process of its own (`python witness.py DIRECTORY`); one JSON line for each request that began, and one when
-it was over, in DIRECTORY/witness.jsonl.
+Runs as a separate process (`python witness.py DIRECTORY`). Writes a JSON line to DIRECTORY/witness.jsonl when a request
+begins, and another when it is over.
 """
 
 import asyncio
@@ -22,20 +22,20 @@ from e2e import upstreams
 
 @dataclass
 class Seen:
-    """One request as its upstream saw it; Unix nanoseconds."""
+    """A request as its upstream saw it. Times are Unix nanoseconds."""
 
     id: str
     sub: str
-    """Which subrequest location it came from; empty: from the request itself."""
+    """The subrequest's location. Empty for the request itself."""
     address: str
-    """The upstream's, as in nginx's $upstream_addr."""
+    """The upstream's address, as in nginx's $upstream_addr."""
     accepted_ns: int
     number: int
     """1 for the connection's first request."""
     ready_ns: int
-    """When the upstream was ready to read it: it may still have been busy with an answer that nginx had enough of."""
+    """When the upstream was ready to read it. Before, it may have been busy with an answer that nginx had dropped."""
     first_byte_ns: int
-    """When its header had come."""
+    """When its whole header had arrived."""
     received_bytes: int = 0
     sent_bytes: int = 0
     last_received_ns: int = 0
@@ -43,16 +43,16 @@ class Seen:
     last_sent_ns: int | None = None
     over_ns: int | None = None
     kept: bool = False
-    """The connection stayed open."""
+    """Whether the connection stayed open."""
 
 
 def pid(directory: Path) -> int:
-    """Of the process that serves there."""
+    """Return the pid of the process that serves in `directory`."""
     return int((directory / "witness.pid").read_text())
 
 
 def read(directory: Path) -> list[Seen]:
-    """All requests that began so far; `over_ns` says which of them are over."""
+    """Return all requests that began so far. A request with `over_ns` is over."""
     path = directory / "witness.jsonl"
     found: dict[tuple[int, int, str], Seen] = {}
     for line in path.read_text().splitlines() if path.exists() else ():
@@ -62,7 +62,7 @@ def read(directory: Path) -> list[Seen]:
 
 
 class _Reader:
-    """Counts what is read. A header's read begins a request."""
+    """Counts bytes that are read. Reading a header begins a request."""
 
     def __init__(self, connection: "_Connection", reader: asyncio.StreamReader) -> None:
         self._connection, self._reader = connection, reader
@@ -97,7 +97,7 @@ class _Writer:
 
 
 def _address(name: str | tuple[str, int]) -> str:
-    """In nginx's words."""
+    """Return an address in nginx's form."""
     if isinstance(name, str):
         return f"unix:{name}"
     host, port = name[:2]

@@ -1,6 +1,6 @@
-"""What a virtual machine is made of, unpacked from Debian's packages: a kernel and a root file system.
+"""Makes a kernel and a root file system for a virtual machine, unpacked from Debian's packages.
 
-Nothing gets installed on this machine and no maintainer script runs. Both are made once, into `.cache/vm/`.
+Installs nothing on this machine and runs no maintainer script. Makes both once, in `.cache/vm/`.
 """
 
 import lzma
@@ -16,12 +16,12 @@ from matrix.builds import download
 CACHE = Path(__file__).parents[2] / ".cache" / "vm"
 
 KERNELS = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "newest": "sid"}
-"""The release of Debian that brings each kernel, in its build for virtual machines."""
+"""The Debian release that has each kernel, in its build for virtual machines."""
 
-# To reach a virtio disk, in the order of loading. Some are part of newer kernels.
+# What a virtio disk needs, in the order of loading. Newer kernels have some of them built in.
 MODULES = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
 
-# The guest runs the virtual environment of this machine, so its Python is of the same release.
+# The guest runs this machine's virtual environment, so it needs the same Python release.
 ROOT_SUITE = "bookworm"
 ROOT_PACKAGES = (
     *("base-files", "base-passwd", "bash", "busybox-static", "coreutils", "dash", "debianutils", "diffutils"),
@@ -43,17 +43,17 @@ class Kernel:
 
     @property
     def modules(self) -> list[Path]:
-        """In the order of loading."""
+        """The modules, in the order of loading."""
         return [path for name in MODULES if (path := self.directory / f"{name}.ko").exists()]
 
     @property
     def release(self) -> str:
-        """As `uname -r` says."""
+        """The kernel's release, as `uname -r` prints it."""
         return (self.directory / "release").read_text().strip()
 
 
 def kernel(name: str) -> Kernel:
-    """Raises `matrix.builds.BuildError` where its package cannot be had."""
+    """Return the kernel. Raise `matrix.builds.BuildError` if its package is not available."""
     directory = CACHE / f"linux-{name}"
     if not directory.exists():
         with _made_whole(directory) as partial:
@@ -78,7 +78,7 @@ def _unpack_kernel(suite: str, directory: Path) -> None:
 
 
 def root_image() -> Path:
-    """Debian with nginx and all that the tests need. Raises `matrix.builds.BuildError` where it cannot be had."""
+    """Return an image of Debian with nginx and all that the tests need. Raise `BuildError` if a package is missing."""
     image = CACHE / "root.ext4"
     recipe = CACHE / "root.packages"
     wanted = " ".join((ROOT_SUITE, *ROOT_PACKAGES)) + "\n"
@@ -103,7 +103,7 @@ def _unpack_root(packages: Path, tree: Path) -> None:
         with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE) as reader:
             unpack = ["tar", "--extract", "--keep-directory-symlink", "--directory", tree]
             subprocess.run(unpack, stdin=reader.stdout, check=True)
-    # What maintainer scripts would set up.
+    # Maintainer scripts would set this up.
     for name in ("passwd", "group"):
         shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)
     (tree / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
@@ -111,11 +111,11 @@ def _unpack_root(packages: Path, tree: Path) -> None:
         (tree / "bin/sh").symlink_to("dash")
     for library in ("python3", "python3.11"):
         compile_all = [sys.executable, "-m", "compileall", "-q", "-s", tree, "-p", "/", tree / "usr/lib" / library]
-        subprocess.run(compile_all, check=False)  # some files of the library are meant not to compile
+        subprocess.run(compile_all, check=False)  # some files of the library do not compile, on purpose
 
 
 def make_image(tree: Path, image: Path, size: int) -> None:
-    """A file system with the content of `tree`, owned by root. `size` in bytes; what stays free takes no space."""
+    """Make a file system with the content of `tree`, owned by root, of `size` bytes. Free space takes no disk."""
     partial = image.with_suffix(".partial")
     partial.unlink(missing_ok=True)
     run = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, partial, str(size // 1024)]
@@ -124,7 +124,7 @@ def make_image(tree: Path, image: Path, size: int) -> None:
 
 
 class _made_whole:
-    """A directory under another name until all of it is there."""
+    """Gives a directory another name until it is complete."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

@@ -1,7 +1,7 @@
-"""Runs a command of this checkout as root in a virtual machine with another kernel, without KVM: slow, but anywhere.
+"""Runs a command of this checkout as root in a virtual machine with another kernel. It is slow, but needs no KVM.
 
-The checkout is at the same path inside, as a copy that is thrown away; so is whatever else the command writes, but for
-the files it leaves in `RESULTS`. There is no network but loopback.
+The machine has a copy of the checkout at the same path. It throws away everything that the command writes, except files
+in `RESULTS`. It has no network except loopback.
 """
 
 import argparse
@@ -23,22 +23,22 @@ RESULTS = Path("/run/results")
 CHECKOUT_BYTES = 2 << 30
 RESULTS_BYTES = 256 << 20
 
-# `mitigations` and `audit` only cost time here. Without a journal or a clock to trust a guest need not wait for them.
+# `mitigations` and `audit` only cost time here. The last two options spare the guest a wait for entropy and clock.
 KERNEL_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off audit=0 random.trust_cpu=on tsc=reliable"
 
 
 class MachineError(Exception):
-    """The guest did not come to the end of the command."""
+    """The guest did not finish the command."""
 
 
 def run(name: str, command: Sequence[str], results: Path, seconds: float, kernel_arguments: str = "") -> int:
-    """Boots the kernel (one of `images.KERNELS`), runs `command` in the checkout, copies what it left to `results`.
+    """Boot a kernel of `images.KERNELS`, run `command` in the checkout, and copy its results to `results`.
 
     The console goes to this process's output. Returns the command's exit code.
 
     Raises:
-        matrix.builds.BuildError: a package cannot be had.
-        MachineError: it took longer than `seconds`, or the guest crashed.
+        matrix.builds.BuildError: A package is not available.
+        MachineError: The command took longer than `seconds`, or the guest crashed.
     """
     linux, root = kernel(name), root_image()
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
@@ -50,7 +50,7 @@ def run(name: str, command: Sequence[str], results: Path, seconds: float, kernel
             file.truncate(RESULTS_BYTES)
         disks = ((root, "on"), (place / "checkout.ext4", "off"), (handed_back, "off"))
         machine = [
-            # QEMU 7.2 gets cmpxchg16b's flags wrong now and then, and newer kernels allocate memory with it.
+            # QEMU 7.2 sometimes computes wrong flags for cmpxchg16b, and newer kernels use it to allocate memory.
             *("nice", "-n", "15", "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "qemu64,-cx16"),
             *("-smp", "2", "-m", "3G", "-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
             *("-kernel", linux.image, "-initrd", place / "memory-disk"),
@@ -74,7 +74,7 @@ def run(name: str, command: Sequence[str], results: Path, seconds: float, kernel
 
 
 def _pack_checkout(place: Path) -> None:
-    """What git knows or would know, and the virtual environment."""
+    """Pack the files that git tracks or would track, and the virtual environment."""
     tree = place / "checkout"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
@@ -116,10 +116,10 @@ def _pack_memory_disk(place: Path, modules: Sequence[Path], command: Sequence[st
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tests/vm/run", description=__doc__)
     parser.add_argument("kernel", choices=KERNELS)
-    parser.add_argument("command", nargs="+", help="after `--`")
-    parser.add_argument("--results", type=Path, default=CACHE / "results", help=f"where files left in {RESULTS} go")
+    parser.add_argument("command", nargs="+", help="the command, after `--`")
+    parser.add_argument("--results", type=Path, default=CACHE / "results", help=f"where to copy files from {RESULTS}")
     parser.add_argument("--seconds", type=float, default=1800, help="how long the guest may take (default: 1800)")
-    parser.add_argument("--append", default="", help="more arguments for the kernel, such as lockdown=integrity")
+    parser.add_argument("--append", default="", help="further arguments for the kernel, such as lockdown=integrity")
     arguments = parser.parse_args()
     try:
         return run(arguments.kernel, arguments.command, arguments.results, arguments.seconds, arguments.append)

@@ -1,6 +1,6 @@
-"""`make vm`: the program under other kernels, as one table: whether it attaches, scenarios, and --propagate's write.
+"""Tries the program under other kernels: whether it attaches, scenarios, --propagate. Prints a table (`make vm`).
 
-Exits with 1 when a scenario fails or a kernel does not come to the end.
+Exits with 1 if a scenario fails or a kernel does not finish.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from matrix.run import Result, result_of
 from vm.images import CACHE, KERNELS, kernel
 from vm.machine import RESULTS, MachineError, run
 
-# An emulated machine takes a minute for each nginx that is traced anew, so these: upstreams, HTTP/2, subrequests, TLS.
+# An emulated machine takes a minute to trace another nginx. So only these run: upstreams, HTTP/2, subrequests, TLS.
 SCENARIOS = ["test_proxied", "test_http2", "test_subrequests", "test_tls"]
 PROPAGATION = "tests/vm/test_propagation.py"
 PATIENCE = 20
 GUEST_S = 3600.0
 
-# Each is another program to the verifier, half a minute here. It says of --propagate whether the kernel lets it write.
+# Each line is another program to the verifier; it takes half a minute. --propagate shows if the kernel allows writes.
 _METRICS = "--metrics-listen 127.0.0.1:9464"
 OPTIONS = [
     "",
@@ -53,7 +53,7 @@ true
 
 @dataclass(frozen=True)
 class Row:
-    """What one kernel came to. `problem` stands for all that did not run."""
+    """The results of a kernel. `problem` says why something did not run."""
 
     release: str
     dry_runs: str = ""
@@ -66,7 +66,7 @@ class Row:
 
     @property
     def refused(self) -> list[str]:
-        """The options with which it did not attach."""
+        """The options with which the program did not attach."""
         _, *parts = re.split(r"^== (.*)\n", self.dry_runs, flags=re.MULTILINE)
         ready = {
             options
@@ -111,8 +111,8 @@ def try_kernel(name: str, selection: Sequence[str]) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make vm", description=__doc__)
-    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"of {', '.join(KERNELS)}; by default all")
-    parser.add_argument("--tests", nargs="+", metavar="PATH", type=Path, help="pytest's selection instead of our own")
+    parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"any of {', '.join(KERNELS)}; default: all")
+    parser.add_argument("--tests", nargs="+", metavar="PATH", type=Path, help="tests to run instead of the default")
     arguments = parser.parse_args()
     names = arguments.kernels or list(KERNELS)
     if unknown := set(names) - set(KERNELS):

@@ -1,4 +1,4 @@
-"""Python runs this as it starts where PYTHONPATH leads here: an agent's tracepoints are then those of TEST_HANDLERS."""
+"""Makes an agent use the tracepoints in TEST_HANDLERS. Python runs this at its start if PYTHONPATH leads here."""
 
 import os
 
