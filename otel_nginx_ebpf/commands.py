@@ -15,7 +15,7 @@ from otel_nginx_ebpf.settings.model import Settings
 
 
 def run(settings: Settings) -> int:
-    """Trace and export until a signal comes; return the exit code. May raise `UserError`."""
+    """Traces and exports until a signal comes; returns the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.supervisor import supervise
 
     output = handover.open_output(settings)
@@ -23,13 +23,13 @@ def run(settings: Settings) -> int:
 
 
 def top(settings: Settings) -> int:
-    """Trace and show the tables until the user quits; return the exit code. May raise `UserError`."""
+    """Traces and shows the tables until the user quits; returns the exit code. May raise `UserError`."""
     with stderr_kept(), mode_kept():
         return run(settings)
 
 
 def record(settings: Settings, path: Path) -> int:
-    """Write the kernel's records to a file until a signal comes; return the exit code. May raise `UserError`."""
+    """Writes the kernel's records to a file until a signal comes; returns the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.supervisor import supervise
     from otel_nginx_ebpf.traces import capture
 
@@ -39,7 +39,7 @@ def record(settings: Settings, path: Path) -> int:
 
 
 def replay(settings: Settings, path: Path) -> int:
-    """Export the requests in a capture file; return the exit code. May raise `UserError`."""
+    """Exports the requests in a capture file; returns the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.analysis.progress import with_progress
     from otel_nginx_ebpf.emitter import pipeline
     from otel_nginx_ebpf.emitter.deliver import deliver
@@ -56,7 +56,7 @@ def replay(settings: Settings, path: Path) -> int:
 
 
 def report(settings: Settings, capture: Path, output: Path) -> int:
-    """Write a page about a capture file; return the exit code. May raise `UserError`."""
+    """Writes a page about a capture file; returns the exit code. May raise `UserError`."""
     from otel_nginx_ebpf.analysis.progress import with_progress
     from otel_nginx_ebpf.analysis.report import Report, open_page
     from otel_nginx_ebpf.emitter import pipeline

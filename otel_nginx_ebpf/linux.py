@@ -23,7 +23,7 @@ class Capability(IntEnum):
 
 
 def checked(result: int) -> int:
-    """Return the result of a function of `libc`.
+    """Returns the result of a function of `libc`.
 
     Raises:
         OSError: The result is negative: the call failed.

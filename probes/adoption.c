@@ -1,4 +1,4 @@
-/* What nginx itself told its upstream peers (--adopt-upstream-context), read when it is done with one. */
+/* --adopt-upstream-context: reads the trace context that nginx itself sent to a peer, when nginx has finished with the peer. */
 
 #if ADOPT_UPSTREAM_CONTEXT
 struct told_key {
@@ -7,7 +7,7 @@ struct told_key {
     u64 state;                /* the attempt's ngx_http_upstream_state_t * */
 };
 
-/* Those of other modules' attempts (stream, mail) are never asked for. */
+/* The entries of other modules' attempts (stream, mail) are never looked up; the LRU map drops them. */
 BPF_TABLE("lru_hash", struct told_key, struct trace_context, told_contexts, ACTIVE_REQUESTS_MAX);
 
 /* ngx_http_upstream_free_round_robin_peer(ngx_peer_connection_t *pc, void *data, ngx_uint_t state) */
@@ -25,7 +25,7 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
     return 0;
 }
 
-/* The span that an attempt's peer was told, where that is the request's trace. 0: none. */
+/* Returns the span id that nginx sent to an attempt's peer, if it belongs to the request's trace. 0: none. */
 static __always_inline u64 told_span_of(struct process *process, u32 tgid, u64 state)
 {
     struct told_key key = {.tgid = tgid, .state = state};

@@ -1,16 +1,19 @@
 /*
- * Upstream attempts, by who owns the connection: descriptor → ngx_connection_t → (sub)request, whichever balancer chose the peer.
+ * Finds upstream attempts by the owner of the connection: descriptor → ngx_connection_t → (sub)request. This works with every
+ * balancer.
  *
- * epoll_ctl(ADD) names a socket's ngx_connection_t, or, of one that is older than the probes, epoll_wait does. An attempt begins
- * at connect(), where the connection's log tells which request nginx is at work for; on a kept-alive connection at
- * getsockopt(SO_ERROR), which nginx asks just before it sends (Angie does not: there at the first write). By then c->data is the
- * request. Either is believed only where r->upstream->peer.connection is the connection: that of a cosocket, a resolver or a
- * stream's session is not. An attempt has its own ngx_http_upstream_state_t, by which it is told from the one before.
+ * epoll_ctl(ADD) names a socket's ngx_connection_t. For a socket that is older than the probes, epoll_wait names it.
  *
- * Its times are its socket's until that is closed, serves the next attempt, or the request ends.
+ * On a new connection an attempt begins at connect(). The connection's log then names the request for which nginx works. On a
+ * kept-alive connection an attempt begins at getsockopt(SO_ERROR), which nginx calls just before it sends, or at the first write
+ * (Angie does not call getsockopt). c->data is the request then. Both count only if r->upstream->peer.connection is this
+ * connection; for a cosocket, a resolver or a stream's session it is not. Each attempt has its own ngx_http_upstream_state_t,
+ * which distinguishes it from the attempt before.
+ *
+ * The socket holds the attempt's times until it is closed, it serves the next attempt, or the request ends.
  */
 
-/* How long epoll_wait's events are looked at for the connection of a socket that is older than the probes. */
+/* How long the events of epoll_wait are searched for the connection of a socket that is older than the probes. */
 #define WANTED_NS (60 * 1000000000ULL)
 #define EVENTS_MAX 16
 
@@ -20,7 +23,7 @@ struct event {
     u64 data;
 } __attribute__((packed));
 
-/* What a request's upstream says of an attempt that begins. */
+/* The request for which an attempt begins, and its upstream. */
 struct owner {
     u64 request;
     u64 main_request;
@@ -34,7 +37,7 @@ static __always_inline bool read_quietly(u64 *value, u64 address)
     return bpf_probe_read_user(value, sizeof(*value), (void *)address) == 0;
 }
 
-/* Whether an attempt's state is the one that ngx_http_upstream_connect pushed last to r->upstream_states. */
+/* Tells whether a state is the last one that ngx_http_upstream_connect pushed to r->upstream_states. */
 static __always_inline bool is_latest_state(u64 request, u64 state)
 {
     u64 states = 0, elements = 0, count = 0;
@@ -43,7 +46,7 @@ static __always_inline bool is_latest_state(u64 request, u64 state)
         && state == elements + (count - 1) * SIZEOF_ngx_http_upstream_state_t;
 }
 
-/* Whether `request` is one that tries an upstream peer over this connection just now. */
+/* Tells whether `request` is a request whose upstream uses this connection now. Fills in `owner`. */
 static __always_inline bool is_owned_by(struct owner *owner, u64 request, u64 connection)
 {
     struct {
@@ -64,7 +67,7 @@ static __always_inline bool is_owned_by(struct owner *owner, u64 request, u64 co
     return true;
 }
 
-/* The request that nginx is at work for while it connects: c->data is set only afterwards. 0: not known. */
+/* Returns the request for which nginx connects. c->data is set only later. 0: not known. */
 static __always_inline u64 connecting_request(u64 connection)
 {
     u64 log = 0, log_ctx = 0, request = 0;
@@ -74,7 +77,7 @@ static __always_inline u64 connecting_request(u64 connection)
     return request;
 }
 
-/* The request whose exchange a connection serves. 0: not known. */
+/* Returns the request whose exchange a connection serves. 0: not known. */
 static __always_inline u64 sending_request(u64 connection)
 {
     u64 request = 0;
@@ -82,7 +85,7 @@ static __always_inline u64 sending_request(u64 connection)
     return request;
 }
 
-/* The attempt whose times the socket has. NULL: none, or one of a request that has ended. */
+/* Returns the attempt whose times the socket holds. NULL: there is no such attempt, or its request has ended. */
 static __always_inline struct attempt_state *attempt_on(struct socket_key *key, struct socket *socket)
 {
     if (!socket->attempt_serial)
@@ -92,7 +95,7 @@ static __always_inline struct attempt_state *attempt_on(struct socket_key *key, 
     return attempt && attempt->serial == socket->attempt_serial ? attempt : NULL;
 }
 
-/* Copies a socket's times to its attempt, which ended by then. */
+/* Copies a socket's times to its attempt, which ended at `ended_ns` at the latest. */
 static __always_inline void settle(struct attempt_state *state, struct socket *socket, u64 ended_ns)
 {
     struct upstream_attempt *attempt = &state->attempt;
@@ -121,7 +124,7 @@ static __always_inline void begin_attempt(
         return;
     if (before)
         settle(before, socket, socket->last_read_ns ? socket->last_read_ns : now);
-    if (socket->attempt_serial) { /* kept alive since an earlier one, of this request or another */
+    if (socket->attempt_serial) { /* kept alive since an earlier attempt of this or another request */
         socket->opened_ns = 0;
         socket->ready_ns = 0;
         socket->connect_failed_ns = 0;
@@ -164,10 +167,10 @@ static __always_inline void was_added(struct socket_key *key, u64 event_address)
     struct event event = {};
     struct socket *socket = sockets.lookup(key);
     if (socket && bpf_probe_read_user(&event, sizeof(event), (void *)event_address) == 0)
-        socket->connection = event.data & ~1ULL; /* the lowest bit is the event's instance */
+        socket->connection = event.data & ~1ULL; /* nginx keeps the event's instance in the lowest bit */
 }
 
-/* Whether the event's data is a connection: the notify event's, a channel's or that of another library is not. */
+/* Tells whether an event's data is a connection. The notify event, a channel and other libraries have other data. */
 static __always_inline bool is_connection(u64 connection, s32 *fd)
 {
     u64 read_event = 0, data = 0;
@@ -197,7 +200,7 @@ static __always_inline void turn_began(struct process *process, u32 tgid, u64 ev
     }
 }
 
-/* ngx_event_pipe_t, in every release: the bit-fields, allocated, bufs, tag, busy_size, read_length, length. */
+/* ngx_event_pipe_t has in every release: the bit-fields, allocated, bufs, tag, busy_size, read_length, length. */
 #define PIPE_FLAGS (OFFSET_ngx_event_pipe_s__length - 56)
 #define PIPE_UPSTREAM_DONE (1 << 4)
 #define PIPE_UPSTREAM_ERROR (1 << 5)
@@ -205,7 +208,7 @@ static __always_inline void turn_began(struct process *process, u32 tgid, u64 ev
 
 #define UNTIL_EOF -1
 
-/* How far a peer's response has come. */
+/* How much of a peer's response has arrived. */
 enum response_state {
     RESPONSE_WHOLE,
     RESPONSE_FAILED,          /* nginx could not read the rest, or waited too long for it */
@@ -213,8 +216,8 @@ enum response_state {
     RESPONSE_UNFINISHED,
 };
 
-/* Of a response that nginx passes on, by what it still waits for: u->pipe where it buffers, else u->length. `eof`: the peer has
- * closed the connection, or nothing says whether it has. */
+/* Returns the state of a response that nginx passes on, by the bytes that nginx still waits for: in u->pipe if nginx buffers the
+ * response, else in u->length. `eof`: the peer has closed the connection, or it is not known whether it has. */
 static __always_inline u32 response_state(u64 upstream, bool eof)
 {
     u64 pipe = 0;
@@ -233,6 +236,6 @@ static __always_inline u32 response_state(u64 upstream, bool eof)
         return RESPONSE_FAILED;
     if (length != UNTIL_EOF || pipe_length != UNTIL_EOF)
         return flags & PIPE_UPSTREAM_EOF ? RESPONSE_CLOSED : RESPONSE_UNFINISHED;
-    /* without a pipe: no body was wanted (HEAD) */
+    /* without a pipe nginx wants no body (HEAD) */
     return !pipe || eof || flags & PIPE_UPSTREAM_EOF ? RESPONSE_WHOLE : RESPONSE_UNFINISHED;
 }

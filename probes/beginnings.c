@@ -1,18 +1,19 @@
 /*
- * When a request began, with or without the probe that marks it (ngx_http_create_request).
+ * When a request began, with or without the probe that marks the beginning (ngx_http_create_request).
  *
- * Of a plain HTTP/1 request the client's socket tells all of it: it began with what was first read since the one before it
- * ended, or, had that been read together with it, at that end. Over TLS a read tells neither that a handshake is over nor
- * what it brought; streams of HTTP/2 and HTTP/3 share a socket; a header of the PROXY protocol is read ahead of a request.
- * While no request is such, the agent lets the probe go (kernel/beginnings.py).
+ * The client's socket tells when a plain HTTP/1 request began: at the first read since the end of the request before it. If its
+ * first bytes were read together with that request, it began at that end. The socket is not enough in three cases. Over TLS a
+ * read tells neither whether the handshake is over nor what the read brought. Streams of HTTP/2 and HTTP/3 share a socket. A
+ * header of the PROXY protocol is read before a request. While there are no such requests, user space detaches the probe
+ * (kernel/beginnings.py).
  */
 
 #define MILLISECOND_NS 1000000
-#define NEEDED_STEP_NS (100 * MILLISECOND_NS) /* workers share it: it is to be written now and then */
+#define NEEDED_STEP_NS (100 * MILLISECOND_NS) /* all workers share the time, so it is written only once in a while */
 #define HTTP_VERSION_3 3000
-#define SPARED_STEP 64 /* workers count by themselves, and together in steps: a counter they share is slow */
+#define SPARED_STEP 64 /* a counter shared by all workers is slow, so each worker adds to it in steps */
 
-/* A request needs, or will need, the probe that marks its beginning. */
+/* Notes that a request needs, or will need, the probe that marks its beginning. */
 static __always_inline void beginnings_needed(u64 now)
 {
     u32 index = BEGINNINGS_NEEDED_NS;
@@ -36,8 +37,8 @@ static __always_inline bool is_upstream(struct socket *socket)
     return socket->ready_ns || socket->attempt_serial || (socket->opened_ns && !socket->client);
 }
 
-/* Where what comes to a running request is kept: with its beginning where a probe has marked that; else, of HTTP/1, with its
- * client's socket, which serves one request at a time. NULL: nowhere. */
+/* Returns the progress of a running request. It is kept with the beginning if a probe has marked it. Otherwise, for HTTP/1, it is
+ * kept with the client's socket, which serves one request at a time. NULL: it is kept nowhere. */
 static __always_inline struct request_progress *find_progress(struct request_key *key, u64 main_request)
 {
     struct active_request *active = active_requests.lookup(key);
@@ -55,7 +56,8 @@ static __always_inline struct request_progress *find_progress(struct request_key
     return socket && !is_upstream(socket) && !socket->datagrams ? &socket->progress : NULL;
 }
 
-/* Of a stream whose beginning no probe has marked: from its first attempt on. NULL: it is none, or there is no room. */
+/* Adds an entry for the progress of a stream whose beginning no probe has marked, at its first attempt. NULL: the request is not
+ * a stream, or there is no room. */
 static __always_inline struct request_progress *keep_progress(struct request_key *key, u64 main_request)
 {
     struct active_request unmarked = {};
@@ -67,8 +69,9 @@ static __always_inline struct request_progress *keep_progress(struct request_key
     return active ? &active->progress : NULL;
 }
 
-/* When the request began; 0: not known, and counted. nginx notes it by its cached clock, in Unix milliseconds. That clock and
- * ngx_current_msec are taken at one moment (ngx_time_update), so that their difference leads from the one to the other. */
+/* Returns when the request began by nginx's clock. 0: not known; the loss is counted. nginx notes the beginning by its cached
+ * clock, in Unix milliseconds. nginx sets that clock and ngx_current_msec at the same moment (ngx_time_update), so their
+ * difference converts one clock into the other. */
 static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 load_address, u64 now)
 {
     struct {
@@ -82,7 +85,7 @@ static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 lo
         count_loss(LOST_READ_FAILED);
         return 0;
     }
-    cached.msec &= 0xffffffff; /* the other half is the time zone */
+    cached.msec &= 0xffffffff; /* the upper half is the time zone */
     u64 start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_sec) * 1000
         + MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     s64 ago_msec = cached.sec * 1000 + cached.msec - start_msec;
@@ -95,13 +98,13 @@ static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 lo
 
 #if !DETAIL_REQUEST
 #if defined OFFSET_ngx_connection_s__proxy_protocol && defined OFFSET_ngx_http_request_s__header_in && defined OFFSET_ngx_buf_s__pos
-/* Whether a header of the PROXY protocol may have been read ahead of the request. */
+/* Tells whether a header of the PROXY protocol may have been read before the request. */
 static __always_inline bool was_introduced(struct process *process, struct socket *socket)
 {
     return !socket->requests && MEMBER(process->connection, u64, ngx_connection_s, proxy_protocol);
 }
 
-/* Whether the next request's first bytes came with this one's last (ngx_http_set_keepalive, "the pipelined request"). */
+/* Tells whether the next request's first bytes came with this one's last bytes (ngx_http_set_keepalive, "the pipelined request"). */
 static __always_inline bool next_has_begun(struct process *process)
 {
     struct {
@@ -113,7 +116,7 @@ static __always_inline bool next_has_begun(struct process *process)
         && header_in.pos < header_in.last;
 }
 #else
-/* nginx before 1.17.6, and releases of a catalogue of before: every request needs the probe. */
+/* nginx before 1.17.6, and layouts from an old catalogue: every request needs the probe. */
 static __always_inline bool was_introduced(struct process *process, struct socket *socket)
 {
     return true;
@@ -125,8 +128,8 @@ static __always_inline bool next_has_begun(struct process *process)
 }
 #endif
 
-/* When a request began whose beginning was not marked, nor told by a socket that is known since before it. 0: the request is
- * not to be traced, which is counted. */
+/* Returns when a request began by nginx's clock, for a request without a marked beginning and without a socket that was known
+ * before it. 0: the request is not traced; this is counted. */
 static __always_inline u64 coarse_start(struct process *process, u64 load_address, u64 now)
 {
     u64 start_ns = monotonic_ns_of_start(process, load_address, now);
@@ -136,7 +139,7 @@ static __always_inline u64 coarse_start(struct process *process, u64 load_addres
     return 0;
 }
 
-/* Whether the server promised the stream, and no client asked for it: its number is even (RFC 9113, 5.1.1). */
+/* Tells whether the server pushed the stream, without a client's request: its number is even (RFC 9113, 5.1.1). */
 static __always_inline bool was_pushed(struct process *process)
 {
 #ifndef SIZEOF_ngx_http_v2_stream_s
@@ -148,11 +151,11 @@ static __always_inline bool was_pushed(struct process *process)
 #endif
 }
 
-/* When the last of an HTTP/2 stream's own frames was written. 0: not known. */
+/* Returns when the last of an HTTP/2 stream's own frames was written. 0: not known. */
 static __always_inline u64 last_frame_ns(struct process *process, struct socket_key *socket_key, struct socket *socket,
                                          const struct active_request *active)
 {
-    if (!active->last_flush_ns) /* where its frames cannot be seen: unless something else was written since */
+    if (!active->last_flush_ns) /* the frames were not seen: the last write counts if it is of this turn */
         return socket->last_write_ns >= process->turn_began_ns ? socket->last_write_ns : 0;
     if (active->last_flush_ns == socket->flush_began_ns)
         return socket->last_write_ns > active->last_flush_ns ? socket->last_write_ns : 0;
@@ -161,8 +164,8 @@ static __always_inline u64 last_frame_ns(struct process *process, struct socket_
     return ended_ns ? *ended_ns : 0;
 }
 
-/* When the last of an HTTP/1 response was written. What TLS writes behind it, the alert that closes the connection, adds
- * nothing to ngx_connection_s.sent. */
+/* Returns when the last byte of an HTTP/1 response was written. The TLS alert that closes the connection is written after the
+ * response, but does not add to ngx_connection_s.sent. */
 static __always_inline u64 last_response_byte_ns(struct process *process, struct socket *socket)
 {
     bool closed = socket->tls_connection && socket->earlier_write_ns > socket->first_write_ns
@@ -170,8 +173,8 @@ static __always_inline u64 last_response_byte_ns(struct process *process, struct
     return closed ? socket->earlier_write_ns : socket->last_write_ns;
 }
 
-/* Fills in the record's times, and makes the client's socket, if it is known, ready for the connection's next request. False: the
- * request is not to be traced, which is counted. */
+/* Fills in the record's times, and prepares the client's socket, if it is known, for the connection's next request. False: the
+ * request is not traced; this is counted. */
 static __always_inline bool take_times(struct process *process, struct request_key *key, struct socket *socket,
                                        struct active_request *active, u64 load_address, u64 now)
 {
@@ -248,12 +251,12 @@ static __always_inline bool take_times(struct process *process, struct request_k
         record->last_read_ns = active->progress.body_read_ns;
     if (record->last_read_ns <= active->created_ns)
         record->last_read_ns = 0;
-    if (active->progress.body_unseen && record->first_read_ns) { /* when the request was complete is not known */
+    if (active->progress.body_unseen && record->first_read_ns) { /* it is not known when the request was complete */
         active->created_ns = record->first_read_ns;
         record->first_read_ns = 0;
         record->last_read_ns = 0;
     }
-    /* HTTP/3 packets carry many streams' frames, and leave after the request's end (ngx_quic_push_handler). */
+    /* HTTP/3 packets carry frames of many streams, and are sent after the request's end (ngx_quic_push_handler). */
     if (record->last_write_ns <= active->created_ns || record->http_version == HTTP_VERSION_3)
         record->last_write_ns = 0;
     return true;

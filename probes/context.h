@@ -1,29 +1,29 @@
 /*
- * Trace context: what a request's headers say of the trace it belongs to, whether it is sampled, and ids as text.
+ * Trace context: reads it from a request's headers, decides about sampling, and writes ids as text.
  *
- * Map-free and without calls, so that the kernel program and the unit tests (gcc) compile one text. Straight-line code:
- * 8 hexadecimal digits are decoded at once by arithmetic, without a loop or a branch whose states the verifier would
+ * The code uses no maps and makes no calls, so that the kernel program and the unit tests (gcc) compile the same text. It is
+ * straight-line code: arithmetic decodes 8 hexadecimal digits at once, without loops or branches that the verifier would
  * have to follow.
  *
  *     struct trace_context context = {};                      all zero: no context
- *     read_traceparent(&context, value, length)               or read_b3, read_request_id; or, of several lines,
+ *     read_traceparent(&context, value, length)               or read_b3, read_request_id; or, for B3 in several headers,
  *     read_b3_trace_id, read_b3_span_id, read_b3_sampled, read_b3_flags, then finish_b3_multi(&context)
- *     is_sampled(&context, trace_id_low)                      trace_id_low: the trace's, also where it is a new one
- *     write_hex_16(text, id), write_traceparent(text, …)      16 and TRACEPARENT_BYTES bytes, without an end mark
+ *     is_sampled(&context, trace_id_low)                      trace_id_low: of the request's trace, which may be a new one
+ *     write_hex_16(text, id), write_traceparent(text, …)      write 16 and TRACEPARENT_BYTES bytes, without a final zero
  *
- * `value` is a buffer of CONTEXT_VALUE_BYTES that begins with the value's bytes; `length` is the whole value's, which
- * may be more. What has no valid form changes nothing. The caller decides what several lines of one header mean: two
- * traceparent are none (W3C), of B3's the first wins; and b3 over X-B3-….
+ * `value` is a buffer of CONTEXT_VALUE_BYTES that begins with the value's bytes. `length` is the length of the whole value,
+ * which may be longer. A malformed value changes nothing. The caller handles repeated headers: two traceparent headers
+ * count as none (W3C), and of repeated B3 headers the first wins. b3 wins over X-B3-….
  */
 
-#define CONTEXT_VALUE_BYTES 72 /* the longest, b3 with its parent, has 68 */
+#define CONTEXT_VALUE_BYTES 72 /* the longest value, b3 with a parent, has 68 */
 #define TRACEPARENT_BYTES 55
 
 #define FLAG_SAMPLED 1
 #define FLAG_RANDOM 2          /* W3C Trace Context level 2: the trace id's low 7 bytes are random */
 
 enum decision {
-    DECISION_NONE = 0,         /* the context leaves it to us */
+    DECISION_NONE = 0,         /* the context leaves the decision to this program */
     DECISION_YES = 1,
     DECISION_NO = 2,
 };
@@ -31,10 +31,10 @@ enum decision {
 struct trace_context {
     u64 trace_id_high;
     u64 trace_id_low;
-    u64 parent_span_id;        /* 0: none (X-Request-ID names a trace only) */
+    u64 parent_span_id;        /* 0: none (X-Request-ID names only a trace) */
     u8 flags;                  /* FLAG_SAMPLED, FLAG_RANDOM */
-    u8 decision;               /* may stand without ids: `b3: 0` */
-    u8 valid;                  /* the ids are to be used */
+    u8 decision;               /* may be set without ids: `b3: 0` */
+    u8 valid;                  /* the ids can be used */
 };
 
 #define EACH_BYTE 0x0101010101010101ULL
@@ -45,14 +45,14 @@ static __always_inline u64 load_8(const u8 *at)
            | (u64)at[4] << 24 | (u64)at[5] << 16 | (u64)at[6] << 8 | at[7];
 }
 
-/* The top bit of each byte of `bytes` (which are below 0x80) that is not below `least`. */
+/* Returns the top bit of each byte that is at least `least`. All bytes of `bytes` must be below 0x80. */
 static __always_inline u64 not_below(u64 bytes, u8 least)
 {
     return bytes + (0x80 - least) * EACH_BYTE;
 }
 
-/* The number that 8 hexadecimal digits are, the first in the top byte. Sets bits in *bad where one is none.
-   case_bit: 0x20 takes upper-case digits as well, 0 does not. */
+/* Decodes 8 hexadecimal digits; the first digit is in the top byte. Sets bits in *bad for bytes that are not digits.
+   case_bit: 0x20 accepts upper-case digits too, 0 does not. */
 static __always_inline u64 decode_8(u64 text, u8 case_bit, u64 *bad)
 {
     u64 low = text & 0x7f * EACH_BYTE, folded = low | case_bit * EACH_BYTE;
@@ -104,7 +104,8 @@ static __always_inline void decide(struct trace_context *context, u8 state)
     context->flags = state == '0' ? 0 : FLAG_SAMPLED;
 }
 
-/* What follows b3's trace id: `-{span}[-{state}[-{parent}]]`, `length` bytes (huge: less than none). */
+/* Reads what follows b3's trace id: `-{span}[-{state}[-{parent}]]`. `length` is its length; a huge number if the value ended
+   before. */
 static __always_inline void read_b3_tail(struct trace_context *context, u64 high, u64 low, const u8 *value, u64 length, u64 bad)
 {
     u64 span = decode_16(value + 1, 0, &bad);
@@ -187,7 +188,7 @@ static __always_inline void read_b3_flags(struct trace_context *context, const u
         decide(context, '1');
 }
 
-/* Trace id and span id are of use together only; a decision stands also without them. */
+/* Trace id and span id count only together. A decision counts without them too. */
 static __always_inline void finish_b3_multi(struct trace_context *context)
 {
     if ((context->trace_id_high | context->trace_id_low) != 0 && context->parent_span_id != 0) {
@@ -199,7 +200,7 @@ static __always_inline void finish_b3_multi(struct trace_context *context)
     context->parent_span_id = 0;
 }
 
-/* X-Request-ID as trace id: 32 digits in any case (nginx's $request_id), or a UUID with its dashes. */
+/* X-Request-ID as trace id: 32 digits in upper or lower case (nginx's $request_id), or a UUID with dashes. */
 static __always_inline void read_request_id(struct trace_context *context, const u8 *value, u64 length)
 {
     u64 bad = 0, high, low;
@@ -224,7 +225,7 @@ static __always_inline void read_request_id(struct trace_context *context, const
 }
 
 #ifdef SAMPLE_RATIO_BOUND
-/* The SDK's ParentBased and TraceIdRatioBased; sampling.py says what the constants are. */
+/* The SDK's ParentBased and TraceIdRatioBased; planner/sampling.py explains the constants. */
 static __always_inline bool is_sampled(const struct trace_context *parent, u64 trace_id_low)
 {
     if (SAMPLE_BY_PARENT && parent->decision != DECISION_NONE)

@@ -1,14 +1,11 @@
 /*
- * Which trace a request belongs to: what its headers say, what nginx tells the upstream, and whether it is sampled.
- *
- * The loader puts in front of this text, besides what state.c needs,
- *     PROPAGATOR_…, SAMPLE_…, KEEP_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE    the settings; sampling.py
- *     HASH_<header>, LENGTH_<header>, NAME_LOW_<header>, NAME_HIGH_<header>    nginx's hash of a name, and its bytes
+ * Decides which trace a request belongs to and whether it is sampled, by its headers and by what nginx sent to the upstream.
+ * state.c lists the constants.
  */
 
 #define HEADER_PARTS_MAX 8
 
-/* Notes where the value of a header is, if it is the one. Of several lines the first, of tracestate each has its place. */
+/* Notes where a header's value is, if the header has this name. Repeated headers: the first counts; each tracestate counts. */
 static __always_inline void note_header(struct process *process, u8 *header, u32 place, u64 length, u64 name_low, u64 name_high)
 {
     u64 name[2] = {};
@@ -46,7 +43,7 @@ static __always_inline void find_context_headers(struct process *process)
         u64 bytes = count * SIZEOF_ngx_table_elt_t;
         if (bytes && (bytes > sizeof(process->headers) || bpf_probe_read_user(process->headers, bytes, (void *)elements) != 0)) {
             count_loss(PARTIAL_STRING_READ_FAILED);
-            return; /* what stands there is another request's */
+            return; /* process->headers still holds another request's headers */
         }
         process->headers_read = count;
         for (u32 i = 0; i < HEADERS_IN_PART && i < *(volatile u64 *)&process->headers_read; i++) {
@@ -83,7 +80,7 @@ static __always_inline void find_context_headers(struct process *process)
     count_loss(PARTIAL_STRING_CUT); /* more than 160 headers */
 }
 
-/* Copies a header's value to process->context_value. 0: there is none. */
+/* Copies a header's value to process->context_value. Returns the value's length; 0: no such header. */
 static __always_inline u64 read_header_value(struct process *process, u32 place)
 {
     struct ngx_str *value = &process->header_values[place];
@@ -107,7 +104,7 @@ static __always_inline u64 read_header_value(struct process *process, u32 place)
             read(context, process->context_value, length);                                                             \
     } while (0)
 
-/* The context that the request came with, in process->incoming; process->request holds r. */
+/* Reads the request's incoming context into process->incoming; process->request holds r. */
 static __always_inline void read_incoming_context(struct process *process)
 {
     struct trace_context *context = &process->incoming;
@@ -117,7 +114,7 @@ static __always_inline void read_incoming_context(struct process *process)
     find_context_headers(process);
 #endif
 #if PROPAGATOR_TRACECONTEXT
-    if (process->header_lines[HEADER_TRACEPARENT] == 1) /* W3C: of two, neither */
+    if (process->header_lines[HEADER_TRACEPARENT] == 1) /* W3C: two of them count as none */
         READ_HEADER(HEADER_TRACEPARENT, read_traceparent);
     process->trace.has_tracestate = context->valid;
 #endif
@@ -141,15 +138,15 @@ static __always_inline void read_incoming_context(struct process *process)
 }
 
 #if ADOPT_UPSTREAM_CONTEXT
-/* Of what was sent upstream, as much is searched; the double is too much for the verifier of Linux 5.10. */
+/* How much of what nginx sent upstream is searched. Twice as much is too much for the verifier of Linux 5.10. */
 #define SENT_BYTES_MAX 2048
 #define BLANK_LINE 0x0a0d0a0d
 #define RESPONSE 0x50545448 /* "HTTP" */
 
 #define LOWER_CASE 0x2020202020202020ULL
-#define RACEPARE 0x6572617065636172ULL /* "racepare", of traceparent in any case */
+#define RACEPARE 0x6572617065636172ULL /* "racepare", the middle of "traceparent" */
 
-/* Where the value begins, behind the "racepare" at `at`; 0: that is no header's name.
+/* Returns where the value begins, given "racepare" at `at`. 0: this is not the name of a header.
  *     HTTP/1   \n traceparent : ' ' value
  *     FastCGI  16 55 HTTP_TRACEPARENT value
  *     uwsgi    16 0 HTTP_TRACEPARENT 55 0 value
@@ -170,22 +167,23 @@ static __always_inline u64 sent_value(const u8 *sent, u64 at)
     return name[-7] == 0 && behind[0] == 0 ? at + 11 : 0;
 }
 
-/* 0 for the "racepare" of a header's name, going by what is before it, and not that of a URI or a value. One number, as a
- * loop of several branches has more states than older verifiers follow. */
+/* Returns 0 for "racepare" in a header's name; the bytes before it tell a name from a URI or a value. The result is computed as
+ * a number without branches, because a loop with several branches has more states than older verifiers can follow. */
 static __always_inline u64 has_no_name(const u8 *at)
 {
     return ((*(u64 *)at | LOWER_CASE) ^ RACEPARE) | (u64)(at[-2] ^ '\n') * (at[-8] ^ 16) * at[-7];
 }
 
-/* 0 where a search ends: at such a name, or at the blank line behind which proxy_set_body puts what the client may have sent. */
+/* Returns 0 where the search ends: at such a name, or at the blank line. Behind the blank line proxy_set_body may put text from
+ * the client. */
 static __always_inline u64 goes_on(const u8 *at)
 {
     u64 name = has_no_name(at), blank = *(u32 *)at ^ BLANK_LINE;
     return ((name | -name) & (blank | -blank)) >> 63;
 }
 
-/* What nginx told the upstream in a traceparent, if it did: from the first buffer of u->request_bufs, that of the header.
- * It is read when the attempt ends, and process->record is free. */
+/* Reads the traceparent that nginx sent to the upstream into process->told, from the first buffer of u->request_bufs, which holds
+ * the header. Called when the attempt ends; it uses process->record as scratch memory. */
 static __always_inline void read_told_context(struct process *process, u64 upstream)
 {
     struct trace_context *told = &process->told;
@@ -203,12 +201,12 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
     asm volatile("" : "+r"(bytes));
     if (bytes > SENT_BYTES_MAX || bpf_probe_read_user(process->record, bytes, (void *)start) != 0)
         return;
-    /* With proxy_request_buffering off the chain's link is given back when it is sent (ngx_http_upstream_send_request_body),
-     * and may be a response's by now. */
+    /* With proxy_request_buffering off nginx frees the chain's link when it is sent (ngx_http_upstream_send_request_body), and may
+     * have reused it for a response. */
     if (*(u32 *)process->record == RESPONSE)
         return;
 
-    process->found_at = 0; /* in the map's memory, so that the verifier need not tell one place from another */
+    process->found_at = 0; /* kept in the map's memory, so that the verifier does not track each position separately */
     EACH(i, bytes, SENT_BYTES_MAX) {
         if (i < 8)
             continue;
@@ -221,7 +219,7 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
     u64 at = process->found_at;
     if (at < 8)
         return;
-    asm volatile("" : "+r"(at)); /* two comparisons that the verifier follows, and not the one that the compiler would make */
+    asm volatile("" : "+r"(at)); /* keeps two comparisons that the verifier follows; clang would merge them into one */
     if (at >= SENT_BYTES_MAX)
         return;
     u64 value = sent_value(process->record, at);
@@ -230,8 +228,8 @@ static __always_inline void read_told_context(struct process *process, u64 upstr
         read_traceparent(told, process->record + value, TRACEPARENT_BYTES);
 }
 
-/* The span that the client's first traceparent names, be that malformed, one of several, or not to be read: nginx passes it
- * on as it is. 0: none. */
+/* Returns the span id in the client's first traceparent, even if that is malformed, repeated, or its propagator is off: nginx
+ * passes it on unchanged. 0: none. */
 static __always_inline u64 read_client_span_id(struct process *process)
 {
     u64 bad = 0;
@@ -240,7 +238,7 @@ static __always_inline u64 read_client_span_id(struct process *process)
     return decode_16(process->context_value + 36, 0, &bad);
 }
 
-/* Whether a span is named that is neither the incoming context's nor the client's: two spans of one id would be a lie. */
+/* Tells whether `told` names a span other than the incoming context's and the client's. Two spans must not share an id. */
 static __always_inline bool tells_something_new(const struct process *process, const struct trace_context *told)
 {
     const struct trace_context *incoming = &process->incoming;
@@ -250,7 +248,7 @@ static __always_inline bool tells_something_new(const struct process *process, c
 }
 #endif
 
-/* The request's trace, in process->trace: the one it came with, or a new one. */
+/* Sets process->trace: the trace of the incoming context, or a new trace. */
 static __always_inline void decide_trace(struct process *process)
 {
     struct trace_context *incoming = &process->incoming;
@@ -264,7 +262,7 @@ static __always_inline void decide_trace(struct process *process)
 }
 
 #if ADOPT_UPSTREAM_CONTEXT
-/* Where nginx told the upstream of another trace than the one it was told of, that is the request's, from here on. */
+/* If nginx sent a different trace to the upstream, the request belongs to that trace, and the trace begins here. */
 static __always_inline void adopt_trace(struct process *process)
 {
     struct trace_context *told = &process->told;
@@ -278,6 +276,6 @@ static __always_inline void adopt_trace(struct process *process)
 #if !PROPAGATE
     trace->sampled = is_sampled(&process->incoming, told->trace_id_low);
 #endif
-    trace->flags = trace->sampled; /* whether the id is random is not known */
+    trace->flags = trace->sampled; /* without FLAG_RANDOM: it is not known whether the id is random */
 }
 #endif

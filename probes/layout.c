@@ -1,7 +1,7 @@
 /*
- * Whether a request is to be believed. The first requests of a worker that have an upstream, are a stream, or are just
- * requests, are looked at (layout.h); and again those that follow one which contradicts. That one has no trace; user space
- * decides by how many connections in a row had such requests.
+ * Decides whether a request agrees with the layout. A worker's first requests are checked (layout.h), and so are its first requests
+ * with an upstream and its first streams. A request that contradicts has no trace, and the checks begin again after it. User
+ * space decides about the layout by the number of connections in a row with such requests.
  */
 
 #define LAYOUT_LOOKS 100
@@ -9,10 +9,10 @@
 #define FACTS_OF_UPSTREAM (1ULL << FACT_UPSTREAM | 1ULL << FACT_UPSTREAM_STATES | 1ULL << FACT_PIPE)
 #define FACTS_OF_STREAM (1ULL << FACT_STREAM)
 #define FACTS_OF_REQUEST ((1ULL << FACT_UPSTREAM) - 1)
-/* Without them it is not known whether two requests are of one connection. */
+/* Without these facts it is not known whether two requests belong to the same connection. */
 #define FACTS_OF_NUMBER (1ULL << FACT_REQUEST | 1ULL << FACT_CONNECTION | 1ULL << FACT_NUMBER)
 
-/* Notes what a request says of one part of the layout. */
+/* Notes whether a request agrees with a part of the layout. */
 static __always_inline void weigh(struct process *process, u32 part, u64 facts, bool has_part, u64 number)
 {
     struct layout_trust *trust = &process->layout_trust[part];
@@ -41,7 +41,8 @@ static __always_inline void tell_doubt(struct process *process, u32 tgid)
     records.ringbuf_output(&doubt, sizeof(doubt), BPF_RB_NO_WAKEUP);
 }
 
-/* process->request and ->connection hold the request at `r` and its connection, or, unless `readable`, something else. */
+/* Tells whether a request contradicts the layout. process->request holds the request at `r`; process->connection holds its
+ * connection if `readable` is set. */
 static __always_inline bool is_doubted(struct process *process, u64 r, bool readable, u64 load_address, u32 tgid)
 {
     struct layout_look *look = &process->layout;

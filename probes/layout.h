@@ -1,9 +1,10 @@
 /*
- * Whether nginx's memory is as its layout says, by facts that no request can influence: pointers back to their owner, sizes
- * of arrays and lists, signatures, the clock. docs/decisions/0014 tells which fact speaks for which member.
+ * Checks whether nginx's memory agrees with the layout, by facts that no request can influence: pointers back to their owner,
+ * sizes of arrays and lists, signatures, the clock. docs/decisions/0014 says which fact confirms which member.
  *
- * Map-free, so that the kernel program and the tests (gcc, with /proc/PID/mem to read from) compile one text. What a fact
- * needs beyond the layout's members lies beside one of them in every release from 1.14 on, and is named here.
+ * The code uses no maps, so that the kernel program and the tests (gcc, reading from /proc/PID/mem) compile the same text. Some
+ * facts need members that are not in the layout. They are next to a member of the layout in every release since 1.14, and named
+ * here.
  */
 
 #define LOG_CONNECTION 16                                    /* ngx_log_t: log_level, file, connection */
@@ -17,19 +18,19 @@
 #define PIPE_POOL (OFFSET_ngx_event_pipe_s__length + 48)     /* length, …, pool, log */
 #define SIZEOF_ngx_list_t (OFFSET_ngx_list_t__nalloc + 16)   /* nalloc, pool */
 
-/* Where a process has memory: no pointer is below, and no number that nginx counts is above. */
+/* The address range of a process. No pointer is below it, and no number that nginx counts is above it. */
 #define MEMORY_BEGINS 0x100000ULL
 #define MEMORY_ENDS 0x800000000000ULL
 #define TEXT_BYTES_MAX (1 << 20)
 #define BUFFER_BYTES_MAX (1ULL << 40)
 #define DESCRIPTORS_MAX (1 << 30)
-#define YEARS_S 315360000LL /* ten; the machine's clock may be set meanwhile */
+#define YEARS_S 315360000LL /* ten years; somebody may set the machine's clock meanwhile */
 #define HASH_OF_HOST 3208616
 
-/* A request that is looked at; `request` and `connection` below are copies of its structs. */
+/* The check of a request. `request` and `connection` in the functions are copies of its structs. */
 struct layout_look {
-    u64 r;                    /* its address */
-    u64 c;                    /* its connection's */
+    u64 r;                    /* the request's address */
+    u64 c;                    /* the connection's address */
     u64 core_module_index;
     u64 cached_time;          /* *ngx_cached_time */
     u64 current_msec;         /* ngx_current_msec */
@@ -38,7 +39,7 @@ struct layout_look {
 };
 
 #define MEMBER(bytes, type, structure, member) (*(type *)((bytes) + OFFSET_##structure##__##member))
-/* What lies where from another member is nginx's: its forks put members between. */
+/* The distance between two members is known only for nginx. Forks put their own members between them. */
 #ifndef OF_FORK
 #define OF_FORK 0
 #endif
@@ -46,7 +47,7 @@ struct layout_look {
 #define OF_R(type, member) MEMBER(request, type, ngx_http_request_s, member)
 #define OF_C(type, member) MEMBER(connection, type, ngx_connection_s, member)
 
-/* What is verified apart from the rest, since only some requests have it. */
+/* The parts of the layout that are checked separately, because only some requests have an upstream or a stream. */
 enum layout_part {
     LAYOUT_REQUEST,
     LAYOUT_UPSTREAM,
@@ -54,11 +55,11 @@ enum layout_part {
     LAYOUT_PARTS,
 };
 
-/* How far a worker's requests have agreed with one part of the layout. */
+/* How far a worker's requests have agreed with a part of the layout. */
 struct layout_trust {
-    u64 last_number;          /* c->number of the last request that contradicted it */
+    u64 last_number;          /* c->number of the last request that contradicted */
     u32 agreed;
-    u32 connections;          /* whose requests have contradicted it since one agreed */
+    u32 connections;          /* how many connections had contradicting requests since the last request that agreed */
 };
 
 static __always_inline void expect(struct layout_look *look, bool holds, u32 fact)
@@ -71,7 +72,7 @@ static __always_inline bool is_pointer(u64 value)
     return value >= MEMORY_BEGINS && value < MEMORY_ENDS;
 }
 
-/* 0 where nothing can be read, too. */
+/* Returns the word at an address; 0 if it cannot be read. */
 static __always_inline u64 word_at(u64 address)
 {
     u64 word = 0;
@@ -84,13 +85,13 @@ static __always_inline u8 byte_at(u64 address)
     return bpf_probe_read_user(&byte, sizeof(byte), (void *)address) == 0 ? byte : 0;
 }
 
-/* An ngx_str_t that may be empty. */
+/* Tells whether these can be the members of an ngx_str_t, which may be empty. */
 static __always_inline bool is_text(u64 length, u64 data)
 {
     return length < TEXT_BYTES_MAX && (!length || is_pointer(data));
 }
 
-/* The same, in nginx's memory; its first character is none that controls. */
+/* Tells whether there is an ngx_str_t at an address, empty or with a first character that is not a control character. */
 static __always_inline bool is_name_at(u64 address)
 {
     u64 str[2] = {};
@@ -101,7 +102,7 @@ static __always_inline bool is_name_at(u64 address)
 
 #define EVERY_BYTE 0x0101010101010101ULL
 
-/* Begins as a method does, and has no / in its first eight characters: neither a URI nor a protocol. */
+/* Tells whether a text begins like a method and has no / in its first eight characters. URIs and protocols have one. */
 static __always_inline bool is_method_name(u64 length, u64 data)
 {
     u64 text = 0, bytes = length < sizeof(text) ? length : sizeof(text);
@@ -118,7 +119,7 @@ static __always_inline bool is_method_name(u64 length, u64 data)
         && !((slashes - EVERY_BYTE) & ~slashes & 0x80 * EVERY_BYTE);
 }
 
-/* A list that lies in the request, at its own address: of one part, whose address it has, or of several. */
+/* Tells whether there is a list in the request at `address`. A list of one part points to the part in itself. */
 static __always_inline bool is_list(u8 *list, u64 address)
 {
     u8 *part = list + OFFSET_ngx_list_t__part;
@@ -133,7 +134,7 @@ static __always_inline bool is_list(u8 *list, u64 address)
 
 #define POOL_OF_LIST(list) (*(u64 *)((list) + OFFSET_ngx_list_t__nalloc + 8))
 
-/* An event of the connection. */
+/* Tells whether this is an event of the connection. */
 static __always_inline bool is_event_of(u64 event, u64 connection)
 {
     /* ngx_event_t: handler, index, log */
@@ -146,7 +147,7 @@ static __always_inline bool is_event_of(u64 event, u64 connection)
 #define FAMILY_INET 2
 #define FAMILY_INET6 10
 
-/* A struct sockaddr of as many bytes as its family has. */
+/* Tells whether there is a struct sockaddr whose length fits its family. */
 static __always_inline bool is_address(u64 sockaddr, u32 length)
 {
     u16 family = 0;
@@ -172,7 +173,7 @@ static __always_inline void look_at_connection(struct layout_look *look, u8 *con
     expect(look, word_at(log + LOG_CONNECTION) == OF_C(u64, number), FACT_NUMBER);
     /* number, start_time (since 1.19.10), requests */
     expect(look, requests_after == 8 || (requests_after == 16 && start_time <= look->current_msec), FACT_NUMBER);
-    /* requests, buffered:8, log_error:3, which ngx_http_init_connection makes NGX_ERROR_INFO, 2 */
+    /* requests, buffered:8, log_error:3; ngx_http_init_connection sets log_error to NGX_ERROR_INFO, 2 */
     expect(look, (connection[OFFSET_ngx_connection_s__requests + 9] & 7) == 2, FACT_NUMBER);
     expect(look, is_address(OF_C(u64, sockaddr), OF_C(u32, socklen)), FACT_ADDRESSES);
     expect(look, is_address(OF_C(u64, local_sockaddr), OF_C(u32, local_socklen)), FACT_ADDRESSES);
@@ -184,7 +185,7 @@ static __always_inline void look_at_connection(struct layout_look *look, u8 *con
     expect(look, !proxy_protocol || is_name_at(proxy_protocol), FACT_ADDRESSES);
 #endif
 #ifdef OFFSET_ngx_connection_s__ssl
-    /* ssl, udp, local_sockaddr; in 1.14 there is no udp, and a port before ssl */
+    /* ssl, udp, local_sockaddr; 1.14 has no udp, and has a port before ssl */
     u64 ssl = OF_C(u64, ssl), before_ssl = *(u64 *)(connection + OFFSET_ngx_connection_s__ssl - 8);
     bool has_udp = FOLLOWS(ngx_connection_s, ssl, 16, local_sockaddr);
     expect(look, !ssl || is_pointer(word_at(ssl)), FACT_ADDRESSES);
@@ -192,7 +193,7 @@ static __always_inline void look_at_connection(struct layout_look *look, u8 *con
 #endif
 }
 
-/* A header that nginx knows: NULL, or an element with its name. */
+/* Tells whether this is a header that nginx knows: NULL, or an element with the header's name. */
 static __always_inline bool is_header(struct layout_look *look, u64 header, u64 length, u32 name)
 {
     u8 *element = (u8 *)look->words;
@@ -203,13 +204,13 @@ static __always_inline bool is_header(struct layout_look *look, u64 header, u64 
         return false;
     u64 *value = (u64 *)(element + OFFSET_ngx_table_elt_t__value);
     u64 key = MEMBER(element, u64, ngx_table_elt_t, lowcase_key);
-    /* Modules that make one leave the lower-case name away. */
+    /* Modules that add a header may leave out the lower-case name. */
     if (key && (bpf_probe_read_user(&lowcase, sizeof(lowcase), (void *)key) != 0 || lowcase != name))
         return false;
     return MEMBER(element, u64, ngx_table_elt_t, key) == length && is_text(value[0], value[1]);
 }
 
-/* The hash of a header's name: nginx's own, or what modules write for "deleted" and "any". */
+/* Tells whether this is the hash of a header's name: nginx's hash, or 0 and 1, which modules write for "deleted" and "any". */
 static __always_inline bool is_hash(u64 hash, u64 of_name)
 {
     return hash <= 1 || hash == of_name;
@@ -223,7 +224,7 @@ static __always_inline void look_at_headers(struct layout_look *look, u8 *reques
     u64 in_address = look->r + OFFSET_ngx_http_request_s__headers_in + OFFSET_ngx_http_headers_in_t__headers;
     u64 out_address = look->r + OFFSET_ngx_http_request_s__headers_out;
     u64 pool = POOL_OF_LIST(headers_out), user_agent = MEMBER(headers_in, u64, ngx_http_headers_in_t, user_agent);
-    /* It is made when a request line has been parsed that is no HTTP/0.9's. */
+    /* nginx makes the list when it has parsed the request line, but not for HTTP/0.9. */
     bool none = !MEMBER(in, u64, ngx_list_t, size) && !MEMBER(in, u64, ngx_list_t, last)
         && !MEMBER(in, u64, ngx_list_t, nalloc);
     expect(look, none || (is_list(in, in_address) && POOL_OF_LIST(in) == pool), FACT_HEADERS_IN);
@@ -262,7 +263,7 @@ static __always_inline void look_at_request_line(struct layout_look *look, u8 *r
     u64 *unparsed = (u64 *)(request + OFFSET_ngx_http_request_s__unparsed_uri);
     u64 *name = (u64 *)(request + OFFSET_ngx_http_request_s__method_name);
     u64 *protocol = (u64 *)(request + OFFSET_ngx_http_request_s__http_protocol);
-    u64 write_handler = OF_R(u64, write_event_handler); /* NULL while the header is read */
+    u64 write_handler = OF_R(u64, write_event_handler); /* NULL while nginx reads the header */
     s64 start_sec = OF_R(u64, start_sec), now_sec = word_at(look->cached_time);
     u32 http = 0;
 
@@ -278,12 +279,12 @@ static __always_inline void look_at_request_line(struct layout_look *look, u8 *r
                && FOLLOWS(ngx_http_request_s, method_name, 16, http_protocol), FACT_REQUEST_LINE);
     expect(look, method && method < METHODS_END && !(method & (method - 1)), FACT_REQUEST_LINE);
     expect(look, version == 9 || version / 100 == 10 || version == VERSION_IS_2 || version == 3000, FACT_REQUEST_LINE);
-    /* 9: nginx has overwritten it, behind post_action and a peer that sent no header */
+    /* nginx overwrites the version with 9 for post_action, and for a peer that sends no header */
     expect(look, version == 9 || (version == VERSION_IS_2) == (OF_R(u64, stream) != 0), FACT_REQUEST_LINE);
     expect(look, is_method_name(name[0], name[1]), FACT_REQUEST_LINE);
     expect(look, is_text(line[0], line[1]) && is_text(uri[0], uri[1]), FACT_REQUEST_LINE);
     u8 first = unparsed[0] && is_pointer(unparsed[1]) ? byte_at(unparsed[1]) : '/';
-    /* "http://host?arguments" begins with its arguments */
+    /* for "http://host?arguments" the URI begins with the arguments */
     expect(look, first == '/' || first == '?' || first == '*' || method == METHOD_IS_CONNECT, FACT_REQUEST_LINE);
     expect(look, is_text(unparsed[0], unparsed[1]), FACT_REQUEST_LINE);
     bpf_probe_read_user(&http, sizeof(http), (void *)protocol[1]);
@@ -291,7 +292,7 @@ static __always_inline void look_at_request_line(struct layout_look *look, u8 *r
     expect(look, is_pointer(OF_R(u64, read_event_handler)) && (!write_handler || is_pointer(write_handler)), FACT_REQUEST);
 }
 
-/* The server that answers leads back to where it was found, and so do the location and the connection. */
+/* Checks that the server's configuration points back to where it was found, and so do the location and the connection. */
 static __always_inline void look_at_configuration(struct layout_look *look, u8 *request)
 {
     u64 srv_conf = OF_R(u64, srv_conf), loc_conf = OF_R(u64, loc_conf), at = look->core_module_index * 8;

@@ -1,6 +1,6 @@
-/* As layout.h, of what only some requests have: upstreams, and streams of HTTP/2. */
+/* Like layout.h, for what only some requests have: upstreams, and streams of HTTP/2. */
 
-/* A stream of HTTP/2, its connection and that one's frames. */
+/* Checks a stream of HTTP/2, its connection and the connection's frames. */
 static __always_inline void look_at_stream(struct layout_look *look, u8 *request)
 {
     u64 stream = OF_R(u64, stream);
@@ -37,7 +37,7 @@ static __always_inline bool is_time(u64 msec)
     return msec == -1ULL || msec < MEMORY_ENDS;
 }
 
-/* What was made to ask upstreams, and the array of what became of it. */
+/* Checks the request's upstream, and the array with the states of its attempts. */
 static __always_inline void look_at_upstream(struct layout_look *look, u8 *request, u8 *connection)
 {
     u64 upstream = OF_R(u64, upstream), states = OF_R(u64, upstream_states), log = OF_C(u64, log);
@@ -57,14 +57,14 @@ static __always_inline void look_at_upstream(struct layout_look *look, u8 *reque
     u64 into = state - elements, writer_pool = word_at(upstream + OFFSET_ngx_http_upstream_s__writer + WRITER_POOL);
     bool is_element = into < count * SIZEOF_ngx_http_upstream_state_t && into % SIZEOF_ngx_http_upstream_state_t == 0;
     expect(look, !state || is_element, FACT_UPSTREAM_STATES);
-    /* Once there is a writer a state is added, and the upstream has it (ngx_http_upstream_init_request, _connect). */
+    /* When nginx sets the writer, it soon adds a state, which u->state then points to (ngx_http_upstream_init_request, _connect). */
     expect(look, state ? writer_pool == pool : !count || !writer_pool, FACT_UPSTREAM);
 
     u64 conf = word_at(upstream + UPSTREAM_CONF);
     u64 server_conf = word_at(upstream + OFFSET_ngx_http_upstream_s__upstream);
     u64 of_conf = word_at(conf); /* ngx_http_upstream_conf_t: upstream, unless variables name the host */
     expect(look, is_pointer(conf) && (!of_conf || of_conf == server_conf || (!server_conf && !state)), FACT_UPSTREAM);
-    /* ngx_chain_writer_ctx_t has 40 bytes, then there is conf */
+    /* ngx_chain_writer_ctx_t has 40 bytes; conf follows */
     expect(look, FOLLOWS(ngx_http_upstream_s, writer, 48, upstream), FACT_UPSTREAM);
     expect(look, !server_conf || is_name_at(server_conf + OFFSET_ngx_http_upstream_srv_conf_s__host), FACT_UPSTREAM);
     expect(look, word_at(upstream + OFFSET_ngx_http_upstream_s__start_time) <= look->current_msec, FACT_UPSTREAM);
@@ -74,7 +74,7 @@ static __always_inline void look_at_upstream(struct layout_look *look, u8 *reque
     u64 pipe = word_at(upstream + OFFSET_ngx_http_upstream_s__pipe);
     u64 chain = word_at(upstream + OFFSET_ngx_http_upstream_s__request_bufs);
     u64 pipe_pool = word_at(pipe + PIPE_POOL), pipe_log = word_at(pipe + PIPE_POOL + 8);
-    /* ngx_event_pipe_t: upstream, downstream; set with pool and log, when a response begins */
+    /* ngx_event_pipe_t: upstream, downstream. nginx sets both together with pool and log when a response begins. */
     bool piping = word_at(pipe + 8) == look->c;
     bool is_pipe = is_pointer(pipe) && pipe_pool == (piping ? pool : 0) && pipe_log == (piping ? log : 0);
     expect(look, !pipe || is_pipe, FACT_PIPE);

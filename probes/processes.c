@@ -1,6 +1,6 @@
-/* Workers that come and go. */
+/* Workers that start and end. */
 
-/* ngx_setproctitle(char *title): a process of nginx has begun its work, and accepted no connection yet */
+/* ngx_setproctitle(char *title): a process of nginx has started, and has not accepted a connection yet */
 int enter_ngx_setproctitle(struct pt_regs *ctx)
 {
     probed_process(current_tgid());

@@ -1,4 +1,4 @@
-/* What comes to a running request: its beginning, its body, its HTTP/2 frames. */
+/* The events of a running request: its beginning, its body, its HTTP/2 frames. */
 
 /* ngx_http_create_request(ngx_connection_t *c) */
 int enter_ngx_http_create_request(struct pt_regs *ctx)
@@ -30,13 +30,13 @@ int enter_ngx_http_create_request(struct pt_regs *ctx)
         socket->first_write_ns = 0;
         socket->tls_connection = ssl ? key.connection : 0;
     }
-    /* If it is full, the request's end is as that of one whose beginning nothing marked. */
+    /* If the map is full, the request ends like a request whose beginning no probe marked. */
     if (active_requests.update(&key, &active) == 0 && socket)
         socket->running = 0;
     return 0;
 }
 
-/* ngx_http_v2_read_request_body(ngx_http_request_t *r): what came of a stream's body before it was wanted is about to be used */
+/* ngx_http_v2_read_request_body(ngx_http_request_t *r): nginx is about to use the part of a stream's body that arrived earlier */
 int enter_ngx_http_v2_read_request_body(struct pt_regs *ctx)
 {
     u64 now;
@@ -51,7 +51,7 @@ int enter_ngx_http_v2_read_request_body(struct pt_regs *ctx)
     return 0;
 }
 
-/* Whether nginx kept this part of a stream's body from before, so that the connection's last read did not bring it. */
+/* Tells whether this part of a stream's body arrived earlier and nginx kept it, so that the last read did not bring it. */
 static __always_inline bool was_kept(struct process *process, struct request_key *key, struct socket *socket, s32 fd)
 {
     struct active_request *active = active_requests.lookup(key);
@@ -62,7 +62,7 @@ static __always_inline bool was_kept(struct process *process, struct request_key
     return process->latest_read_fd != fd; /* HTTP/3 */
 }
 
-/* ngx_http_request_body_save_filter(ngx_http_request_t *r, ngx_chain_t *in): a part of a body, in any protocol */
+/* ngx_http_request_body_save_filter(ngx_http_request_t *r, ngx_chain_t *in): a part of a body arrived, in any protocol */
 int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
 {
     u64 now;
@@ -93,7 +93,7 @@ int enter_ngx_http_request_body_save_filter(struct pt_regs *ctx)
 }
 
 #ifdef OFFSET_ngx_http_v2_connection_s__last_out
-/* New frames are queued at the list's head, so the head is enough. */
+/* How many frames are examined. nginx queues new frames at the head of the list, so the head is enough. */
 #define FRAMES_MAX 32
 
 /* ngx_http_v2_send_output_queue(ngx_http_v2_connection_t *h2c): which streams are about to write */
@@ -134,7 +134,7 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
         if (!active)
             continue;
         active->last_flush_ns = now;
-        /* A call that finds the socket full writes nothing: the frame waits for a later one. */
+        /* If the socket was full, the call before wrote nothing, and the frame waited for this call. */
         if (!active->first_write_ns || active->first_write_ns >= last_write_ns)
             active->first_write_ns = now;
     }
@@ -142,7 +142,7 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
 }
 #endif
 
-/* ngx_http_send_header(ngx_http_request_t *r): where the frames of HTTP/2 cannot be seen */
+/* ngx_http_send_header(ngx_http_request_t *r): used if the frames of HTTP/2 cannot be seen */
 int enter_ngx_http_send_header(struct pt_regs *ctx)
 {
     u64 now;
@@ -153,7 +153,7 @@ int enter_ngx_http_send_header(struct pt_regs *ctx)
 
     u64 r = PT_REGS_PARM1(ctx), main_request;
     struct request_key key = {.tgid = tgid};
-    if (!read_pointer(&main_request, r + OFFSET_ngx_http_request_s__main) || main_request != r /* a subrequest sends none */
+    if (!read_pointer(&main_request, r + OFFSET_ngx_http_request_s__main) || main_request != r /* a subrequest sends no header */
         || !read_pointer(&key.connection, r + OFFSET_ngx_http_request_s__connection))
         return 0;
     struct active_request *active = active_requests.lookup(&key);

@@ -1,15 +1,15 @@
 /*
- * --propagate: tells the upstream of the exchange span, by a traceparent in the request headers that nginx holds.
+ * --propagate: tells the upstream the exchange span's id, by writing a traceparent into nginx's list of request headers.
  *
- * When all headers are parsed nothing has been made of them: what stands in r->headers_in then is what any upstream
- * protocol will carry. Nothing is written unless all that it rests on was read, and holds, for this very request.
+ * This happens when nginx has parsed all headers, and has not used them yet: every upstream protocol will send what is in
+ * r->headers_in then. Before anything is written, everything that the write depends on is read and checked for this request.
  */
 
 #if PROPAGATE
 
 #define LIST_KEY_BYTES 16      /* "traceparent", and zeros */
 #define LIST_TEXT_BYTES (LIST_KEY_BYTES + TRACEPARENT_BYTES + 1)
-#define TEXT_ELEMENTS 2        /* the array's last, which hold key and value */
+#define TEXT_ELEMENTS 2        /* the last elements of the array, which hold the texts of key and value */
 
 static __always_inline bool write_user(u64 address, const void *bytes, u32 count)
 {
@@ -19,12 +19,12 @@ static __always_inline bool write_user(u64 address, const void *bytes, u32 count
     return false;
 }
 
-/* Puts our span into the client's own header: same length, same memory. */
+/* Writes our span into the client's own header, in place. The length does not change. */
 static __always_inline bool overwrite_traceparent(struct process *process, u64 span_id)
 {
     struct ngx_str *value = &process->header_values[HEADER_TRACEPARENT];
     struct request_trace *trace = &process->trace;
-    bool valid = trace->has_tracestate; /* the context is this header's, and not that of another propagator */
+    bool valid = trace->has_tracestate; /* the context comes from this header, not from another propagator */
     u8 text[TRACEPARENT_BYTES + 1] = {};
     if (value->len < TRACEPARENT_BYTES || (!valid && value->len != TRACEPARENT_BYTES)) {
         count_loss(PARTIAL_PROPAGATION_MALFORMED);
@@ -33,12 +33,13 @@ static __always_inline bool overwrite_traceparent(struct process *process, u64 s
     write_traceparent(text, trace->trace_id_high, trace->trace_id_low, span_id, trace->flags);
     if (!valid)
         return write_user(value->data, text, TRACEPARENT_BYTES);
-    if (trace->parent_said_no && !trace->sampled) /* nothing that we would tell is news */
+    if (trace->parent_said_no && !trace->sampled) /* the upstream would learn nothing new */
         return false;
     return write_user(value->data + 36, text + 36, 19); /* span id and flags: W3C, "Mutating the traceparent Field" */
 }
 
-/* Whether the list is as ngx_list_init and ngx_list_push leave one of a single part, with room for one more and the text. */
+/* Tells whether the list is as ngx_list_init and ngx_list_push leave it, has a single part, and has room for a header and its
+ * texts. */
 static __always_inline bool has_room(struct process *process, u64 list_address, const u8 *list)
 {
     const u8 *part = list + OFFSET_ngx_list_t__part;
@@ -51,7 +52,7 @@ static __always_inline bool has_room(struct process *process, u64 list_address, 
         return false;
     }
     holds &= MEMBER(list, u64, ngx_list_t, last) == list_address + OFFSET_ngx_list_t__part;
-    EACH(i, count, HEADERS_IN_PART) { /* find_context_headers has read them */
+    EACH(i, count, HEADERS_IN_PART) { /* find_context_headers has read the headers */
         u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
         struct ngx_str *key = (struct ngx_str *)(header + OFFSET_ngx_table_elt_t__key);
         struct ngx_str *value = (struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value);
@@ -63,7 +64,8 @@ static __always_inline bool has_room(struct process *process, u64 list_address, 
     return holds;
 }
 
-/* Adds a header to the list. Its text lies in the array's last elements, which the list is told that it does not have. */
+/* Adds a header to the list. The header's texts are in the array's last elements; `nalloc` is lowered, so that nginx never uses
+ * those elements. */
 static __always_inline bool append_traceparent(struct process *process, u64 list_address, const u8 *list, u64 span_id)
 {
     const u8 *part = list + OFFSET_ngx_list_t__part;
@@ -130,7 +132,7 @@ int enter_ngx_http_process_request(struct pt_regs *ctx)
     return 0;
 }
 
-/* What was decided when the headers were parsed; they tell of our own span since then. */
+/* Restores the decision from when the headers were parsed. The headers cannot be read again: they contain our own span now. */
 static __always_inline void recall_trace(struct process *process, const struct active_request *active)
 {
     process->trace = active->trace;

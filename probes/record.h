@@ -1,19 +1,19 @@
 /*
- * What the kernel hands to user space: one record per completed request.
+ * What the kernel sends to user space: a record for each completed request.
  *
- * This file is the only declaration of the record. probes/ compiles it; otel_nginx_ebpf/record.py
- * parses it. It may hold only enums and structs of fixed-width scalars, without padding.
+ * This file is the only declaration of the record. probes/ compiles it; otel_nginx_ebpf/traces/abi.py
+ * parses it. It may contain only enums and structs of fixed-width scalars, without padding.
  *
  * A record in the ring buffer is
  *     struct request_record
  *     struct upstream_attempt   * attempts
- *     struct string_header, then `bytes` bytes, padded to 8   * as many as fit in the record
+ *     struct string_header, then `bytes` bytes, padded to 8   * as many as fit into the record
  *
- * Times are CLOCK_MONOTONIC nanoseconds; 0 means "did not happen, or was not seen".
+ * Times are CLOCK_MONOTONIC nanoseconds; 0 means that it did not happen or was not seen.
  */
 
 enum string_kind {
-    STRING_METHOD = 1,        /* r->method_name, or the request line's method where nginx has overwritten that */
+    STRING_METHOD = 1,        /* r->method_name, or the request line's method if nginx has overwritten r->method_name */
     STRING_URI = 2,           /* r->unparsed_uri */
     STRING_HOST = 3,          /* the Host header, or :authority */
     STRING_USER_AGENT = 4,
@@ -21,43 +21,43 @@ enum string_kind {
     STRING_SERVER_NAME = 6,   /* ngx_http_core_srv_conf_t.server_name */
     STRING_CLIENT_SOCKADDR = 7,
     STRING_LOCAL_SOCKADDR = 8,
-    STRING_PEER = 9,          /* ngx_http_upstream_state_t.peer: as in $upstream_addr */
+    STRING_PEER = 9,          /* ngx_http_upstream_state_t.peer, as in $upstream_addr */
     STRING_UPSTREAM = 10,     /* ngx_http_upstream_srv_conf_t.host: the upstream block's name */
     STRING_SUBREQUEST_URI = 11,
     STRING_TRACESTATE = 12,   /* never cut. `attempt` numbers the header's lines, from 0 */
-    STRING_UNSEEN_PEER = 13,  /* of an element of $upstream_addr that is none of the record's attempts */
+    STRING_UNSEEN_PEER = 13,  /* an element of $upstream_addr that has no attempt in the record */
 };
 
 /* How a request ended. */
 enum ending {
-    ENDED_WHOLE = 0,          /* as nginx wanted */
-    ENDED_TIMEOUT = 1,        /* the client took too long to send its request, or to take the response */
+    ENDED_WHOLE = 0,          /* complete, as nginx intended */
+    ENDED_TIMEOUT = 1,        /* the client took too long to send its request or to receive the response */
     ENDED_CLIENT_CLOSED_REQUEST = 2,
-    ENDED_UPSTREAM_INCOMPLETE = 3, /* the response's rest did not come: the peer closed the connection, or it is not known */
-    ENDED_UPSTREAM_TIMEOUT = 4,    /* the same, and it did not */
+    ENDED_UPSTREAM_INCOMPLETE = 3, /* the peer's response was cut short: the peer closed the connection, or the reason is not known */
+    ENDED_UPSTREAM_TIMEOUT = 4,    /* the peer's response was cut short: the peer stopped sending, but kept the connection open */
     ENDED_SHUTDOWN = 5,       /* worker_shutdown_timeout */
-    ENDED_ABORTED = 6,        /* nginx or a module gave the response up */
+    ENDED_ABORTED = 6,        /* nginx or a module abandoned the response */
 };
 
 /* How an upstream attempt ended. */
 enum outcome {
     OUTCOME_WHOLE = 0,
     OUTCOME_INCOMPLETE = 1,   /* the peer closed the connection in the middle of its response */
-    OUTCOME_TIMEOUT = 2,      /* it stopped sending in the middle of it */
-    OUTCOME_ABANDONED = 3,    /* nginx gave it up, together with the request, for no fault of the peer */
+    OUTCOME_TIMEOUT = 2,      /* the peer stopped sending in the middle of its response */
+    OUTCOME_ABANDONED = 3,    /* nginx abandoned the attempt together with the request; the peer did nothing wrong */
 };
 
-/* Why a request that the sampler left out came all the same. */
+/* Why a request has a record although the sampler left it out. */
 enum kept {
     KEPT_SAMPLED = 0,         /* the sampler did not leave it out */
     KEPT_ERROR = 1,
     KEPT_SLOW = 2,
 };
 
-/* Index into the `loss_counts` map. "lost" causes lose a whole trace, the others a part of one. */
+/* Index into the `loss_counts` map. LOST causes lose a whole trace; PARTIAL causes lose a part of a trace. */
 enum loss {
     LOST_RING_BUFFER_FULL = 0,
-    PARTIAL_BEGINNING = 1,    /* neither a probe nor its socket told when it began: nginx's clock did */
+    PARTIAL_BEGINNING = 1,    /* the beginning is only known from nginx's clock: neither a probe nor the socket saw it */
     LOST_READ_FAILED = 2,     /* nginx's memory could not be read */
     LOST_LAYOUT_MISMATCH = 3, /* an invariant of ngx_http_request_t did not hold */
     LOST_PROCESSES_FULL = 4,
@@ -68,24 +68,24 @@ enum loss {
     PARTIAL_STRING_CUT = 9,
     PARTIAL_STRING_READ_FAILED = 10,
     NOT_SAMPLED = 11,         /* not a loss: the sampler left the request out */
-    PARTIAL_PROPAGATION_NO_ROOM = 12,   /* --propagate: the request has too many headers for one more */
-    PARTIAL_PROPAGATION_MALFORMED = 13, /* the client's own traceparent is malformed, or there are several */
+    PARTIAL_PROPAGATION_NO_ROOM = 12,   /* --propagate: the request has too many headers to add one */
+    PARTIAL_PROPAGATION_MALFORMED = 13, /* the client's own traceparent is malformed, or the client sent several */
     PARTIAL_PROPAGATION_UNSAFE = 14,    /* nginx's header list is not as expected, or could not be written */
-    LOST_CLOCK_SET_BACK = 15, /* --detail request: nginx's clock went back during the request */
-    NOT_MEASURED = 16,        /* not in the metrics: their maps are full */
+    LOST_CLOCK_SET_BACK = 15, /* nginx's clock was set back during a request whose beginning only that clock tells */
+    NOT_MEASURED = 16,        /* not in the metrics, because their maps are full */
     LOSS_CAUSES = 17,
 };
 
-/* Index into the `beginnings` map: whether requests need the probe that marks their beginning. */
+/* Index into the `beginnings` map, which tells whether requests need the probe that marks their beginning. */
 enum beginnings {
-    BEGINNINGS_NEEDED_NS = 0, /* when one last did: over TLS, HTTP/2, HTTP/3, behind the PROXY protocol. CLOCK_MONOTONIC */
-    BEGINNINGS_SPARED = 1,    /* how many did not, in steps */
+    BEGINNINGS_NEEDED_NS = 0, /* when a request last needed it (TLS, HTTP/2, HTTP/3, PROXY protocol). CLOCK_MONOTONIC */
+    BEGINNINGS_SPARED = 1,    /* how many requests did not need it, counted in steps */
     BEGINNINGS = 2,
 };
 
-/* What is held against a layout (layout.h): a bit each in layout_doubt.facts. */
+/* The facts by which a layout is checked (layout.h). Each is a bit of layout_doubt.facts. */
 enum layout_fact {
-    FACT_REQUEST = 0,         /* its signature, and that it is its own main request */
+    FACT_REQUEST = 0,         /* the request's signature; the request is its own main request */
     FACT_CONNECTION = 1,
     FACT_NUMBER = 2,
     FACT_ADDRESSES = 3,
@@ -111,77 +111,77 @@ enum limit {
 
 struct request_record {
     __u64 accepted_ns;        /* accept() of the client connection returned */
-    __u64 first_read_ns;      /* the first request byte was read; 0: it had come with an earlier request's bytes */
-    __u64 created_ns;         /* nginx had a part of the request to work on */
+    __u64 first_read_ns;      /* the first request byte was read; 0: it arrived together with an earlier request's bytes */
+    __u64 created_ns;         /* nginx began to work on the request */
     __u64 last_read_ns;       /* the last read of request bytes after created_ns returned */
-    __u64 first_write_ns;     /* the write of the first response byte began, at the earliest */
+    __u64 first_write_ns;     /* the earliest time at which the write of the first response byte began */
     __u64 last_write_ns;      /* the last write of response bytes returned */
     __u64 ended_ns;           /* ngx_http_free_request entered */
-    __s64 rc;                 /* its second argument: 0, or the status nginx closed the request with */
+    __s64 rc;                 /* the second argument of ngx_http_free_request: 0, or the status with which nginx closed the request */
     __u64 connection;         /* c->number: $connection */
     __u64 connection_requests; /* $connection_requests */
-    __s64 request_length;     /* bytes: $request_length, which nginx has below 0 at times */
-    __s64 bytes_sent;         /* bytes: $bytes_sent */
+    __s64 request_length;     /* $request_length, in bytes; sometimes below 0 in nginx */
+    __s64 bytes_sent;         /* $bytes_sent, in bytes */
     __u64 nginx_start_sec;    /* r->start_sec, r->start_msec: nginx's own cached Unix clock */
     __u64 nginx_start_msec;
     __u64 http_version;       /* 9, 1000, 1001, 2000, 3000 */
-    __u64 err_status;         /* r->err_status, r->headers_out.status: as $status is decided */
+    __u64 err_status;         /* r->err_status and r->headers_out.status, which decide $status */
     __u64 out_status;
     __u32 worker_pid;
-    __u32 upstream_states;    /* $upstream_addr's elements; each is one of the attempts, or a STRING_UNSEEN_PEER */
+    __u32 upstream_states;    /* the number of elements of $upstream_addr; each is an attempt or a STRING_UNSEEN_PEER */
     __u8 tls;                 /* the client connection is encrypted */
-    __u8 multiplexed;         /* a stream of HTTP/2 or HTTP/3: its socket is shared */
+    __u8 multiplexed;         /* a stream of HTTP/2 or HTTP/3, which shares its socket */
     __u8 attempts;
-    __u8 attempts_lost;       /* of the main request: the elements that are no attempts and do not fit in here */
-    __u32 method;             /* r->method, a bit of NGX_HTTP_GET, …. Must agree with STRING_METHOD */
-    __u32 requests_seen;      /* of this connection, since it was accepted: must agree with connection_requests; 0: unknown */
-    __u8 trace_flags;         /* W3C trace-flags of the spans: bit 0, sampled, is what was decided here */
+    __u8 attempts_lost;       /* the number of the main request's elements above ATTEMPTS_MAX, at most 255 */
+    __u32 method;             /* r->method, a bit (NGX_HTTP_GET, …). Must agree with STRING_METHOD */
+    __u32 requests_seen;      /* requests on this connection since its accept; must agree with connection_requests; 0: unknown */
+    __u8 trace_flags;         /* W3C trace-flags of the spans; bit 0, sampled, is this program's decision */
     __u8 kept;
-    __u8 coarse_start;        /* 1: created_ns is r->start_sec and r->start_msec, a millisecond off at most; first_read_ns is 0 */
+    __u8 coarse_start;        /* 1: created_ns comes from r->start_sec and r->start_msec, at most 1 ms off; first_read_ns is 0 */
     __u8 ending;
     __u8 ends_with_write;     /* 1: the request ended with last_write_ns; 0: with ended_ns */
-    __u8 location_unknown;    /* 1: its location is not the one that nginx ended it in (post_action) */
+    __u8 location_unknown;    /* 1: the request's own location is not the location in which nginx ended it (post_action) */
     __u16 reserved;
     __u32 reserved_too;
-    __u64 trace_id_high;      /* the incoming context's, what nginx told its upstream, or random; never all 0 */
+    __u64 trace_id_high;      /* from the incoming context, from what nginx sent upstream, or random; never all 0 */
     __u64 trace_id_low;
-    __u64 parent_span_id;     /* the incoming context's; 0: the trace begins here */
+    __u64 parent_span_id;     /* from the incoming context; 0: the trace begins here */
 };
 
 struct upstream_attempt {
-    __u64 connect_start_ns;   /* socket() returned; 0: the connection was open already, or connected_ns was all that is known */
-    __u64 connected_ns;       /* getsockopt(SO_ERROR) found it connected, with TLS: after the handshake */
+    __u64 connect_start_ns;   /* socket() returned; 0: the connection was open already, or only connected_ns is known */
+    __u64 connected_ns;       /* getsockopt(SO_ERROR) found the connection established; with TLS: after the handshake */
     __u64 connect_failed_ns;
-    __u64 first_write_ns;     /* the write of the first request byte began, at the earliest */
+    __u64 first_write_ns;     /* the earliest time at which the write of the first request byte began */
     __u64 last_write_ns;
-    __u64 first_read_ns;      /* first response byte */
-    __u64 last_read_ns;       /* last response byte, or the end of file that ends the response */
+    __u64 first_read_ns;      /* the read of the first response byte returned */
+    __u64 last_read_ns;       /* the read of the last response byte, or of the end of file that ends the response, returned */
     __u64 ended_ns;           /* nginx closed the connection, or kept it for another request */
-    __u64 connect_msec;       /* nginx's own: ngx_http_upstream_state_t; all ones: none */
+    __u64 connect_msec;       /* nginx's own times, from ngx_http_upstream_state_t; all ones: not set */
     __u64 header_msec;
     __u64 response_msec;
-    __s64 bytes_sent;         /* -1: this nginx does not count them */
+    __s64 bytes_sent;         /* -1: this nginx does not count sent bytes */
     __s64 bytes_received;
     __u32 status;             /* 0: no response */
     __s32 connect_errno;
-    __u32 subrequest;         /* made by a subrequest (auth_request, mirror, SSI, slice) */
+    __u32 subrequest;         /* 1: a subrequest made the attempt (auth_request, mirror, SSI, slice) */
     __u8 tls;
     __u8 outcome;
     __u8 ends_with_read;      /* 1: the exchange ended with last_read_ns; 0: with ended_ns */
     __u8 reserved;
-    __u64 span_id;            /* of the exchange span, as the peer was told; attempts of one request may share it. 0: it was told none */
+    __u64 span_id;            /* the exchange span's id that the peer received; attempts may share it. 0: the peer received none */
 };
 
 struct string_header {
     __u8 kind;
-    __u8 attempt;             /* whose, where the kind is an attempt's */
-    __u16 bytes;              /* that follow */
-    __u32 whole_bytes;        /* of the string in nginx; more than `bytes`: it was cut */
+    __u8 attempt;             /* the index of the attempt, if the kind belongs to an attempt */
+    __u16 bytes;              /* the number of bytes that follow */
+    __u32 whole_bytes;        /* the length of the string in nginx; more than `bytes`: the string was cut */
 };
 
-/* Instead of a record: a request that contradicts the layout, and of which there is no trace. */
+/* Sent instead of a record, for a request that contradicts the layout. Such a request has no trace. */
 struct layout_doubt {
     __u64 facts;
     __u32 worker_pid;
-    __u32 connections;        /* whose requests contradicted it, one after another, with none between them that agreed */
+    __u32 connections;        /* how many connections in a row had requests that contradict, without an agreeing request between them */
 };

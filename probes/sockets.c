@@ -1,6 +1,6 @@
 /*
- * When each socket of a worker was opened, connected, first and last read and written: one program for all system calls.
- * A system call's exit tells what no function entry can: whether bytes moved.
+ * Notes when each socket of a worker was opened, connected, first and last read and written. One program serves all system
+ * calls. The exit of a system call tells what no function entry can: whether bytes moved.
  */
 
 #define SOL_SOCKET 1
@@ -34,16 +34,16 @@ static __always_inline void opened(struct socket_key *key, u64 now, u8 client)
         count_loss(PARTIAL_SOCKETS_FULL);
 }
 
-/* Why the request that a connection belongs to is wanted. */
+/* Why the request of a connection must be found. */
 enum wanted {
     NOT_WANTED,
     WANTED_TO_CONNECT,
-    WANTED_TO_SEND,           /* it was announced: by getsockopt() */
-    WANTED_TO_WRITE,          /* it was not, and may be another exchange's first write */
+    WANTED_TO_SEND,           /* getsockopt() announced that nginx will send */
+    WANTED_TO_WRITE,          /* a write without announcement, perhaps the first of another exchange */
     WANTED_TO_READ,           /* an answer came on a connection that is older than the probes */
 };
 
-/* An exchange begins on an upstream connection: what went before was the TLS handshake, or an earlier one's. */
+/* An exchange begins on an upstream connection. Earlier reads and writes were a TLS handshake or an earlier exchange. */
 static __always_inline void exchange_begins(struct socket *socket, u64 now)
 {
     socket->ready_ns = now;
@@ -53,9 +53,9 @@ static __always_inline void exchange_begins(struct socket *socket, u64 now)
     socket->last_write_ns = 0;
 }
 
-/* An upstream connection was found connected (or not): ngx_http_upstream_test_connect, called before a request is sent on
- * a new connection, after its TLS handshake, and before each request on a kept-alive one. A client's is tested only where it is
- * found to be closed (ngx_http_test_reading, ngx_http_upstream_check_broken_connection). */
+/* getsockopt(SO_ERROR) told whether an upstream connection is established. ngx_http_upstream_test_connect calls it before it
+ * sends a request: on a new connection after the TLS handshake, and before each request on a kept-alive connection. nginx tests
+ * a client's connection only when it has found it closed (ngx_http_test_reading, ngx_http_upstream_check_broken_connection). */
 static __always_inline u32 connect_tested(struct socket_key *key, const struct syscall_entry *entry, u64 now)
 {
     s32 error = 0;
@@ -90,7 +90,7 @@ static __always_inline u32 connected(struct socket_key *key, s64 result, u64 now
     return WANTED_TO_CONNECT;
 }
 
-/* RFC 9113, 6: a frame's header, and the frames that a peer may send ahead of its answer. */
+/* RFC 9113, 6: a frame's header, and the frames that a peer may send before its answer. */
 #define HTTP2_FRAME_HEADER_BYTES 9
 #define HTTP2_PRIORITY 2
 #define HTTP2_SETTINGS 4
@@ -99,8 +99,9 @@ static __always_inline u32 connected(struct socket_key *key, s64 result, u64 now
 #define HTTP2_WINDOW_UPDATE 8
 #define HTTP2_FRAMES_MAX 8
 
-/* What a gRPC upstream sends that is no answer: frames of the connection, and a stream's priority and window. No other
- * protocol's answer looks like that: HTTP/1 and memcached are text, and FastCGI's fourth byte is the request's number, 1. */
+/* Tells whether a gRPC upstream has sent only frames that are not an answer: frames of the connection, and a stream's priority and
+ * window. No other protocol's answer looks like that: HTTP/1 and memcached are text, and FastCGI's fourth byte is 1, the request's
+ * number. */
 static __always_inline bool are_no_answer(u64 data, s64 bytes)
 {
     u8 frame[HTTP2_FRAME_HEADER_BYTES];
@@ -120,12 +121,12 @@ static __always_inline bool are_no_answer(u64 data, s64 bytes)
     return bytes <= 0;
 }
 
-/* Over TLS, where it cannot be read, the interim answer "HTTP/1.1 100 Continue"; a response's own header is longer. */
+/* Over TLS the interim response "HTTP/1.1 100 Continue" cannot be read, but it is short; the header of a response is longer. */
 #define INTERIM_RESPONSE_BYTES_MAX 64
 
 #define HTTP_1_1_SLASH 0x312e312f50545448ULL /* "HTTP/1.1" */
 
-/* Whether a client is sent an interim response (RFC 9110, 15.2): " 1xx", but " 101" */
+/* Tells whether nginx sends an interim response to a client (RFC 9110, 15.2): " 1xx", except " 101". */
 static __always_inline bool is_interim(u64 data)
 {
     u64 text[2] = {};
@@ -133,8 +134,8 @@ static __always_inline bool is_interim(u64 data)
         && (text[1] & 0xffff) == 0x3120 && (text[1] & 0xffffffff) != 0x31303120;
 }
 
-/* Whether something was written, and on a client connection something of a response. Over TLS ngx_connection_s.sent counts
- * the bytes, and nothing of a handshake that ends only now, since its request came as early data. */
+/* Tells whether something was written; on a client connection, whether a part of a response was written. Over TLS
+ * ngx_connection_s.sent counts the bytes. It does not count a handshake that ends late because the request came as early data. */
 static __always_inline bool has_begun_to_write(struct socket *socket)
 {
     u64 sent = 0;
@@ -144,10 +145,11 @@ static __always_inline bool has_begun_to_write(struct socket *socket)
     return sent > INTERIM_RESPONSE_BYTES_MAX;
 }
 
-/* What a read of a few KiB takes at most while nothing interrupts it: all else since the worker was last seen is no reading. */
+/* The longest time of a read of a few KiB without interruption. If more time has passed since the worker was last seen, the rest
+ * was not spent on the read. */
 #define READ_NS_MAX 10000
 
-/* A read returned, or failed. `data`: where the bytes are, or 0. */
+/* A read returned or failed. `data`: the address of the bytes, or 0. */
 static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes, u64 began_ns, u64 now, bool datagrams)
 {
     struct socket *socket = bytes >= 0 ? find_or_add_socket(key) : sockets.lookup(key);
@@ -158,7 +160,7 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
         if (bytes || socket->client || !socket->first_read_ns)
             return NOT_WANTED;
         struct attempt_state *attempt = attempt_on(key, socket);
-        if (attempt && response_state(attempt->upstream, false) != RESPONSE_WHOLE) /* the end of file ends the answer; else it is seen late */
+        if (attempt && response_state(attempt->upstream, false) != RESPONSE_WHOLE) /* only then does the end of file end the answer */
             socket->last_read_ns = now;
         return NOT_WANTED;
     }
@@ -188,7 +190,7 @@ static __always_inline void note_write(struct socket *socket, u64 began_ns, u64 
     socket->announced = 0;
 }
 
-/* A write returned. `data`: where the bytes are, or 0. */
+/* A write returned. `data`: the address of the bytes, or 0. */
 static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 began_ns, u64 now)
 {
     struct socket *socket = find_or_add_socket(key);
@@ -203,7 +205,7 @@ static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 beg
     return NOT_WANTED;
 }
 
-/* Finds the attempt that a connection serves, and begins what was waiting for that. */
+/* Finds the request that a connection serves, begins its attempt, and then does what was waiting for this. */
 static __always_inline void look_for_attempt(
     struct process *process, struct socket_key *key, u32 wanted, u64 began_ns, u64 now)
 {
@@ -228,7 +230,7 @@ static __always_inline void look_for_attempt(
         socket->announced = 1;
     }
     if (wanted == WANTED_TO_WRITE) {
-        if (socket->attempt_serial != serial || (!socket->ready_ns && !socket->tls)) /* else a handshake */
+        if (socket->attempt_serial != serial || (!socket->ready_ns && !socket->tls)) /* otherwise it is a handshake */
             exchange_begins(socket, began_ns);
         note_write(socket, began_ns, now);
     }
@@ -245,7 +247,7 @@ static __always_inline void was_closed(struct socket_key *key, u64 now)
     sockets.delete(key);
 }
 
-/* nginx looks ahead into what a client sends only where TLS is spoken: its requests' beginnings are to be marked. */
+/* nginx peeks at a client's bytes only where it expects TLS. The beginnings of such requests must be marked. */
 static __always_inline void was_peeked_at(struct socket_key *key, u64 now)
 {
     struct socket *socket = sockets.lookup(key);
@@ -264,7 +266,7 @@ static __always_inline int system_call_ended(
     u64 began_ns = process->last_event_ns ? process->last_event_ns : now;
     struct syscall_entry entry = {};
 
-    if (worker) /* a thread pool's threads interleave with it */
+    if (worker) /* threads of a thread pool run in parallel with the worker */
         process->last_event_ns = now;
     bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs));
     struct socket_key key = {.tgid = tgid, .fd = entry.argument1};
@@ -296,7 +298,7 @@ static __always_inline int system_call_ended(
     case SYS_sendfile:
         if (result > 0) {
             if (entry.number == SYS_writev)
-                bpf_probe_read_user(&data, sizeof(data), (void *)entry.argument2); /* the first part's address */
+                bpf_probe_read_user(&data, sizeof(data), (void *)entry.argument2); /* the address of the first part */
             else if (entry.number == SYS_sendto)
                 data = entry.argument2;
             wanted = was_written(&key, data, began_ns, now);
@@ -347,7 +349,7 @@ static __always_inline int system_call_ended(
             break;
     /* fall through */
     case SYS_fork:
-        if (result > 0) /* a master's new worker, known before its first connection */
+        if (result > 0) /* a master's new worker; it is known before its first connection */
             add_process(result);
         break;
 #endif
@@ -370,8 +372,8 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
     return system_call_ended(ctx, process, tgid, worker);
 }
 
-/* The same after it, where the kernel may leave a program out (kernel/tracepoints.py): for the system calls that the other one
- * has not seen. */
+/* Runs after sys_exit where the kernel may skip a program (planner/tracepoints.py), and handles the system calls that sys_exit has
+ * missed. */
 int sys_exit_missed(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 pid_tgid = current_pid_tgid();

@@ -1,24 +1,27 @@
 /*
  * What the probes remember between their hits: processes, sockets, running requests, finished upstream attempts.
  *
- * The loader puts in front of this text: record.h, x86_64.h, context.h, and from the layout and the binary
- *     OFFSET_<struct>__<member>, SIZEOF_<struct>    bytes
- *     SITE_ngx_http_free_request, ADDRESS_ngx_http_core_module    virtual addresses in the binary
- *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE    the settings: sampling.py
- *     FOLLOW_ALL    1: every process that hits a probe is traced; 0: only those the agent named, and their children
- *     FOLLOW_FORKS    1: a fork's result is the child's pid as the agent counts; 0: nginx has another pid namespace
- *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the agent's, unless that is the host's
+ * planner/program.py puts in front of this text record.h, metrics.h, x86_64.h, context.h, layout.h, layout_upstream.h, and before
+ * them these constants:
+ *     OFFSET_<struct>__<member>, SIZEOF_<struct>    the layout, in bytes
+ *     SITE_ngx_http_free_request, ADDRESS_<symbol>    virtual addresses in the binary
+ *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE    the settings (planner/sampling.py)
+ *     HASH_<header>, LENGTH_<header>, NAME_LOW_<header>, NAME_HIGH_<header>    nginx's hash of a header's name, and its bytes
+ *     OF_FORK    1: the binary is a fork of nginx
+ *     FOLLOW_ALL    1: trace every process that hits a probe; 0: only the processes that user space named, and their children
+ *     FOLLOW_FORKS    1: the result of fork is the child's pid in user space too; 0: nginx has another pid namespace
+ *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the pid namespace of user space, unless it is the host's
  *     REQUEST_METRICS    1: the durations of all requests are counted (metrics.c)
- *     DETAIL_REQUEST    1: there is one probe, at a request's end, and no tracepoint of system calls
+ *     DETAIL_REQUEST    1: there is a single probe, at the end of a request, and no tracepoint of system calls
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
- * BCC rewrites only the main text, so maps and handlers stand in .c files that are joined into one.
+ * BCC rewrites only the main text. So maps and handlers are in .c files, which program.py joins into one text.
  */
 
 #define PROCESSES_MAX 512
 #define SOCKETS_MAX 65536
 #define FLUSHES_MAX 16384
 
-/* Room for a bulk read of the struct; the largest of nginx 1.14-1.31 is 1,560 bytes. */
+/* Room for a read of the whole struct. The largest of nginx 1.14-1.31 has 1,560 bytes. */
 #define REQUEST_BYTES_MAX 2048
 
 struct ngx_str {
@@ -26,7 +29,7 @@ struct ngx_str {
     u64 data;
 };
 
-/* The headers that tell of a trace. */
+/* The headers that carry a trace context. */
 enum context_header {
     HEADER_TRACEPARENT,
     HEADER_TRACESTATE,
@@ -39,10 +42,10 @@ enum context_header {
     CONTEXT_HEADERS,
 };
 
-#define HEADERS_IN_PART 20    /* ngx_list_init(&r->headers_in.headers, r->pool, 20, …), in every protocol; a longer list has more parts */
+#define HEADERS_IN_PART 20    /* ngx_list_init(&r->headers_in.headers, r->pool, 20, …), for every protocol; more headers take more parts */
 #define TRACESTATE_LINES_MAX 4
 
-/* What was decided of a request. */
+/* The decision about a request's trace. */
 struct request_trace {
     u64 trace_id_high;
     u64 trace_id_low;
@@ -50,19 +53,19 @@ struct request_trace {
     u8 flags;
     u8 sampled;
     u8 parent_said_no;
-    u8 has_tracestate;        /* the context is W3C's, and valid */
+    u8 has_tracestate;        /* the context is a valid W3C context */
     u32 reserved;
 };
 
 struct attempt_state {
     struct upstream_attempt attempt;
-    u64 state;                /* ngx_http_upstream_state_t *; stays readable to the request's end: pools free nothing before */
-    u64 upstream;             /* ngx_http_upstream_t *; the same */
+    u64 state;                /* ngx_http_upstream_state_t *; readable until the request ends, because pools free nothing earlier */
+    u64 upstream;             /* ngx_http_upstream_t *; readable as long as `state` */
     u64 request;              /* the subrequest's ngx_http_request_t *, or 0 */
-    u64 serial;               /* its worker's number for it */
+    u64 serial;               /* the worker's number for this attempt */
     s32 fd;
-    u8 settled;               /* `attempt` has its times; else its socket has them */
-    u8 peer_closed;           /* end of file, or an error, before that */
+    u8 settled;               /* 1: `attempt` has the times; 0: the socket has them */
+    u8 peer_closed;           /* the socket saw end of file or an error before the attempt was settled */
     u16 reserved;
 };
 
@@ -79,21 +82,21 @@ struct client_key {
 #endif
 
 struct process {
-    u64 known_since_ns;       /* its system calls are seen since then. The first member: the agent writes it (kernel/attachment.py) */
-    u64 last_event_ns;        /* the worker's latest system call exit or probe hit: what comes next began no earlier */
-    u64 turn_began_ns;        /* epoll_wait() returned last */
-    u64 wanted_until_ns;      /* a socket's ngx_connection_t is not known, and looked for among events */
-    u64 attempt_serial;       /* the latest attempt's */
-    s32 latest_read_fd;       /* what was read last in this turn; -1: nothing */
-    u32 system_call_seen;     /* its latest one's end, by sys_exit */
+    u64 known_since_ns;       /* system calls are seen since then. Must be first: kernel/attachment.py writes it */
+    u64 last_event_ns;        /* the worker's latest system call exit or probe hit: the next event began no earlier */
+    u64 turn_began_ns;        /* the last return of epoll_wait() */
+    u64 wanted_until_ns;      /* until then, search epoll's events for the unknown ngx_connection_t of a socket */
+    u64 attempt_serial;       /* the serial of the latest attempt */
+    s32 latest_read_fd;       /* the descriptor of the last read in this turn; -1: none */
+    u32 system_call_seen;     /* sys_exit saw the end of the latest system call */
     u32 core_module_index_known;
     u64 core_module_index;
     u64 plain_requests;
-    u8 request[REQUEST_BYTES_MAX]; /* scratch: a worker runs one probe at a time, while a CPU may be shared by many */
+    u8 request[REQUEST_BYTES_MAX]; /* scratch memory, per worker: a worker runs one probe at a time, but several workers share a CPU */
     u8 connection[512];
     u8 upstream_state[256];
     u8 headers[HEADERS_IN_PART * SIZEOF_ngx_table_elt_t];
-    u64 headers_read; /* how many; to the verifier any number whenever it is read */
+    u64 headers_read; /* the number of headers; read as volatile, so that the verifier assumes any number */
     u8 header_part[24];
     u64 header_lines[CONTEXT_HEADERS];
     struct ngx_str header_values[CONTEXT_HEADERS];
@@ -110,13 +113,13 @@ struct process {
     struct ngx_str method_name;                /* as the client sent it */
     u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
     u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
-    u64 seen_peers[ATTEMPTS_MAX];              /* the main request's among them */
+    u64 seen_peers[ATTEMPTS_MAX];              /* the peers of the main request's own attempts */
     u64 unseen_peers[ATTEMPTS_MAX];
     u64 seen_peers_count;
     u64 unseen_peers_count;
     u64 next_seen;
-    u64 main_tls;                              /* that attempt's */
-    u64 main_outcome;                          /* enum outcome, of the main request's last attempt */
+    u64 main_tls;                              /* the main request's last attempt used TLS */
+    u64 main_outcome;                          /* enum outcome of the main request's last attempt */
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];
     u64 exchange_end_ns[ATTEMPTS_MAX];
@@ -129,46 +132,46 @@ struct process {
     u8 record[RECORD_BYTES_MAX];
 };
 
-/* What comes to a running request. */
+/* What has happened to a running request. */
 struct request_progress {
     u64 body_read_ns;
     u32 attempts;
-    u32 body_unseen;          /* of a stream: a part of its body came, and nothing says when */
+    u32 body_unseen;          /* a part of a stream's body arrived at an unknown time */
 };
 
 struct socket {
-    u64 running;              /* a client's request that no probe has marked. The first member: the agent reads it (kernel/attachment.py) */
-    u64 opened_ns;            /* accept() or socket() returned; 0: before the agent came, or a kept-alive upstream connection */
-    u64 ready_ns;             /* getsockopt(SO_ERROR) was 0: nginx asks when it is about to send an upstream request */
+    u64 running;              /* client: a request whose beginning no probe marked. Must be first: kernel/attachment.py reads it */
+    u64 opened_ns;            /* accept() or socket() returned; 0: older than the probes, or a kept-alive upstream connection */
+    u64 ready_ns;             /* getsockopt(SO_ERROR) returned 0: nginx calls it before it sends an upstream request */
     u64 connect_failed_ns;
-    u64 first_read_ns;        /* of a client connection, since its last request's end: the next request's first bytes */
-    u64 first_read_began_ns;  /* that read began, at the earliest */
+    u64 first_read_ns;        /* client connection: the first read since the last request's end, which brings the next request */
+    u64 first_read_began_ns;  /* the earliest beginning of that read */
     u64 last_read_ns;
-    u64 request_read_ns;      /* the last read before the first write: of a client connection, the request's last bytes */
+    u64 request_read_ns;      /* the last read before the first write; client connection: it brought the request's last bytes */
     u64 first_write_ns;
     u64 last_write_ns;
-    u64 tls_connection;       /* of a client over TLS: the ngx_connection_t * of its last request; 0: had none */
+    u64 tls_connection;       /* client over TLS: the ngx_connection_t * of its last request; 0: no request yet */
     u32 connect_errno;
-    u16 client;               /* 0: an upstream's, or a client's that is older than the probes, until its first request has ended */
+    u16 client;               /* 0: upstream connection, or a client's that is older than the probes, until its first request ends */
     u8 tls;
-    u8 datagrams;             /* HTTP/3's listening socket: recvmsg() is for nothing else */
-    u8 peer_closed;           /* end of file was read, or an error: the peer has gone */
-    u8 lingers;               /* of a client connection: nginx has shut its side, and waits for the client to end */
-    u8 announced;             /* of an upstream connection: nginx is about to send */
+    u8 datagrams;             /* HTTP/3's listening socket: the only use of recvmsg() */
+    u8 peer_closed;           /* a read returned end of file or an error: the peer is gone */
+    u8 lingers;               /* client connection: nginx has shut down its side and waits for the client to close */
+    u8 announced;             /* upstream connection: nginx is about to send */
     u8 reserved;
-    u32 attempt_index;        /* of an upstream connection: the attempt that it serves, or served last */
-    u64 attempt_serial;       /* 0: none */
-    u64 client_connection;    /* of that attempt's request: ngx_connection_t * */
-    u64 connection;           /* its own ngx_connection_t *; 0: not known */
-    u64 earlier_write_ns;     /* of a client over TLS: the last write but one */
-    u64 last_sent;            /* and ngx_connection_s.sent at the last one: without that one's bytes */
-    u64 flush_began_ns;       /* of an HTTP/2 client connection: its frames were last to be sent */
-    u64 requests;             /* that ended on this client connection */
-    u64 next_began_ns;        /* the next one, whose first bytes had come with the last one's; 0: it did not */
+    u32 attempt_index;        /* upstream connection: the attempt that it serves, or served last */
+    u64 attempt_serial;       /* the serial of that attempt; 0: none */
+    u64 client_connection;    /* the client's ngx_connection_t * of that attempt's request */
+    u64 connection;           /* the socket's own ngx_connection_t *; 0: not known */
+    u64 earlier_write_ns;     /* client over TLS: the last write but one */
+    u64 last_sent;            /* client over TLS: ngx_connection_s.sent at the last write, without that write's bytes */
+    u64 flush_began_ns;       /* HTTP/2 client connection: nginx last began to send frames */
+    u64 requests;             /* the number of requests that ended on this client connection */
+    u64 next_began_ns;        /* the next request began with the last one's end, as its first bytes had come earlier; 0: they had not */
     struct request_progress progress;
 };
 
-/* Every key begins with the process: the agent finds by it what a dead worker left behind. */
+/* Every key begins with the process, so that user space finds the state of dead workers. */
 struct socket_key {
     u32 tgid;
     s32 fd;
@@ -177,22 +180,22 @@ struct socket_key {
 struct request_key {
     u32 tgid;
     u32 reserved;
-    u64 connection;           /* the client's ngx_connection_t *; a stream of HTTP/2 has its own */
+    u64 connection;           /* the client's ngx_connection_t *; each stream of HTTP/2 has its own */
 };
 
-/* A request whose beginning a probe has marked, or a stream that has an upstream. A plain HTTP/1 request has none while that
- * probe is let go: its client's socket tells all of it. */
+/* A request whose beginning a probe has marked, or a stream with an upstream. While that probe is detached, a plain HTTP/1
+ * request has no active_request: the client's socket has all its times. */
 struct active_request {
-    u64 created_ns;           /* 0: no probe has marked it */
-    u64 read_ns;              /* the client socket's last read when the request was created; 0: none since an earlier one's end */
-    u64 first_write_ns;       /* HTTP/2: its first frame was handed to the connection */
-    u64 last_flush_ns;        /* HTTP/2: its last one was */
-    u64 body_wanted_ns;       /* HTTP/2: nginx began to read its body */
+    u64 created_ns;           /* 0: no probe has marked the beginning */
+    u64 read_ns;              /* the client socket's last read when the request was created; 0: no read since the earlier request's end */
+    u64 first_write_ns;       /* HTTP/2: the request's first frame was handed to the connection */
+    u64 last_flush_ns;        /* HTTP/2: the request's last frame was handed to the connection */
+    u64 body_wanted_ns;       /* HTTP/2: nginx began to read the request's body */
     struct request_progress progress;
 #if PROPAGATE
     struct request_trace trace;
-    u64 told_span_id;         /* written into the request's headers; 0: not */
-    u64 decided;
+    u64 told_span_id;         /* the span id that was written into the request's headers; 0: none */
+    u64 decided;              /* 1: `trace` is set */
 #endif
 };
 
@@ -202,7 +205,7 @@ struct attempt_key {
     u64 connection;
 };
 
-/* When what an HTTP/2 connection had to send at a time was written. */
+/* An HTTP/2 connection that began to send at a time. The value is the time of the last write. */
 struct flush_key {
     u32 tgid;
     s32 fd;
@@ -210,8 +213,8 @@ struct flush_key {
 };
 
 BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
-BPF_ARRAY(new_processes, struct process, 1); /* all zero: too large for the stack */
-BPF_ARRAY(live, u32, 1); /* 1: every probe is attached. Before that no process is known, so that none is seen in part */
+BPF_ARRAY(new_processes, struct process, 1); /* all zero; too large for the stack */
+BPF_ARRAY(live, u32, 1); /* 1: all probes are attached. Earlier no process is added, because only some probes would see it */
 BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
 BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("hash", struct attempt_key, struct attempt_state, attempts, ACTIVE_REQUESTS_MAX);
@@ -227,7 +230,7 @@ static __always_inline void count_loss(u32 cause)
         lock_xadd(count, 1);
 }
 
-/* Thread and process as the agent counts them: in its own pid namespace. 0: a process that is not in it. */
+/* Returns process and thread in the pid namespace of user space. 0: the process is not in that namespace. */
 static __always_inline u64 current_pid_tgid(void)
 {
 #ifdef PID_NAMESPACE_INODE
@@ -265,7 +268,7 @@ static __always_inline bool is_live(void)
     return all_attached && *all_attached;
 }
 
-/* The process that hits a uprobe. NULL: it is not to be traced. */
+/* Returns the process that hits a uprobe. NULL: it is not traced. */
 static __always_inline struct process *probed_process(u32 tgid)
 {
     struct process *process = processes.lookup(&tgid);
@@ -278,18 +281,18 @@ static __always_inline struct process *probed_process(u32 tgid)
     return process;
 }
 
-/* Empty. Linux 6.13 and later give a program a stack that is its processor's alone, unless it can make a tail call. A uprobe's
- * program can be preempted (PREEMPT_LAZY, PREEMPT), and another worker's run on that processor then overwrites the stack of the
- * first: seen on 7.2 as a crash of the kernel. */
+/* Empty. Since Linux 6.13 a program has a private stack for each processor, unless the program can make a tail call. A uprobe's
+ * program can be preempted (PREEMPT_LAZY, PREEMPT). Then another worker's run on the same processor overwrites the first run's
+ * stack. On 7.2 this crashed the kernel. */
 BPF_PROG_ARRAY(no_programs, 1);
 
-/* For every program of a uprobe, somewhere. */
+/* Every program of a uprobe must contain this call somewhere. */
 static __always_inline void want_no_private_stack(struct pt_regs *ctx)
 {
     no_programs.call(ctx, 0);
 }
 
-/* What every uprobe begins with. NULL: the process is not to be traced. */
+/* Every uprobe's handler begins with this. Returns NULL if the process is not traced. */
 static __always_inline struct process *entered(struct pt_regs *ctx, u32 *tgid, u64 *now)
 {
     *now = bpf_ktime_get_ns();
@@ -304,26 +307,27 @@ static __always_inline struct process *entered(struct pt_regs *ctx, u32 *tgid, u
     return process;
 }
 
-/* Counts up to a number that the verifier need not know. clang would make of two conditions one that compares for equality
- * with the smaller number, which the verifiers of older kernels cannot follow: it must not see both. */
+/* Loops up to a count that the verifier does not know. clang would merge the two conditions into a comparison for equality with
+ * the smaller number, which the verifiers of older kernels cannot follow. The asm hides the count from clang. */
 #define EACH(i, count, limit)                                                                                          \
     for (u32 i = 0; i < (limit) && ({ asm volatile("" : "+r"(count)); i < (count); }); i++)
 
-/* A place among ATTEMPTS_MAX, as the verifier sees it: clang would leave out what it can prove, and the verifier forget that. */
+/* Limits an index to ATTEMPTS_MAX in a way that the verifier sees. clang would remove a mask that it can prove needless, but the
+ * verifier may not know that proof. */
 static __always_inline u64 slot(u64 index)
 {
     asm volatile("%[index] &= %[mask]" : [index] "+r"(index) : [mask] "i"(ATTEMPTS_MAX - 1));
     return index;
 }
 
-/* Never 0, which is no id. */
+/* Returns a random id; never 0, which is not a valid id. */
 static __always_inline u64 random_id(void)
 {
     u64 id = (u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32();
     return id ? id : 1;
 }
 
-/* Reads nginx's memory. False: counted, and the caller gives up. */
+/* Reads nginx's memory. If that fails, counts a lost request and returns false; the caller must give up. */
 static __always_inline bool read_memory(void *to, u32 bytes, u64 address)
 {
     if (bpf_probe_read_user(to, bytes, (void *)address) == 0)

@@ -1,9 +1,9 @@
-/* The record's strings. */
+/* Appends the strings to the record. */
 
 #define STRING_AT_MAX (RECORD_BYTES_MAX - STRING_BYTES_MAX - sizeof(struct string_header))
 
-/* A place in the record, `at` bytes from its beginning and at most STRING_AT_MAX, which it is: said once more to the verifier,
- * where it is used. Kernels before 6.4 forget what they know of a number that clang has kept on the stack in between. */
+/* Returns the place that is `at` bytes from the record's beginning. `at` is at most STRING_AT_MAX already; the asm repeats this for
+ * the verifier. Kernels before 6.4 forget the bounds of a number that clang has kept on the stack meanwhile. */
 static __always_inline struct string_header *string_at(struct process *process, u64 at)
 {
     u8 *place = process->record;
@@ -12,21 +12,21 @@ static __always_inline struct string_header *string_at(struct process *process, 
     return (struct string_header *)place;
 }
 
-/* Appends a string to the record. Its end is kept in the map's memory and not in a register: so all paths through here look
- * the same to the verifier afterwards, and it need not follow each combination of them. */
+/* Appends a string to the record. The record's length is kept in the map's memory, not in a register. So all paths through this
+ * function look the same to the verifier afterwards, and it need not follow each combination of them. */
 static __always_inline void append_string(struct process *process, u8 kind, u8 attempt, u64 data, u64 whole_bytes, u64 limit)
 {
     if (!data || !whole_bytes)
         return;
     u64 at = process->record_bytes;
     u64 bytes = whole_bytes > limit ? limit : whole_bytes;
-    asm volatile("" : "+r"(bytes)); /* keeps the bounds check below where the verifier sees it */
+    asm volatile("" : "+r"(bytes)); /* so that clang keeps the following bounds check, which the verifier needs */
     if (bytes > STRING_BYTES_MAX || at > STRING_AT_MAX) {
         count_loss(PARTIAL_STRING_CUT);
         return;
     }
     struct string_header *header = string_at(process, at);
-    *(u64 *)((u8 *)(header + 1) + ((bytes - 1) & (STRING_BYTES_MAX - 8))) = 0; /* what pads the string to 8 bytes */
+    *(u64 *)((u8 *)(header + 1) + ((bytes - 1) & (STRING_BYTES_MAX - 8))) = 0; /* zeros pad the string to 8 bytes */
     if (bpf_probe_read_user(header + 1, bytes, (void *)data) != 0) {
         count_loss(PARTIAL_STRING_READ_FAILED);
         return;
@@ -54,7 +54,7 @@ static __always_inline void append_str_at(struct process *process, u8 kind, u8 a
 
 #define REQUEST_STR(member) ((struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__##member))
 
-/* The name in the http core module's configuration that r->srv_conf or r->loc_conf leads to. */
+/* Appends the name in the http core module's configuration. `confs` is r->srv_conf or r->loc_conf. */
 static __always_inline void append_core_conf_name(struct process *process, u8 kind, u64 confs, u64 name_offset)
 {
     u64 conf = 0;
@@ -63,7 +63,7 @@ static __always_inline void append_core_conf_name(struct process *process, u8 ki
         append_str_at(process, kind, 0, conf + name_offset, SHORT_STRING_BYTES_MAX);
 }
 
-/* Half a list of vendors' entries would be another list: a line comes whole or not at all. */
+/* Appends the tracestate lines. A line is never cut, because a part of its list of vendors would be a different list. */
 static __always_inline void append_tracestate(struct process *process)
 {
     u64 lines = process->header_lines[HEADER_TRACESTATE];
@@ -78,7 +78,8 @@ static __always_inline void append_tracestate(struct process *process)
     }
 }
 
-/* First what each request has of its own, then what it has in common with others: user space keeps that decoded. */
+/* Appends first the strings that differ for each request, then those that many requests share: user space caches the decoded
+ * end of a record. */
 static __always_inline void append_request_strings(struct process *process)
 {
     struct ngx_str *method = &process->method_name, *uri = REQUEST_STR(unparsed_uri);

@@ -1,4 +1,4 @@
-/* A request's upstream attempts, taken into its record when it ends. */
+/* Copies a request's upstream attempts into its record when the request ends. */
 
 #if DETAIL_REQUEST
 #define ATTEMPTS_TAKEN_MAX 1
@@ -16,8 +16,8 @@ static __always_inline struct attempt_state *find_attempt(struct process *proces
 }
 
 #if DETAIL_REQUEST
-/* The last attempt of the request itself, by nginx's own clock: u->start_time and its state's times, each rounded outward
- * to a whole millisecond. False: there is none, or what should be times does not lie within the request. */
+/* Fills in the request's own last attempt by nginx's clock: u->start_time and the times of its state, each rounded outward to a
+ * whole millisecond. Returns false if there is no attempt, or if its times are not within the request. */
 static __always_inline bool recall_last_attempt(struct process *process, u64 *began_ns, u64 now)
 {
     struct attempt_state *last = &process->attempt;
@@ -39,7 +39,7 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
     u64 start_ns = start_msec * MILLISECOND_NS, end_ns = (start_msec + state.response_msec + 1) * MILLISECOND_NS;
     if (state.response_msec == -1ULL || start_ns + MILLISECOND_NS < *began_ns || end_ns < start_ns || end_ns - MILLISECOND_NS > now)
         return false;
-    if (start_ns < *began_ns) /* the two clocks are cut to milliseconds at different moments */
+    if (start_ns < *began_ns) /* the two clocks are rounded down to milliseconds at different moments */
         *began_ns = start_ns;
     if (end_ns > now)
         end_ns = now;
@@ -60,7 +60,7 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
 #endif
 
 #if !DETAIL_REQUEST
-/* The request ends, and the attempt's connection is kept for another, or is closed only afterwards. */
+/* Settles an attempt when its request ends, if its connection is still open: kept for another request, or closed later. */
 static __always_inline void settle_now(struct attempt_key *key, struct attempt_state *ended, u64 now)
 {
     struct socket_key socket_key = {.tgid = key->tgid, .fd = ended->fd};
@@ -71,7 +71,7 @@ static __always_inline void settle_now(struct attempt_key *key, struct attempt_s
 }
 #endif
 
-/* Copies one attempt into the record, with what nginx has noted of it by now. */
+/* Copies an attempt into the record, with nginx's own numbers about it. */
 static __always_inline bool take_attempt(struct process *process, struct attempt_key *key, u64 told_span_id, u64 now)
 {
     struct attempt_state *ended = find_attempt(process, key);
@@ -141,8 +141,8 @@ static __always_inline void append_attempt_strings(struct process *process, stru
 #endif
 }
 
-/* Holds $upstream_addr's elements against the attempts that were taken: both are in the order in which they began. Those that
- * were not seen, or name the upstream itself as no peer was live, are noted in process->unseen_peers. */
+/* Compares the elements of $upstream_addr with the attempts that were copied. Both are in the order in which they began. Notes
+ * elements without an attempt in process->unseen_peers: attempts that were not seen, and the upstream's name if no peer was live. */
 static __always_inline void find_unseen(struct process *process, struct request_record *record)
 {
     u64 states = MEMBER(process->request, u64, ngx_http_request_s, upstream_states);
@@ -171,7 +171,7 @@ static __always_inline void find_unseen(struct process *process, struct request_
     }
 }
 
-/* Forgets a request's attempts: their sockets find that out by themselves. */
+/* Removes a request's attempts. Their sockets notice this by the missing entry. */
 static __always_inline void forget_attempts(struct attempt_key *attempt_key, u32 count)
 {
     EACH(i, count, ATTEMPTS_TAKEN_MAX) {

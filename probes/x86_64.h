@@ -1,4 +1,5 @@
-/* All that is x86-64: system call numbers and where a system call's arguments lie (BCC has PT_REGS_PARM1… for functions). */
+/* Everything specific to x86-64: the system call numbers, and the registers of a system call's arguments (for functions BCC has
+ * PT_REGS_PARM1…). */
 
 #define SYS_read 0
 #define SYS_write 1
@@ -22,7 +23,7 @@
 #define SYS_epoll_pwait 281
 #define SYS_accept4 288
 
-/* The end of pt_regs from r10 on: number and arguments of a system call in one read. */
+/* The end of pt_regs, from r10 on. One read gets the number and the arguments of a system call. */
 struct syscall_entry {
     unsigned long argument4;  /* r10 */
     unsigned long argument6;

@@ -1,17 +1,17 @@
-"""Distributions of durations, in memory that their spread bounds and not their number; several add up to one."""
+"""Histograms of durations that can be merged. Their memory depends on the durations' range, not on their number."""
 
 from collections.abc import Iterable
 
-# A power of two is divided into so many buckets, which are exact below twice that.
+# Each power of two is divided into 2**_BITS buckets. Below twice that number, buckets are exact.
 _BITS = 5
 _PARTS = 1 << _BITS
 
 PRECISION = 1 / (2 * _PARTS)
-"""How far from the truth a percentile can be, as a part of it."""
+"""The largest error of a percentile, as a fraction of its value."""
 
 
 class Histogram:
-    """How often which duration came, nanoseconds."""
+    """Counts durations, in nanoseconds."""
 
     __slots__ = ("_buckets", "count")
 
@@ -20,20 +20,24 @@ class Histogram:
         self._buckets: dict[int, int] = {}
 
     def add(self, value_ns: int) -> None:
-        """Counts one; below 0 is 0."""
+        """Counts a duration. A negative duration counts as 0."""
         shift = max(value_ns, 0).bit_length() - _BITS - 1
         bucket = (shift << _BITS) + (value_ns >> shift) if shift > 0 else max(value_ns, 0)
         self._buckets[bucket] = self._buckets.get(bucket, 0) + 1
         self.count += 1
 
     def merge(self, other: "Histogram") -> None:
-        """Adds all that `other` has."""
+        """Adds all counts of `other`."""
         self.count += other.count
         for bucket, count in other._buckets.items():
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
 
     def percentiles(self, parts: Iterable[float]) -> list[int] | None:
-        """The durations that so many parts of all, ascending, are at most as long as; None where there are none."""
+        """Returns percentiles in nanoseconds, or None if nothing was counted.
+
+        Args:
+            parts: The percentiles as fractions in ascending order, such as 0.5 and 0.99.
+        """
         if not self.count:
             return None
         found: list[int] = []

@@ -1,4 +1,4 @@
-"""How far a long file has been read, on the terminal."""
+"""Shows on the terminal how much of a long file has been read."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,10 @@ _FRAMES_AT_ONCE = 1000
 
 
 def with_progress(frames: Iterable[Frame], path: Path) -> Iterator[Frame]:
-    """The same frames of a capture file; a bar at stderr, where that is a terminal, goes away at their end."""
+    """Yields the frames of a capture file unchanged, and shows a progress bar if stderr is a terminal.
+
+    The bar disappears at the end.
+    """
     if not sys.stderr.isatty():
         yield from frames
         return

@@ -1,4 +1,4 @@
-"""A tally in the terminal: where the time went, and a table of locations and one of upstreams."""
+"""Shows a tally in the terminal: where the time went, a table of locations and a table of upstreams."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ PERCENTILES = (50, 95, 99)
 SORTS: tuple[Sort, ...] = get_args(Sort)
 
 WIDE = 178
-"""From so many columns on there is room for every percentile."""
+"""A terminal of this many columns has room for every percentile."""
 
 _MIDDLING = 92
 _WORDY = 120
 _CELL = 6
 _LABEL_CELLS_MAX = 60
 
-# The columns of durations, and their phase; None: from the first byte to the last.
+# The columns of durations and their phases; None stands for the whole request.
 _DURATIONS = tuple(
     zip(("TOTAL", "READ", "CONN", "WAIT", "XFER", "WRITE", "NGINX"), (None, *range(len(PHASES))), strict=True)
 )
@@ -31,20 +31,20 @@ _STYLES = ("blue", "yellow", "magenta", "bright_magenta", "cyan", "green")
 
 @dataclass(slots=True)
 class View:
-    """How the tables are looked at."""
+    """What the tables show, and in which order."""
 
     sort: int = 0
-    """Index of `SORTS`."""
+    """An index of `SORTS`."""
     percentile: int = 1
-    """Index of `PERCENTILES`: what is sorted by, and what is shown where there is no room for all."""
+    """An index of `PERCENTILES`. Rows are sorted by this percentile. A narrow table shows only this one."""
     peers: bool = False
-    """Each peer of an upstream block has a row of its own."""
+    """Each peer of an upstream block has its own row."""
     filter: str = ""
-    """Only rows whose name contains it are shown."""
+    """Only rows whose name contains this text are shown."""
 
 
 def short_duration(nanoseconds: int) -> str:
-    """In five columns: `0.6µs`, `85µs`, `1.2ms`, `640ms`, `12s`, `3h`."""
+    """Formats a duration in at most five columns: `0.6µs`, `85µs`, `1.2ms`, `640ms`, `12s`, `3h`."""
     value, unit = nanoseconds / 1e3, "µs"
     for larger in ("ms", "s"):
         if value >= 999.5:
@@ -55,7 +55,7 @@ def short_duration(nanoseconds: int) -> str:
 
 
 def short_number(number: float) -> str:
-    """In five columns: `0.2`, `85.1`, `9999`, `12.3k`, `640k`, `1.2M`."""
+    """Formats a number in at most five columns: `0.2`, `85.1`, `9999`, `12.3k`, `640k`, `1.2M`."""
     if number < 9999.5:
         return f"{number:.{int(0 < number < 99.95)}f}"
     value, unit = (number / 1e3, "k") if number < 999.5e3 else (number / 1e6, "M")
@@ -63,7 +63,7 @@ def short_number(number: float) -> str:
 
 
 def share(part: int, whole: int) -> str:
-    """In five columns: `<0.1%`, `0.4%`, `12%`; `-` for nothing."""
+    """Formats a share in at most five columns: `<0.1%`, `0.4%`, `12%`; `-` for 0."""
     share = 100 * part / whole if whole else 0
     if not share:
         return "-"
@@ -71,7 +71,7 @@ def share(part: int, whole: int) -> str:
 
 
 def rows_of(tally: Tally, view: View) -> tuple[list[tuple[str, Row]], list[tuple[str, Row]]]:
-    """The rows of both tables by name, chosen and sorted as `view` says."""
+    """Returns the rows of both tables with their names, filtered and sorted as `view` says."""
     servers = {server for server, location in tally.locations if (server, location) != OTHERS}
     locations = {
         f"{server} {location or '(none)'}".strip() if len(servers) > 1 else location or "(none)": row
@@ -104,7 +104,7 @@ def _durations(row: Row, phase: int | None) -> list[int] | None:
 
 
 def where_time_went(row: Row, width: int, *, bar: bool) -> list[Text]:
-    """The phases' parts of all the time: in words and, with `bar`, as a bar."""
+    """Returns lines with each phase's share of the time, as text and, with `bar`, as a bar."""
     whole = sum(row.time_ns)
     line, legend = Text(" "), Text()
     reached_ns = filled = 0
@@ -121,16 +121,16 @@ def where_time_went(row: Row, width: int, *, bar: bool) -> list[Text]:
 def screen(
     title: str, tally: Tally, seconds: float, view: View, width: int, height: int | None = None, *, bar: bool = True
 ) -> list[Text]:
-    """Where the time went, and both tables, as lines.
+    """Returns the lines of the whole screen: where the time went, and both tables.
 
     Args:
-        title: What the requests are of.
+        title: Which requests these are, such as `the last 10 s`.
         tally: The requests.
-        seconds: The time they are of.
-        view: How to show them.
-        width: Columns. Below 80 lines are cut.
-        height: So many lines at most; what has no room is counted. None: as many as it takes.
-        bar: Whether to paint a bar, which without colours says nothing.
+        seconds: The length of the time in which they came.
+        view: What to show, and in which order.
+        width: The number of columns. Below 80, lines are cut.
+        height: The largest number of lines. A line says how many rows had no room. None: no limit.
+        bar: Whether to draw a bar. Without colours a bar shows nothing.
     """
     total = tally.total()
     locations, upstreams = rows_of(tally, view)
@@ -155,7 +155,7 @@ def screen(
 
 
 class _Cells:
-    """The columns that have room."""
+    """Formats the lines of a table, with the columns that have room."""
 
     def __init__(self, width: int, seconds: float, view: View) -> None:
         self._width = width
@@ -173,7 +173,7 @@ class _Cells:
         return Text(style=style).append(" ").append(label).append(" ")
 
     def header(self, label: str) -> list[Text]:
-        """With more than one percentile a line for them below the names."""
+        """Returns the lines above a table. A second line names the percentiles if all of them are shown."""
         view = self._view
 
         def mark(sort: int, text: str) -> str:

@@ -1,4 +1,4 @@
-"""The user's terminal, while another process of the program shows something in it."""
+"""Protects the user's terminal while another process of the program draws in it."""
 
 import os
 import signal
@@ -10,16 +10,16 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def mode_kept() -> Iterator[None]:
-    """The terminal at stdin is in the end as it was, also where the process that had it was killed."""
+    """Restores the mode of the terminal at stdin at the end, even if the process that used the terminal was killed."""
     try:
         before = termios.tcgetattr(0)
-    except termios.error:  # it is none
+    except termios.error:  # stdin is not a terminal
         yield
         return
     try:
         yield
     finally:
-        # Whoever is not in its foreground would be stopped.
+        # The kernel would stop a process that is not in the terminal's foreground.
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         with suppress(OSError, termios.error):
             os.tcsetpgrp(0, os.getpgrp())
@@ -28,7 +28,7 @@ def mode_kept() -> Iterator[None]:
 
 @contextmanager
 def stderr_kept() -> Iterator[None]:
-    """What this process and those that it starts write to a terminal at stderr comes at the end."""
+    """Holds back what this process and its children write to stderr, if it is a terminal, and prints it at the end."""
     if not os.isatty(2):
         yield
         return
@@ -47,7 +47,7 @@ def stderr_kept() -> Iterator[None]:
 
 
 def last_kept_line() -> str:
-    """What was written last to a stderr that is kept; empty where it is not."""
+    """Returns the last line that `stderr_kept` holds back; empty if it is not active."""
     try:
         size = os.fstat(2).st_size
         return os.pread(2, 4096, max(size - 4096, 0)).decode(errors="replace").strip().rpartition("\n")[2]

@@ -1,4 +1,4 @@
-"""`top`: the requests of the last seconds as tables, live in a terminal; elsewhere as text, once each interval."""
+"""`top`: shows the requests of the last seconds as tables, live in a terminal, or as text once in each interval."""
 
 import os
 import re
@@ -28,21 +28,21 @@ from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.traces.losses import LOST, of_kind
 
 PLAIN_WIDTH = 200
-"""Columns of a table that goes to a file or a pipe, unless $COLUMNS says otherwise."""
+"""The columns of a table that goes to a file or a pipe, unless $COLUMNS says otherwise."""
 
 _REDRAW_S = 1.0
 _SLOTS = 10
 
 _KEYS = "q quit  ←→ sort  p percentile  u peers  a all time  space pause  / filter"
 
-# An arrow or another key's sequence, or a character.
+# The escape sequence of an arrow or another key, or a single character.
 _KEY = re.compile(r"\x1b[\[O][0-9;]*.|.", re.DOTALL)
 _MOVES = {"\x1b[C": 1, "\x1bOC": 1, ">": 1, "\x1b[D": -1, "\x1bOD": -1, "<": -1}
 _CTRL_C = "\x03"
 
 
 class Recent:
-    """The requests of the last seconds, and those of all the time before."""
+    """The requests of the last seconds, and of all the time before."""
 
     def __init__(self, seconds: float, now_s: float) -> None:
         self._seconds = seconds
@@ -52,18 +52,18 @@ class Recent:
 
     @property
     def newest(self) -> Tally:
-        """Where what comes now is to be counted."""
+        """The tally for requests that end now."""
         return self._slots[-1][1]
 
     def turn(self, now_s: float) -> None:
-        """Lets go what is too old, a tenth of the time at once."""
+        """Moves requests that are too old out of the last seconds, a tenth of the time at once."""
         if now_s - self._slots[-1][0] >= self._seconds / _SLOTS:
             self._slots.append((now_s, Tally()))
         while len(self._slots) > 1 and now_s - self._slots[1][0] >= self._seconds:
             self._before.merge(self._slots.popleft()[1])
 
     def tally(self, now_s: float, *, all_time: bool = False) -> tuple[Tally, float]:
-        """The last seconds' requests, or all, and how many seconds they are of."""
+        """Returns the requests of the last seconds, or of all time, and the length of that time in seconds."""
         found = Tally()
         if all_time:
             found.merge(self._before)
@@ -73,7 +73,7 @@ class Recent:
 
 
 class Controls:
-    """What the keys change."""
+    """The state that the keys change."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -81,7 +81,7 @@ class Controls:
         self.paused = False
         self.ended = False
         self.typing = False
-        """The filter."""
+        """The user is typing the filter."""
 
     def press(self, key: str) -> None:
         view = self.view
@@ -116,7 +116,7 @@ class Controls:
 
 
 class Terminal:
-    """The terminal, until it is given back: another screen of it, and its keys."""
+    """Takes the terminal, its alternate screen and its keys, until `close`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -127,7 +127,7 @@ class Terminal:
         self._screen = self._restore.enter_context(console.screen())
 
     def _take_keys(self, terminal: int) -> None:
-        # It belongs to the process group that the user started, which need not be this process's.
+        # The terminal belongs to the process group that the user started. This process may be in another group.
         self._restore.callback(signal.signal, signal.SIGTTOU, signal.signal(signal.SIGTTOU, signal.SIG_IGN))
         self._restore.callback(os.tcsetpgrp, terminal, os.tcgetpgrp(terminal))
         os.tcsetpgrp(terminal, os.getpgrp())
@@ -135,18 +135,19 @@ class Terminal:
         self._restore.callback(termios.tcsetattr, terminal, termios.TCSAFLUSH, before)
         tty.setcbreak(terminal)
         attributes = termios.tcgetattr(terminal)
-        attributes[3] &= ~termios.ISIG  # Ctrl-C is a key: whoever has the terminal, the probes go first.
+        # Ctrl-C becomes a key. As a signal it would reach this process, not the one that detaches the probes.
+        attributes[3] &= ~termios.ISIG
         termios.tcsetattr(terminal, termios.TCSANOW, attributes)
 
     def keys(self) -> list[str]:
-        """Those that were pressed."""
+        """Returns the keys that were pressed since the last call."""
         if self._keys is None or not select.select([self._keys], [], [], 0)[0]:
             return []
         return _KEY.findall(os.read(self._keys, 256).decode(errors="replace"))
 
     @property
     def size(self) -> tuple[int, int]:
-        """Columns and lines, as they are now: $COLUMNS may be older."""
+        """Columns and lines, as they are now. $COLUMNS may be out of date."""
         width, height = os.get_terminal_size(self._console.file.fileno())
         if width and height:
             self._console.size = ConsoleDimensions(width, height)
@@ -158,21 +159,21 @@ class Terminal:
         self._screen.update(Group(*lines))
 
     def close(self) -> None:
-        with suppress(OSError, termios.error):  # nothing is left to restore
+        with suppress(OSError, termios.error):  # the terminal is gone, so there is nothing to restore
             self._restore.close()
 
 
 def print_tally(console: Console, title: str, tally: Tally, seconds: float, view: View) -> None:
-    """As text, and an empty line.
+    """Prints the tables as text, followed by an empty line.
 
     Raises:
-        BrokenPipeError: Nobody reads it.
-        UserError: It cannot be written.
+        BrokenPipeError: The reader of the output is gone.
+        UserError: The output cannot be written.
     """
     width = console.width if console.is_terminal or "COLUMNS" in os.environ else PLAIN_WIDTH
     lines = screen(title, tally, seconds, view, width, bar=console.color_system is not None)
     try:
-        # Rendered apart from writing: on a broken pipe rich itself would end the program.
+        # Render first, write later: on a broken pipe rich itself would end the program.
         with console.capture() as capture:
             console.print(*lines, "", sep="\n", overflow="ignore", no_wrap=True, crop=False)
         console.file.write(capture.get())
@@ -180,11 +181,11 @@ def print_tally(console: Console, title: str, tally: Tally, seconds: float, view
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise UserError(f"cannot write to {console.file.name}: {error.strerror}; it ends here") from error
+        raise UserError(f"cannot write to {console.file.name}: {error.strerror}; stopping") from error
 
 
 class Totals:
-    """An exporter that prints the tables of all it was given when it ends."""
+    """An exporter that prints the tables of all requests at the end."""
 
     at_once = 1024
 
@@ -213,7 +214,7 @@ class Totals:
 
 
 class Top:
-    """An exporter to the eyes. It shows what came whenever it is given something, and be it nothing."""
+    """An exporter to the terminal. It redraws when `take` is called, even without requests."""
 
     at_once = 256
 
@@ -226,7 +227,7 @@ class Top:
         self._console = make_console(stream, settings.color)
         self._live = stream.isatty() and not self._once
         if self._live and not self._console.is_terminal:
-            # Without colours, yet on a screen.
+            # The user wants no colours, but a terminal can still show a screen.
             self._console = Console(file=stream, force_terminal=True, color_system=None, highlight=False)
         self._controls = Controls(View(SORTS.index(settings.top.sort)))
         self._recent: Recent | None = None
@@ -235,10 +236,10 @@ class Top:
         self._drawn_s, self._drawn_size = 0.0, (0, 0)
 
     def take(self, completed: Sequence[Completed]) -> None:
-        """Raises `BrokenPipeError` also where the user has seen enough."""
+        """Counts and shows requests. Raises `BrokenPipeError` if the user quits or the output's reader is gone."""
         now_s = time.monotonic()
         if self._recent is None:
-            # The probes are live: the time counts from now.
+            # The first call means that the probes are live. The time counts from now.
             self._recent = Recent(self._interval_s, now_s)
             if self._live:
                 self._terminal = Terminal(self._console)
@@ -248,7 +249,7 @@ class Top:
         if self._terminal is not None:
             try:
                 self._draw(self._terminal, self._recent, now_s)
-            except OSError as error:  # the user has seen enough, or the terminal is gone
+            except OSError as error:  # the user quits, or the terminal is gone
                 self._terminal.close()
                 raise BrokenPipeError from error
         elif now_s - self._recent.start_s >= self._interval_s:
@@ -294,7 +295,7 @@ class Top:
         terminal.show(lines[: height - len(below)] + below)
 
     def _told(self) -> list[Text]:
-        """The counts of what came and what was lost, and what the program said last."""
+        """Returns a line with the counts of received and lost requests, and the program's last message."""
         lost = {cause: count for cause, count in sorted(self._stats.losses().items()) if count}
         causes = "  ".join(f"{cause} {count}" for cause, count in lost.items())
         grave = any(of_kind(lost, LOST))

@@ -1,4 +1,4 @@
-"""What is in the way of tracing, on this machine and in every nginx that runs on it: looked at, not touched."""
+"""Finds what prevents tracing on this machine and in every nginx that runs on it. Changes nothing."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,31 +18,32 @@ from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, no
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.tracing import by_binary, find_instances
 
-# Of a uprobe on an instruction that the kernel emulates, as every chosen site is: in a hot loop … on the proxied path.
+# The cost of a uprobe hit on an instruction that the kernel emulates, in microseconds: in a hot loop, and while nginx
+# proxies. The planner chooses only such instructions.
 COST_US = (0.6, 1.1)
 
 _FLAGS = ("--with-compat", "--with-debug", "--with-http_ssl_module", "--with-http_v2_module", "--with-http_v3_module")
 
 
-# The fields of these are the keys of --json.
+# The fields of the following classes are the keys of --json.
 
 
 @dataclass(frozen=True, slots=True)
 class BoundaryReport:
-    """Where the probe for a boundary of `sites.BOUNDARIES` would sit; what is None there is none of."""
+    """Where the probe for a boundary of `sites.BOUNDARIES` would sit. A field is None if it does not apply."""
 
     boundary: str
     state: State
     function: str | None
     displacement: int | None
-    """Bytes from the function's entry."""
+    """The distance from the function's entry, in bytes."""
     instruction: str | None
     cost_us: tuple[float, float] | None
-    """About what a hit costs nginx: at least, at most, in microseconds."""
+    """About what a hit costs nginx, at least and at most, in microseconds."""
     reason: str | None
     """Why there is no site."""
     without: str | None
-    """What traces lack for want of it."""
+    """What traces lack without this probe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +54,12 @@ class InstanceReport:
     workers: int
     pids: tuple[int, ...]
     shares_pid_namespace: bool
-    """Whether it counts pids as this process does."""
+    """nginx has the same pid namespace as this process."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutReport:
-    """Where the struct layout would be from; `nginx.layouts.Layout` explains."""
+    """The source of the struct layout; `nginx.layouts.Layout` explains the fields."""
 
     source: str
     assumed: bool
@@ -66,41 +67,41 @@ class LayoutReport:
 
 @dataclass(frozen=True, slots=True)
 class NginxReport:
-    """One binary and all instances that run it. What could not be found out is None or empty."""
+    """One binary and all instances that run it. Fields that could not be determined are None or empty."""
 
     state: State
     path: str | None
     product: str | None
-    """nginx, or the fork of it."""
+    """`nginx`, or the name of the fork."""
     version: str | None
     build_id: str | None
     flags: dict[str, bool]
-    """Options of nginx's ./configure that matter here, and whether they were given."""
+    """The options of nginx's ./configure that matter here, and whether each was given."""
     instances: tuple[InstanceReport, ...]
     layout: LayoutReport | None
     boundaries: tuple[BoundaryReport, ...]
     problems: tuple[str, ...]
-    """Each with the next step."""
+    """What prevents tracing, each with the next step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """All that was found out. `ok`: nothing is in the way of tracing."""
+    """The result of `examine`. `ok`: nothing prevents tracing."""
 
     program_version: str
     ok: bool
     system: dict[str, Check]
     nginx: tuple[NginxReport, ...]
     problems: tuple[str, ...]
-    """Of finding nginx, each with the next step."""
+    """Why nginx was not found, each with the next step."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)
 
 
 def examine(settings: Settings) -> Examination:
-    """Looks at everything and raises for nothing: each problem is reported beside the others."""
+    """Runs all checks. Raises nothing: reports all problems together."""
     checks = (*(check() for check in preflight.CHECKS), preflight.bcc(), _pid_namespace())
     instances, problems = _find(settings)
     nginx = tuple(_examine_nginx(group) for group in by_binary(instances))
@@ -113,11 +114,13 @@ def _pid_namespace() -> Check:
     name = "pid namespace"
     if pid_namespace()[1] == HOST_PID_NAMESPACE_INODE:
         return Check(name, "ok", "the host's own")
-    return Check(name, "note", "a container's", "only nginx in it is found; --pid=host or a shared one shows more")
+    return Check(
+        name, "note", "a container's", "only nginx in this namespace is found; --pid=host or a shared one shows more"
+    )
 
 
 def _find(settings: Settings) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
-    """The instances that are wanted, and why others that are wanted were not found."""
+    """Returns the instances that the settings select, and why others were not found."""
     found: dict[int, Instance] = {}
     problems: list[str] = []
     wanted = (
@@ -136,7 +139,7 @@ def _find(settings: Settings) -> tuple[tuple[Instance, ...], tuple[str, ...]]:
 
 
 def _hidden() -> Iterator[str]:
-    """Of each process that calls itself an nginx master but may not be looked at."""
+    """Yields a problem for each process whose title says nginx master and whose executable may not be examined."""
     for pid in psutil.pids():
         if is_master(pid):
             try:
@@ -161,7 +164,7 @@ def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
         layout = layout_for(binary)
     except UserError as error:
         problems.append(str(error))
-    # Without a layout the binary still tells where its probes would sit.
+    # The sites of the probes can be found without a layout too.
     boundaries = tuple(_examine_boundary(binary, layout, boundary, problems) for boundary in sites.BOUNDARIES)
     noted = any(boundary.state == "note" for boundary in boundaries) or (layout is not None and layout.assumed)
     return NginxReport(
@@ -180,7 +183,7 @@ def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
 
 def _flags(binary: Binary) -> dict[str, bool]:
     given = binary.configure_arguments.split()
-    # The module signature says it, whatever became of the arguments' text.
+    # The module signature tells --with-compat even if the text of the arguments is lost.
     return {flag: flag in given for flag in _FLAGS} | {"--with-compat": binary.with_compat}
 
 

@@ -1,4 +1,4 @@
-"""What the examination found, for people."""
+"""Renders the result of an examination for people."""
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -8,13 +8,16 @@ from otel_nginx_ebpf.doctor.examine import COST_US, Examination, NginxReport
 from otel_nginx_ebpf.kernel.preflight import State
 from otel_nginx_ebpf.printable import printable
 
-_TO_HAVE_ALL = "all else is traced; to have this too: a build that exports its functions (-Wl,-E), or its debug symbols"
+_TO_HAVE_ALL = (
+    "everything else is traced; to trace this too, use a build that exports its functions (-Wl,-E) or install its "
+    "debug symbols"
+)
 
 _STYLES: dict[State, str] = {"ok": "green", "note": "yellow", "fail": "bold red"}
 
 
 def render(report: Examination) -> RenderableType:
-    """The report for people: from 60 columns on, whatever processes and paths are called."""
+    """Renders the report. It fits in 60 columns or more, however long names and paths are."""
     parts: list[RenderableType] = [Text(f"otel-nginx-ebpf {report.program_version}", style="bold"), Text()]
     system = _table()
     for check in report.system.values():
@@ -60,7 +63,7 @@ def _nginx_table(nginx: NginxReport) -> Table:
         _row(table, None, "configured", (given or "plainly") + (f", not {absent}" if absent else ""))
         _row(table, None, "build-id", nginx.build_id or "none")
     if nginx.layout:
-        advice = "taken for true once nginx's memory agrees, at its first requests" if nginx.layout.assumed else ""
+        advice = "counts once nginx's memory has confirmed it, at the first requests" if nginx.layout.assumed else ""
         _row(table, "note" if nginx.layout.assumed else "ok", "layout", nginx.layout.source, advice)
     for each in nginx.boundaries:
         if each.reason is None:
@@ -68,15 +71,15 @@ def _nginx_table(nginx: NginxReport) -> Table:
         elif each.state == "note":
             _row(table, each.state, each.boundary, f"no {each.without}: {each.reason}", _TO_HAVE_ALL)
     if any(each.cost_us for each in nginx.boundaries):
-        _row(table, None, "", "a hit of one costs about {} to {} µs".format(*COST_US))
+        _row(table, None, "", "a probe hit costs about {} to {} µs".format(*COST_US))
     for problem in nginx.problems:
         _row(table, "fail", "tracing", problem)
     return table
 
 
 def text(report: Examination, console: Console) -> str:
-    """The report as `console` would show it."""
-    # Rendered apart from writing: on a broken pipe rich itself would end the program.
+    """Returns the report as `console` would show it."""
+    # Render first, write later: on a broken pipe rich itself would end the program.
     with console.capture() as capture:
         console.print(render(report))
     return "\n".join(line.rstrip() for line in capture.get().split("\n"))

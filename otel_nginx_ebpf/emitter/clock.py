@@ -4,7 +4,7 @@ import time
 
 
 def measure_unix_offset_ns(samples: int = 5) -> int:
-    """Return Unix time minus CLOCK_MONOTONIC in nanoseconds, from the fastest of several readings."""
+    """Returns Unix time minus CLOCK_MONOTONIC in nanoseconds, from the fastest of several readings."""
     best_width = best_offset = 0
     for index in range(samples):
         before = time.monotonic_ns()
@@ -25,7 +25,7 @@ class Clock:
         self._measured_s = time.monotonic()
 
     def unix_offset_ns(self) -> int:
-        """Return the offset. Use one offset for all times of a request, so that its spans keep their distances."""
+        """Returns the offset. Use one offset for all times of a request, so that its spans keep their distances."""
         now_s = time.monotonic()
         if now_s - self._measured_s >= self._interval_s:
             self._offset_ns = measure_unix_offset_ns()

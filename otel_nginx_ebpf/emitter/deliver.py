@@ -21,7 +21,7 @@ def deliver(
     *,
     live: bool,
 ) -> int:
-    """Run `work` with an exporter, deliver what the exporter still holds, and print the counts.
+    """Runs `work` with an exporter, delivers what the exporter still holds, and prints the counts.
 
     Args:
         settings: Which exporter, and for how long to deliver.

@@ -71,7 +71,7 @@ class _Measured:
 def make_exporter(
     settings: Settings, stats: Stats, resource: Resource, output: int | None = None, *, wait_for_room: bool = False
 ) -> Exporter:
-    """Make one exporter of all that `settings` ask for.
+    """Makes one exporter of all that `settings` ask for.
 
     A trace counts as exported once: when the collector has it or, without a collector, when the first of the other
     exporters has written it.

@@ -49,7 +49,7 @@ class NothingTracedError(Exception):
 
 
 def tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
-    """Log the losses since `told`, by cause, and return the losses so far."""
+    """Logs the losses since `told`, by cause, and returns the losses so far."""
     lost = stats.losses()
     new = {cause: count - told.get(cause, 0) for cause, count in sorted(of_kind(lost, LOST).items())}
     if any(new.values()):
@@ -77,7 +77,7 @@ class Emitter:
         self._grace_s: float | None = None
 
     def run(self, take: Take, at_once: int) -> float | None:
-        """Give all records to `take`, `at_once` at a time, until the supervisor ends it; then read the rest.
+        """Gives all records to `take`, `at_once` at a time, until the supervisor ends it; then reads the rest.
 
         Returns:
             For how many seconds to deliver; `None` if the supervisor is gone and could not say.
@@ -165,7 +165,7 @@ class Emitter:
             self._stats.durations.add(source.durations, partial(self._resource, source))
 
     def _records(self) -> Iterator[Record]:
-        """Yield each new record, with Unix time minus monotonic time and the resource attributes of its nginx."""
+        """Yields each new record, with Unix time minus monotonic time and the resource attributes of its nginx."""
         for source in [*self._sources.values(), *self._retired]:
             unix_offset_ns = self._clock.unix_offset_ns()
             self._fullest = max(self._fullest, source.records.fill())
@@ -179,7 +179,7 @@ class Emitter:
                 yield raw, unix_offset_ns, self._resource(source, worker_pid(raw))
 
     def _doubt(self, source: Source, found: Doubt) -> None:
-        """Log that a request contradicts the layout. Tell the supervisor if the kernel saw several in a row."""
+        """Logs that a request contradicts the layout. Tells the supervisor if the kernel saw several in a row."""
         wrong = f"{source.target} does not look in memory as its layout ({source.layout_source}) says: {found.what}"
         if found.refutes and found.worker_pid not in source.refuted:
             source.refuted.add(found.worker_pid)
@@ -212,7 +212,7 @@ class Emitter:
         source.close()
 
     def _note_counters(self) -> None:
-        """Read the counters of live probes, for the metrics."""
+        """Reads the counters of live probes, for the metrics."""
         lost: Counter[str] = Counter()
         for source in [*self._sources.values(), *self._retired]:
             lost.update(source.losses())

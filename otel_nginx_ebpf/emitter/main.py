@@ -22,7 +22,7 @@ _WRITTEN_AT_ONCE = 1024
 
 
 def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
-    """Export the requests that the probes record; return the exit code.
+    """Exports the requests that the probes record; returns the exit code.
 
     Raises:
         UserError: An exporter refuses a setting, or cannot write.
@@ -49,7 +49,7 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
 
 
 def emit_records(settings: Settings, handed: Handover, channel: int, counts: int) -> int:
-    """Write what the probes record to a capture file; return the exit code.
+    """Writes what the probes record to a capture file; returns the exit code.
 
     Raises:
         UserError: The file cannot be written.

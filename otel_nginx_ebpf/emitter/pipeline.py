@@ -19,7 +19,7 @@ Take = Callable[[list[Record]], None]
 
 
 def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
-    """Give all records to `take`, `size` at a time; if the source raises, first those that it had yielded."""
+    """Gives all records to `take`, `size` at a time; if the source raises, first those that it had yielded."""
     batch: list[Record] = []
     try:
         for record in records:
@@ -33,7 +33,7 @@ def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
 
 
 def exporting(exporter: Exporter, stats: Stats) -> Take:
-    """Return a function that decodes records and gives the requests to an exporter."""
+    """Returns a function that decodes records and gives the requests to an exporter."""
 
     def take(records: list[Record]) -> None:
         completed = []
@@ -53,7 +53,7 @@ def exporting(exporter: Exporter, stats: Stats) -> Take:
 
 
 def writing(writer: CaptureWriter, stats: Stats) -> Take:
-    """Return a function that writes records to a capture file. It raises `UserError` if it cannot write."""
+    """Returns a function that writes records to a capture file. It raises `UserError` if it cannot write."""
 
     def take(records: list[Record]) -> None:
         try:
@@ -69,7 +69,7 @@ def writing(writer: CaptureWriter, stats: Stats) -> Take:
 
 
 def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats) -> None:
-    """Export the requests in a capture file.
+    """Exports the requests in a capture file.
 
     Raises:
         UserError: The file is not a capture file of this version.

@@ -30,7 +30,7 @@ class Source:
         self.resource_of: dict[int, Mapping[str, AttributeValue]] = {}
 
     def losses(self) -> dict[str, int]:
-        """Return the kernel's loss counts since the probes went live, by cause."""
+        """Returns the kernel's loss counts since the probes went live, by cause."""
         return dict(zip(KERNEL_CAUSES, self._loss_counts.read(), strict=True))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Waterfalls in the terminal: each trace as a tree of spans with bars on one time axis."""
+"""Draws waterfalls in the terminal: each trace as a tree of spans, with bars on a common time axis."""
 
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -27,11 +27,11 @@ _DURATION_CELLS = 9
 _LABEL_CELLS = 36
 _BAR_CELLS_MIN = 16
 _DETAIL_CELLS = 30
-"""The column behind the durations, where the terminal is wide enough for it."""
+"""The width of the column behind the durations. Only a wide terminal has this column."""
 
 
 def duration(nanoseconds: int) -> str:
-    """Three digits and a unit: `9.80 µs`, `640 µs`, `1.24 ms`, `12.4 s`."""
+    """Formats a duration with three digits and a unit: `9.80 µs`, `640 µs`, `1.24 ms`, `12.4 s`."""
     value, unit = nanoseconds / 1e3, "µs"
     for larger in ("ms", "s"):
         if value >= 999.5:
@@ -52,12 +52,12 @@ def _text(attributes: Mapping[str, AttributeValue], name: str, absent: str = "")
 
 
 def clip(text: str, cells: int) -> str:
-    """`text` in at most `cells` columns; what is cut shows as an ellipsis."""
+    """Cuts `text` to at most `cells` columns. An ellipsis stands for the rest."""
     return text if cell_len(text) <= cells else set_cell_size(text, cells - 1) + "…"
 
 
 def _tree(trace: Trace) -> Iterator[tuple[str, Span]]:
-    """Every span behind the lines of its place in the tree, parents before children."""
+    """Yields every span, parents before children, with the line drawing that shows its place in the tree."""
     root = trace.spans[0]
     yield "", root
     known = {span.span_id for span in trace.spans}
@@ -77,9 +77,9 @@ def _tree(trace: Trace) -> Iterator[tuple[str, Span]]:
 
 
 def _bar(start: float, end: float, cells: int) -> tuple[str, str, str]:
-    """What lies before, on and after a bar from `start` to `end` (0 to 1) on `cells` columns.
+    """Returns the texts before, of and after a bar from `start` to `end` (0 to 1) in `cells` columns.
 
-    Precise to half a column; a span of no visible length is half a column long.
+    The bar is precise to half a column, and at least half a column long.
     """
     halves = 2 * cells
     first = min(round(start * halves), halves - 1)
@@ -131,7 +131,7 @@ def _length(span: Span) -> int:
 
 
 def _detail(span: Span) -> str:
-    """What is worth saying beside a span: its error, else how its peer answered."""
+    """Returns the remarks on a span: its upstream's status, whether the connection was reused, and its error."""
     parts = []
     if span.kind is not SpanKind.SERVER and HTTP_RESPONSE_STATUS_CODE in span.attributes:
         parts.append(_text(span.attributes, HTTP_RESPONSE_STATUS_CODE))
@@ -143,7 +143,7 @@ def _detail(span: Span) -> str:
 
 
 def waterfall(trace: Trace, width: int) -> Text:
-    """The trace as lines of at most `width` columns (of 40, where it is less), the last without a line end."""
+    """Draws a trace in lines of at most `width` columns, or 40 if `width` is less. The last line has no line end."""
     width = max(width, 40)
     root = trace.spans[0]
     begin = min(span.start_unix_ns for span in trace.spans)
@@ -179,7 +179,7 @@ def waterfall(trace: Trace, width: int) -> Text:
 
 
 def make_console(stream: TextIO, color: Literal["auto", "always", "never"]) -> Console:
-    """As wide as the terminal behind `stream`; in colour as the setting says, or nothing but text."""
+    """Returns a console as wide as the terminal of `stream`, with colours as the setting says, or plain text."""
     console = Console(
         file=stream,
         force_terminal={"auto": None, "always": True, "never": False}[color],
@@ -187,17 +187,20 @@ def make_console(stream: TextIO, color: Literal["auto", "always", "never"]) -> C
         highlight=False,
     )
     if color == "never" or console.no_color or not console.is_terminal:
-        # NO_COLOR lets rich keep bold and dim; whoever wants no colours wants no escape sequences.
+        # With NO_COLOR rich still writes bold and dim. Users who want no colours want no escape sequences at all.
         console = Console(file=stream, color_system=None, force_terminal=False, highlight=False)
     return console
 
 
 def make_renderer(stream: TextIO, color: Literal["auto", "always", "never"]) -> Callable[[Trace], str]:
-    """What writes a trace as a waterfall and an empty line, as wide as the terminal behind `stream` is then."""
+    """Returns a function that turns a trace into a waterfall and an empty line.
+
+    The waterfall is as wide as the terminal of `stream` at that time.
+    """
     console = make_console(stream, color)
 
     def render(trace: Trace) -> str:
-        # Rendered apart from writing: on a broken pipe rich itself would end the program.
+        # Render first, write later: on a broken pipe rich itself would end the program.
         with console.capture() as capture:
             console.print(waterfall(trace, console.width), end="\n\n", overflow="ignore", no_wrap=True, crop=False)
         return capture.get()

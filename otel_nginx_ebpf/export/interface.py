@@ -1,4 +1,4 @@
-"""What an exporter is."""
+"""The interface of exporters."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -7,31 +7,31 @@ from otel_nginx_ebpf.traces.model import AttributeValue, Trace
 from otel_nginx_ebpf.traces.record import Request
 
 Completed = tuple[Request, int, Mapping[str, AttributeValue]]
-"""A request, Unix time minus monotonic time for it, and the resource attributes of its nginx."""
+"""A request, its offset from monotonic to Unix time in nanoseconds, and the resource attributes of its nginx."""
 
 
 class Exporter(Protocol):
     """Takes completed requests. Called from one thread."""
 
     at_once: int
-    """How many requests it likes to be given at once."""
+    """The number of requests that `take` should get at once."""
 
     def take(self, completed: Sequence[Completed]) -> None:
-        """Returns at once, but for the time that writing lines to stdout takes.
+        """Takes requests over without blocking. Only writing to stdout may take time.
 
-        It is also called with nothing: while probes are live, at each look for what came.
+        While probes are live, each poll of the ring buffers calls it, even without requests.
 
         Raises:
-            BrokenPipeError: The reader of the output is gone, or has seen enough.
+            BrokenPipeError: The reader of the output is gone, or the user quits.
             UserError: The output cannot be written.
         """
 
     def shutdown(self, timeout_s: float) -> None:
-        """Delivers what it holds, for `timeout_s` seconds at most, and counts the rest as lost."""
+        """Delivers the requests that it holds for at most `timeout_s` seconds, and counts the rest as lost."""
 
 
 class TraceExporter(Protocol):
-    """Takes traces that were built to be read; the rest is as `Exporter` says."""
+    """Takes built traces instead of requests. Otherwise like `Exporter`."""
 
     def export(self, trace: Trace) -> None: ...
 

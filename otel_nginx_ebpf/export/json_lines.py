@@ -1,4 +1,4 @@
-"""One JSON object per trace per line."""
+"""Writes traces as JSON, one object in a line for each trace."""
 
 import json
 
@@ -8,7 +8,7 @@ from otel_nginx_ebpf.traces.model import Trace
 
 
 def to_json(trace: Trace, resource: Resource) -> str:
-    """Ids are lower-case hexadecimal, times Unix nanoseconds; plain ASCII in one line."""
+    """Returns a trace as a line of ASCII. Ids are lower-case hexadecimal, times are Unix nanoseconds."""
     text = json.dumps(
         {
             "trace_id": f"{trace.trace_id:032x}",

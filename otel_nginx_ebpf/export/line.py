@@ -1,12 +1,12 @@
-"""One line of text per request, every phase in nanoseconds since the client connection was accepted.
+"""Writes a line of text for each request, with every phase in nanoseconds since the client's connection was accepted.
 
     <accept_ns>, <client>=><upstream>, <uri>, <status>, request_size=…, response_size=…, <phase>_time=…, …
 
 `<accept_ns>` is Unix nanoseconds; `client` and `upstream` are `address:port`, `[address]:port` or
-`unix:/path`; `upstream_connect_time` is when a new connection was established. Where the accept was not
-seen (the connection is older than the probes) times count from the request's first byte, and so does
-`<accept_ns>`. What did not happen is `-`. Where several upstream attempts were made, `upstream` and the
-`upstream_*` times have one element for each, separated by commas without a space.
+`unix:/path`; `upstream_connect_time` is when a new connection was established. If the accept was not
+seen (the connection is older than the probes), `<accept_ns>` is the time of the request's first byte, and
+all times count from there. What did not happen is `-`. With several upstream attempts, `upstream` and the
+`upstream_*` times have an element for each attempt, separated by commas without a space.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from otel_nginx_ebpf.traces.sockaddr import parse
 
 
 def _field(text: str | None) -> str:
-    """Without a space, so that `, ` can only be the separator of fields."""
+    """Escapes a text's spaces, so that `, ` can only separate fields. Returns `-` for an empty text or None."""
     return printable(text).replace(" ", "\\x20") if text else "-"
 
 
@@ -29,7 +29,7 @@ def _number(value: int | None) -> str:
 
 
 def _uri(trace: Trace) -> str:
-    # From the span, where sensitive parameters are redacted.
+    # Not from the request: only the span's attributes have sensitive parameters redacted.
     attributes = trace.spans[0].attributes
     path, query = attributes.get(URL_PATH), attributes.get(URL_QUERY)
     return _field(f"{path or ''}?{query}" if query else None if path is None else str(path))
@@ -45,7 +45,7 @@ def _connected(attempt: Attempt) -> int | None:
 
 
 def to_line(trace: Trace) -> str:
-    """The line of one trace."""
+    """Returns the line of a trace."""
     request = trace.request
     base_mono_ns = request.accepted_mono_ns or request.first_read_mono_ns or request.created_mono_ns
 
@@ -56,7 +56,7 @@ def to_line(trace: Trace) -> str:
         return ",".join(map(since, times_mono_ns)) or "-"
 
     attempts = request.attempts
-    # A request that was read at once has no later read.
+    # If a request arrived in a single read, its first read is its last.
     last_read_mono_ns = request.last_read_mono_ns or request.first_read_mono_ns
     accepted_unix_ns = base_mono_ns + trace.unix_offset_ns
     upstream = ",".join(_field(attempt.peer) for attempt in attempts) or "-"

@@ -1,4 +1,4 @@
-"""The resource every span belongs to: the traced nginx."""
+"""The OpenTelemetry resource of the traced nginx, to which every span belongs."""
 
 from collections.abc import Mapping
 
@@ -14,8 +14,11 @@ from otel_nginx_ebpf.traces.model import AttributeValue
 
 
 def make_resource() -> Resource:
-    """The SDK's resource: $OTEL_SERVICE_NAME (else `nginx`), $OTEL_RESOURCE_ATTRIBUTES and what the detectors of
-    $OTEL_EXPERIMENTAL_RESOURCE_DETECTORS find; without what the SDK makes up about the program it runs in."""
+    """Returns the SDK's resource, without the names that the SDK invents for the program in which it runs.
+
+    It has $OTEL_SERVICE_NAME (else `nginx`), $OTEL_RESOURCE_ATTRIBUTES, and what the detectors of
+    $OTEL_EXPERIMENTAL_RESOURCE_DETECTORS find.
+    """
     said = OTELResourceDetector().detect().attributes
     found = {
         name: value
@@ -27,12 +30,12 @@ def make_resource() -> Resource:
 
 
 def _named(name: str, value: object) -> bool:
-    """Whether somebody named the service; the SDK's placeholder would name this program's interpreter."""
+    """Tells whether a value is a name of the service that somebody set. The SDK's placeholder names the interpreter."""
     return name == SERVICE_NAME and not str(value).startswith("unknown_service")
 
 
 class Resources:
-    """The resource of each nginx's traces: what is known of it, below what the user said of the service."""
+    """Builds the resource of each nginx. The user's attributes override the detected attributes."""
 
     _KEPT = 1024
 
@@ -41,7 +44,7 @@ class Resources:
         self._merged: dict[int, tuple[Mapping[str, AttributeValue], Resource]] = {}
 
     def of(self, attributes: Mapping[str, AttributeValue]) -> Resource:
-        """One object for all traces of an instance, so that an exporter sends it once a batch."""
+        """Returns the resource for an nginx's attributes. All its traces share the object, so a batch holds it once."""
         if not attributes:
             return self._base
         found = self._merged.get(id(attributes))

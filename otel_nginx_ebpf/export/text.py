@@ -1,4 +1,4 @@
-"""Traces as text, to stdout or a file, each written at once."""
+"""Writes traces as text to stdout or a file, each trace at once."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from otel_nginx_ebpf.traces.model import Trace
 
 
 class TextExporter:
-    """Writes what `render` makes of a trace, line ends included."""
+    """Writes the text that `render` returns for a trace, which includes line ends."""
 
     def __init__(self, stream: TextIO, stats: Stats, render: Callable[[Trace], str]) -> None:
         self._stream = stream
@@ -30,20 +30,20 @@ class TextExporter:
         except OSError as error:
             self._stats.lose("lost_output_failed")
             name = getattr(self._stream, "name", "output")
-            raise UserError(f"cannot write to {name}: {error.strerror}; it ends here") from error
+            raise UserError(f"cannot write to {name}: {error.strerror}; stopping") from error
         self._stats.exported += 1
 
     def shutdown(self, timeout_s: float) -> None:
         if self._stream is not sys.stdout:
-            with contextlib.suppress(OSError):  # What a failed write left behind; it was reported then.
+            with contextlib.suppress(OSError):  # closing repeats a failed write, which was reported already
                 self._stream.close()
 
 
 def open_output(descriptor: int | None = None, path: Path | None = None) -> TextIO:
-    """stdout, or the file that is open as `descriptor`, and called `path` in messages."""
+    """Returns stdout, or the file that is open as `descriptor`. Messages call the file `path`."""
     if descriptor is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            # A terminal that is not UTF-8 gets escapes rather than a traceback.
+            # Without this, a character that the terminal's encoding lacks would end the program with a traceback.
             sys.stdout.reconfigure(errors="backslashreplace")
         return sys.stdout
     return open(

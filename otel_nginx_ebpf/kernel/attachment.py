@@ -1,4 +1,4 @@
-"""Probes that are live on one nginx binary, seen from the supervisor: descriptors, nothing of BCC, and no record."""
+"""The live probes on one nginx binary, as the supervisor holds them: only descriptors, no BCC objects, no records."""
 
 import json
 import os
@@ -20,12 +20,12 @@ from otel_nginx_ebpf.traces.losses import KERNEL_CAUSES
 _PID = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
 
-# The kernel hands over at most this many descriptors in one message (SCM_MAX_FD).
+# The kernel passes at most this many descriptors in one message (SCM_MAX_FD).
 _DESCRIPTORS_MAX = 253
 
 
 def _load(request: bytes) -> tuple[list[int], dict[str, Any]]:
-    """Runs the loader to its end; the descriptors it handed over, and its answer."""
+    """Runs the loader and waits for its exit. Returns the descriptors that it sent, and its answer."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
@@ -34,7 +34,7 @@ def _load(request: bytes) -> tuple[list[int], dict[str, Any]]:
                 stdin=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
-                process_group=0,  # Ctrl-C is for this process alone
+                process_group=0,  # so that Ctrl-C reaches this process only
             )
         _, messages = loader.communicate(request)
         message, descriptors, _, _ = socket.recv_fds(ours, 65536, _DESCRIPTORS_MAX)
@@ -57,24 +57,24 @@ def _last_lines(text: bytes, count: int = 12) -> str:
 
 
 class Attachment:
-    """Live probes. Close it to detach them; nginx goes on as before.
+    """The live probes on one binary. `close` detaches them; nginx keeps running.
 
     Raises:
-        TemporaryError: BCC is missing, or the kernel refused the program or a probe: not the binary's fault.
+        TemporaryError: BCC is missing, or the kernel refused the program or a probe. The binary is not the cause.
     """
 
     def __init__(self, request: bytes) -> None:
-        """`request` is a `loader.LoadRequest` as JSON."""
+        """Loads the program and attaches the probes. `request` is a `loader.LoadRequest` as JSON."""
         descriptors, answer = _load(request)
         self._process_bytes: int = answer["process_bytes"]
         self._socket_bytes: int = answer["socket_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
-        """Why the kernel did not take handlers that write to nginx's memory, such as `Invalid argument`."""
+        """Why the kernel refused handlers that write to nginx's memory, such as `Invalid argument`."""
         given = iter(descriptors)
         maps = {name: next(given) for name in answer["maps"]}
         self._handlers = {name: next(given) for name in answer["handlers"]}
         self.readable = tuple(maps[name] for name in READABLE_MAPS if name in maps)
-        """Descriptors of what the emitter reads."""
+        """Descriptors of the maps that the emitter reads."""
         self._held = [maps[name] for name in HELD_MAPS if name in maps]
         self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(KERNEL_CAUSES))
         self._processes = HashMap(maps["processes"], key_bytes=4)
@@ -93,30 +93,30 @@ class Attachment:
         self._known_processes = set(self._processes.all_keys())
 
     def adapt(self) -> None:
-        """Lets the probe that not every request needs go, or attaches it again; to be called again and again."""
+        """Detaches the probe at the beginning of requests while no request needs it. Call this regularly."""
         if self._beginnings is not None:
             self._beginnings.adapt()
 
     def losses(self) -> dict[str, int]:
-        """The kernel's loss counters since the probes went live, by cause."""
+        """Returns the kernel's loss counters by cause, counted since the probes went live."""
         return dict(zip(KERNEL_CAUSES, self._loss_counts.read(), strict=True))
 
     def runs(self) -> dict[str, Runs]:
-        """How often each handler ran, and for how long, while the kernel counted it (`runs.Counting`)."""
+        """Returns how often and how long each handler ran while the kernel counted runs (`runs.Counting`)."""
         return {name: runs_of(program) for name, program in self._handlers.items()}
 
     def add_processes(self, pids: Iterable[int]) -> None:
-        """Traces these processes from now on, as the loader did with those it was given."""
+        """Traces more processes from now on. The loader added the first ones."""
         for pid in pids:
             known_since_ns = _U64.pack(time.monotonic_ns())
             self._processes.add(_PID.pack(pid), known_since_ns.ljust(self._process_bytes, b"\0"))
 
     def processes(self) -> frozenset[int]:
-        """The processes that are being traced."""
+        """Returns the pids of the traced processes."""
         return frozenset(_PID.unpack(key)[0] for key in self._processes.all_keys())
 
     def forget_dead_processes(self) -> int:
-        """Removes what ended processes left in the kernel's maps; how many requests were in flight in them."""
+        """Removes the state of ended processes from the kernel's maps. Returns how many requests they were serving."""
         self._processes.delete_where(lambda key: not os.path.exists(f"/proc/{_PID.unpack(key)[0]}"))
         alive = set(self._processes.all_keys())
         gone, self._known_processes = self._known_processes - alive, alive
@@ -137,11 +137,11 @@ class Attachment:
 
     @property
     def measures(self) -> bool:
-        """Whether durations are counted."""
+        """Tells whether the program counts durations."""
         return bool(self._held)
 
     def detach(self) -> None:
-        """Removes the probes; records that are already in the ring buffer stay readable."""
+        """Removes the probes. Records that are already in the ring buffer stay readable."""
         for descriptor in reversed(self._probes):
             os.close(descriptor)
         self._probes = []
@@ -150,7 +150,7 @@ class Attachment:
             self._beginnings = None
 
     def abandon(self) -> tuple[int, ...]:
-        """Detaches, and gives back what the kernel holds for this attachment but `readable`, which is returned."""
+        """Detaches and closes all descriptors except `readable`. Returns `readable`, which the caller then owns."""
         self.detach()
         for descriptor in (*self._handlers.values(), *self._held):
             os.close(descriptor)
@@ -161,6 +161,6 @@ class Attachment:
         return self.readable
 
     def close(self) -> None:
-        """Detaches, and gives back all that this process holds."""
+        """Detaches and closes all descriptors."""
         for descriptor in self.abandon():
             os.close(descriptor)

@@ -1,7 +1,7 @@
-"""The probe that marks when a request begins: attached only while there are requests that need it.
+"""The probe that marks when a request begins. It is attached only while some requests need it.
 
-Of a plain HTTP/1 request the client's socket tells as much (`probes/beginnings.c`). The kernel program says in the
-`beginnings` map when a request last needed the probe.
+A plain HTTP/1 request does not need it: reads of the client's socket tell when it began (`probes/beginnings.c`). The
+kernel program writes the time when a request last needed the probe to the `beginnings` map.
 """
 
 import logging
@@ -16,20 +16,29 @@ _log = logging.getLogger(__name__)
 
 _INDEX = c_enum("beginnings")
 
-# The probe is let go when so many requests, in so many seconds at least, did not need it. Who does after that brings it
-# back, and lacks an exact beginning: so many seconds, that a client over TLS which asks every ten keeps the probe; so
-# many requests, that an nginx without work keeps it, as nothing would be saved.
+# Requests and seconds. The probe is detached when this many requests did not need it, over at least this many seconds.
+# The next request that needs it gets an inexact beginning, and the probe is attached again. 30 s: a TLS client that
+# sends a request every ten seconds keeps the probe attached. 1000 requests: an idle nginx keeps the probe, because
+# detaching would save nothing.
 _QUIET = "1000 30"
 
-# For tests: other numbers of requests and seconds. `0 0`: the probe is let go at once.
+# For tests: other numbers of requests and seconds. `0 0` detaches the probe at once.
 _QUIET_VARIABLE = "OTEL_NGINX_EBPF_TEST_QUIET"
 
 
 class BeginningsProbe:
-    """Owns the descriptors but the program's. Attached when made; call `adapt` again and again."""
+    """The probe, attached from the start. Call `adapt` regularly. Owns all descriptors except the program's."""
 
     def __init__(self, counters: int, link: int, program: int, executable: int, file_offset: int) -> None:
-        """Descriptors of the `beginnings` map, the link, its program and the binary (O_PATH); where in it, bytes."""
+        """Takes over the descriptors.
+
+        Args:
+            counters: The `beginnings` map.
+            link: The link that attaches the probe now.
+            program: The BPF program of the probe.
+            executable: The nginx binary, opened with O_PATH.
+            file_offset: Where in the binary's file the probe stands, in bytes.
+        """
         self._counters = CounterArray(counters, len(_INDEX) - 1)
         self._program = program
         self._executable = executable
@@ -43,7 +52,7 @@ class BeginningsProbe:
         self.adapt()
 
     def adapt(self) -> None:
-        """Attaches the probe where a request needed it since the last call; lets it go after a while without one."""
+        """Attaches the probe if a request needed it since the last call. Detaches it after a while without need."""
         counts = self._counters.read()
         needed_ns, spared = counts[_INDEX["BEGINNINGS_NEEDED_NS"]], counts[_INDEX["BEGINNINGS_SPARED"]]
         now_ns = time.monotonic_ns()
@@ -63,10 +72,13 @@ class BeginningsProbe:
         try:
             self._link = uprobes.attach(self._program, f"/proc/self/fd/{self._executable}", self._file_offset)
         except OSError as error:
-            _log.warning("requests over TLS or HTTP/2 lack their exact beginning: cannot attach: %s", error.strerror)
+            _log.warning(
+                "requests over TLS or HTTP/2 lack their exact beginning: the probe cannot be attached: %s",
+                error.strerror,
+            )
 
     def detach(self) -> None:
-        """Lets the probe go."""
+        """Detaches the probe; `adapt` can attach it again."""
         if self._link is not None:
             os.close(self._link)
             self._link = None

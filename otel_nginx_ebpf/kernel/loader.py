@@ -1,8 +1,8 @@
-"""The short-lived process that holds BCC and LLVM: compiles, loads, attaches, hands the descriptors over and exits.
+"""The short-lived process that uses BCC and LLVM. It compiles, loads, attaches, sends the descriptors and exits.
 
-The probes stay as long as their descriptors do, so the parent, which reads requests for years, never holds BCC's
-hundred megabytes, nor its code. Speaks JSON: a request on standard input, an answer with the descriptors on the unix
-socket that is descriptor 3.
+The probes live as long as their descriptors are open. So the parent, which may run for years, never holds BCC's
+hundred megabytes. The loader reads a JSON request from standard input. It sends a JSON answer, with the descriptors, to
+the unix socket that is descriptor 3.
 """
 
 import ctypes
@@ -24,38 +24,38 @@ HANDED_OVER_MAPS = ("records", "loss_counts", "processes", "sockets", "active_re
 DURATION_MAPS = ("server_durations", "client_durations", "duration_names")
 
 HELD_MAPS = ("measuring",)
-"""Handed over with these where durations are counted: the kernel empties a map of programs when nobody holds it."""
+"""Also sent if durations are counted. The kernel empties a map of programs when no process holds the map."""
 
 READABLE_MAPS = ("records", "loss_counts", *DURATION_MAPS)
-"""What the emitter gets: none that a program which writes to nginx's memory reads."""
+"""The maps that the emitter gets. No program that writes to nginx's memory reads any of them."""
 
 ANSWER_SOCKET = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeRequest:
-    """A uprobe: the handler's function name in the program and the offset in the executable's file, bytes."""
+    """A uprobe: the name of its handler function in the program, and its offset in the executable's file in bytes."""
 
     handler: str
     file_offset: int
     writes: bool = False
-    """The handler writes to nginx's memory, which a kernel may refuse; the others go live all the same."""
+    """The handler writes to nginx's memory. A kernel may refuse it; the other probes go live anyway."""
     spared: bool = False
-    """It may be let go, and attached again: by the parent, for which it takes more descriptors."""
+    """The parent may detach the probe and attach it again. It gets more descriptors for this."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """All that the loader needs. `executable` may be a /proc/PID/exe link."""
+    """Everything that the loader needs. `executable` may be a /proc/PID/exe link."""
 
     text: str
     executable: str
     probes: tuple[ProbeRequest, ...]
-    """In the order of attaching. The last tells of a request, and is the first to go: what is left tells of none."""
+    """In the order of attaching. The last probe sends the records. It is detached first, so the others send nothing."""
     tracepoints: dict[str, str]
-    """The raw tracepoint of each handler, in the order in which they are to run."""
+    """The raw tracepoint of each handler, in the order in which the handlers must run."""
     pids: tuple[int, ...]
-    """Processes to trace from when all probes are attached."""
+    """The processes to trace as soon as all probes are attached."""
     request_metrics: bool = False
     """The program counts durations."""
 
@@ -64,20 +64,20 @@ class LoadRequest:
 
 
 def loader_command(*arguments: str, answer_socket: int | None = None) -> list[str]:
-    """What starts the loader. The directory that the user happens to be in gives it no modules (`-P`).
+    """Returns the command that starts the loader. It imports no modules from the current directory (`-P`).
 
     Args:
-        arguments: The loader's own.
-        answer_socket: The descriptor that is to be `ANSWER_SOCKET` there.
+        arguments: The loader's own arguments.
+        answer_socket: The descriptor that becomes `ANSWER_SOCKET` in the loader.
     """
-    # dup2 in the child: descriptor 3 is the socket, whatever its number here.
+    # The child calls dup2, so that the socket is descriptor 3 there, whatever its number is here.
     move = "" if answer_socket is None else f"import os; os.dup2({answer_socket}, {ANSWER_SOCKET}); "
     run = f"import runpy; runpy.run_module({__name__!r}, run_name='__main__', alter_sys=True)"
     return [sys.executable, "-P", "-c", move + run, *arguments]
 
 
 class _LoadError(Exception):
-    """What the parent tells the user. `found` says in a few words what is there instead of what is needed."""
+    """An error that the parent shows to the user. `found` says in a few words what is installed instead of BCC."""
 
     def __init__(self, message: str, found: str = "") -> None:
         super().__init__(message)
@@ -85,7 +85,7 @@ class _LoadError(Exception):
 
 
 def _import_bcc() -> Any:
-    """BCC of the distribution, also from inside a virtual environment that does not see the system's packages."""
+    """Returns the distribution's module bcc, even inside a virtual environment that does not see system packages."""
     try:
         import bcc
     except ImportError:
@@ -109,16 +109,19 @@ def _import_bcc() -> Any:
 
 
 def _attach_uprobe(lib: Any, program: int, name: str, executable: str, file_offset: int) -> int:
-    """By a link, or by a perf event where the kernel has no links for uprobes; the descriptor."""
+    """Attaches a program by a BPF link, or by a perf event if the kernel has no links for uprobes.
+
+    Returns the descriptor that keeps the program attached.
+    """
     what = f"cannot attach {name} to {executable} at offset {file_offset:#x}"
     if uprobes.links_work():
         try:
             return uprobes.attach(program, executable, file_offset)
         except OSError as error:
             raise _LoadError(f"{what}: {error.strerror}") from error
-    # Not BPF.attach_uprobe: it takes an address for a symbol's, and its clean-up at exit would disable the probe. The
-    # last argument is the place of a USDT probe's counter, of which BCC's Python knows nothing: left out, it is any
-    # number, and where that is the place of nginx's data, the kernel counts there.
+    # Not BPF.attach_uprobe: it treats an address as a symbol's, and its clean-up at exit would disable the probe.
+    # The last argument is the offset of a USDT probe's counter. BCC's Python does not know it. If it is left out, the
+    # C function reads an arbitrary number; if that is an offset of nginx's data, the kernel increments nginx's data.
     event = f"{name}_{os.getpid()}".encode()
     descriptor = int(lib.bpf_attach_uprobe(program, 0, event, executable.encode(), file_offset, -1, 0))
     if descriptor < 0:
@@ -127,7 +130,7 @@ def _attach_uprobe(lib: Any, program: int, name: str, executable: str, file_offs
 
 
 def _attach_raw_tracepoint(lib: Any, program: int, name: str) -> int:
-    """The descriptor of what holds it there."""
+    """Attaches a program to a raw tracepoint. Returns the descriptor that keeps it attached."""
     descriptor = int(lib.bpf_attach_raw_tracepoint(program, name.encode()))
     if descriptor < 0:
         raise _LoadError(f"cannot attach to the kernel's tracepoint {name}")
@@ -151,7 +154,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     handlers: dict[str, int] = {}
     for name, tracepoint in request["tracepoints"].items():
         handlers[name] = program.load_func(name.encode(), bcc.BPF.RAW_TRACEPOINT).fd
-        # Not BPF.attach_raw_tracepoint, which takes one handler for each.
+        # Not BPF.attach_raw_tracepoint: it allows one handler for each tracepoint only.
         probes.append(_attach_raw_tracepoint(lib, handlers[name], tracepoint))
     if request["request_metrics"]:
         measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
@@ -171,7 +174,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         handlers[probe["handler"]] = handler.fd
         if probe["spared"] and uprobes.links_work():
             spared, spared_descriptors = probe, [probes.pop(), os.open(request["executable"], os.O_PATH)]
-    # All at once: what only a part of the probes had seen of a process would contradict the rest.
+    # After all probes are attached: if only some of them saw a request, its record would contradict itself.
     processes = program["processes"]
     for pid in request["pids"]:
         processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())
@@ -185,7 +188,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "process_bytes": ctypes.sizeof(processes.Leaf),
         "socket_bytes": ctypes.sizeof(program["sockets"].Leaf),
     }
-    # The kernel gives the last one back first where the process that holds them is killed (task_work_run).
+    # If the process that holds the descriptors is killed, the kernel closes the last descriptor first (task_work_run).
     return answer, [*maps, *handlers.values(), *spared_descriptors, *probes]
 
 
@@ -198,7 +201,7 @@ def _tell_version() -> dict[str, str]:
 
 
 def main() -> None:
-    """Entry point of `loader_command`; never called in the parent. With `--version` it tells of its BCC on stdout."""
+    """Runs the loader (`loader_command`); never called in the parent. `--version` prints which BCC it finds."""
     if sys.argv[1:] == ["--version"]:
         print(json.dumps(_tell_version()))
         return
@@ -213,7 +216,7 @@ def main() -> None:
             answer.sendall(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
             os._exit(1)
         socket.send_fds(answer, [json.dumps(report).encode()], descriptors)
-    # BCC's own clean-up would detach what was just handed over.
+    # Not sys.exit: BCC's clean-up would detach the probes that were just handed over.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Walks, fills and clears a BPF hash map by its descriptor."""
+"""BPF maps by their descriptors: make one; walk, fill and clear a hash map."""
 
 import ctypes
 import errno
@@ -17,7 +17,7 @@ _BPF_MAP_LOOKUP_BATCH = 24
 
 _BPF_NOEXIST = 1
 
-# How many entries one system call reads.
+# The number of entries that one system call reads.
 _AT_ONCE = 512
 
 
@@ -54,7 +54,7 @@ class _BatchAttribute(ctypes.Structure):
 
 
 def create_map(kind: int, key_bytes: int, value_bytes: int, entries: int) -> int:
-    """A new map's descriptor. Raises `OSError` where the kernel refuses it."""
+    """Makes a map and returns its descriptor. Raises `OSError` if the kernel refuses."""
     return bpf(_BPF_MAP_CREATE, _CreateAttribute(kind, key_bytes, value_bytes, entries))
 
 
@@ -62,7 +62,7 @@ class HashMap:
     """A hash map. Owns its descriptor."""
 
     def __init__(self, descriptor: int, key_bytes: int, value_bytes: int = 0) -> None:
-        """`value_bytes` is needed for `items` only."""
+        """Takes over the descriptor. Only `items` needs `value_bytes`."""
         self._descriptor = descriptor
         self._key_bytes = key_bytes
         self._value_bytes = value_bytes
@@ -70,7 +70,7 @@ class HashMap:
     def _call(
         self, command: int, key: ctypes.Array[ctypes.c_char] | None, value_or_next_key: int = 0, flags: int = 0
     ) -> bool:
-        """Whether there was such a key. Raises `OSError` for any other failure."""
+        """Calls bpf(2) for a key. Returns False on ENOENT and EEXIST; raises `OSError` on any other failure."""
         key_address = ctypes.addressof(key) if key is not None else 0
         attribute = _KeyAttribute(self._descriptor, key_address, value_or_next_key, flags)
         try:
@@ -82,7 +82,7 @@ class HashMap:
         return True
 
     def all_keys(self) -> Iterator[bytes]:
-        """Every key, once unless the map changes meanwhile; a change may bring some again, or end the walk early."""
+        """Yields every key once. If the map changes meanwhile, some keys may repeat, or the walk may end early."""
         found = ctypes.create_string_buffer(self._key_bytes)
         current = None
         while self._call(_BPF_MAP_GET_NEXT_KEY, current, ctypes.addressof(found)):
@@ -90,10 +90,10 @@ class HashMap:
             current = ctypes.create_string_buffer(found.raw, self._key_bytes)
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
-        """Every key and its value, some hundreds a system call; what is added meanwhile may be missing."""
+        """Yields every key with its value, reading hundreds in a system call. Keys added meanwhile may be missing."""
         keys = ctypes.create_string_buffer(_AT_ONCE * self._key_bytes)
         values = ctypes.create_string_buffer(_AT_ONCE * self._value_bytes)
-        place = ctypes.c_uint64()  # the kernel's own note of how far it has come
+        place = ctypes.c_uint64()  # where the kernel keeps its position between calls
         attribute = _BatchAttribute(0, ctypes.addressof(place), ctypes.addressof(keys), ctypes.addressof(values))
         attribute.map_fd = self._descriptor
         more = True
@@ -112,19 +112,19 @@ class HashMap:
             attribute.in_batch = ctypes.addressof(place)
 
     def value(self, key: bytes, value_bytes: int) -> bytes | None:
-        """What is kept for a key. `value_bytes` is what the kernel copies: the size of the map's values."""
+        """Returns the value of a key, or None. `value_bytes` must be the size of the map's values."""
         value = ctypes.create_string_buffer(value_bytes)
         raw_key = ctypes.create_string_buffer(key, self._key_bytes)
         return value.raw if self._call(_BPF_MAP_LOOKUP_ELEM, raw_key, ctypes.addressof(value)) else None
 
     def add(self, key: bytes, value: bytes) -> None:
-        """Adds a key with its value, unless it is there. Raises `OSError` when the map is full."""
+        """Adds a key with its value unless the map has the key. Raises `OSError` if the map is full."""
         raw_value = ctypes.create_string_buffer(value, len(value))
         raw_key = ctypes.create_string_buffer(key, self._key_bytes)
         self._call(_BPF_MAP_UPDATE_ELEM, raw_key, ctypes.addressof(raw_value), _BPF_NOEXIST)
 
     def delete_where(self, unwanted: Callable[[bytes], bool]) -> int:
-        """Deletes the keys that `unwanted` is true for; how many."""
+        """Deletes the keys for which `unwanted` is true. Returns how many it deleted."""
         return sum(
             self._call(_BPF_MAP_DELETE_ELEM, ctypes.create_string_buffer(key, self._key_bytes))
             for key in [key for key in self.all_keys() if unwanted(key)]

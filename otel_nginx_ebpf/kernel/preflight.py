@@ -1,4 +1,4 @@
-"""Whether this kernel and this process can trace at all, told before anything is attempted, and touching nothing."""
+"""Checks whether this kernel and this process can trace at all, before tracing starts. Changes nothing."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from otel_nginx_ebpf.kernel.uprobes import PERF_EVENTS_ADVICE, links_work
 from otel_nginx_ebpf.linux import Capability
 
 State = Literal["ok", "note", "fail"]
-"""`note`: works, or may work, but is worth knowing; `fail`: in the way of tracing."""
+"""`note`: it works or may work, but the user should know; `fail`: it prevents tracing."""
 
 _UPROBE_PMU = Path("/sys/bus/event_source/devices/uprobe/type")
 _JIT = Path("/proc/sys/net/core/bpf_jit_enable")
@@ -42,7 +42,7 @@ _BCC_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What was looked at. `advice` says, unless all is well, what is wrong and the next step."""
+    """The result of a check. If `state` is not `ok`, `advice` says what is wrong and what to do next."""
 
     name: str
     state: State
@@ -58,7 +58,7 @@ def _read(path: Path) -> str | None:
 
 
 def kernel(release: str | None = None) -> Check:
-    """The kernel's release; by default the running one's."""
+    """Checks a kernel's release, by default the running kernel's."""
     release = release or os.uname().release
     numbers = release_numbers(release)
     if numbers and numbers < _RING_BUFFER_CAME_WITH:
@@ -73,7 +73,11 @@ def _effective_capabilities() -> int:
 
 
 def capabilities(effective: int | None = None) -> Check:
-    """The capabilities that tracing needs, of a bit set; by default of this process. SYS_ADMIN is BPF and PERFMON."""
+    """Checks for the capabilities that tracing needs. CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON.
+
+    Args:
+        effective: The capabilities as a bit set; by default this process's.
+    """
     bits = _effective_capabilities() if effective is None else effective
     held = [name for name, bit in _CAPABILITIES.items() if bits >> bit & 1]
     needed = ["CAP_SYS_PTRACE"] if "CAP_SYS_ADMIN" in held else ["CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE"]
@@ -92,62 +96,62 @@ def _make_map(kind: int, key_bytes: int, entries: int) -> None:
     try:
         os.close(create_map(kind, key_bytes, key_bytes, entries))
     except PermissionError:
-        # Before Linux 5.11 maps counted as locked memory, the same user's others too. BCC does away with the limit.
-        with suppress(ValueError):  # it may not be raised
+        # Before Linux 5.11 all maps of a user counted as locked memory. BCC removes the limit, so this does too.
+        with suppress(ValueError):  # this process may not raise the limit
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.close(create_map(kind, key_bytes, key_bytes, entries))
 
 
 def _try_map(name: str, kind: int, key_bytes: int, entries: int, absent: Check) -> Check:
-    """What becomes of a map that is made and dropped at once; `absent` where the kernel does not know such a thing."""
+    """Makes a map and closes it at once. Returns `absent` if the kernel does not know maps of this kind."""
     try:
         _make_map(kind, key_bytes, entries)
     except OSError as error:
         if error.errno in (errno.ENOSYS, errno.EINVAL):
             return absent
         if error.errno == errno.EPERM and capabilities().state == "fail":
-            return Check(name, "note", "unknown", "not permitted to try it; see capabilities")
+            return Check(name, "note", "unknown", "not permitted to test it; see capabilities")
         advice = (
-            f"bpf() is refused: {error.strerror}; is it a seccomp filter, as containers have? Allow the system call bpf"
+            f"bpf() is refused: {error.strerror}; if a container's seccomp filter does so, allow the system call bpf"
         )
         return Check(name, "fail", f"refused ({error.strerror})", advice)
     return Check(name, "ok", "works")
 
 
 def bpf() -> Check:
-    """Whether the system call bpf() works."""
+    """Checks whether the system call bpf() works."""
     advice = "this kernel has no BPF (CONFIG_BPF_SYSCALL is off); use a kernel that has it"
     return _try_map("bpf", _MAP_TYPE_ARRAY, 4, 1, Check("bpf", "fail", "none", advice))
 
 
 def ring_buffer() -> Check:
-    """Whether the kernel has BPF ring buffers."""
+    """Checks whether the kernel has BPF ring buffers."""
     if bpf().state != "ok":
-        return Check("ring buffer", "note", "unknown", "cannot be tried; see bpf")
+        return Check("ring buffer", "note", "unknown", "cannot be tested; see bpf")
     advice = "this kernel has no BPF ring buffer, which came with 5.8; use a newer kernel"
     return _try_map("ring buffer", _MAP_TYPE_RINGBUF, 0, 4096, Check("ring buffer", "fail", "none", advice))
 
 
 def jit() -> Check:
-    """Whether the kernel compiles BPF programs (Documentation/admin-guide/sysctl/net.rst)."""
+    """Checks whether the kernel compiles BPF programs (Documentation/admin-guide/sysctl/net.rst)."""
     enabled = _read(_JIT)
     if enabled is None:
         return Check("jit", "note", "unknown", f"{_JIT} cannot be read here, as in a container")
     if enabled == "0":
-        advice = "BPF programs are interpreted and so cost several times as much; sysctl net.core.bpf_jit_enable=1"
+        advice = "BPF programs are interpreted, which costs several times as much; sysctl net.core.bpf_jit_enable=1"
         return Check("jit", "note", "off", advice)
     return Check("jit", "ok", "on")
 
 
 def uprobes() -> Check:
-    """Whether uprobes can be attached, and how: by BPF links, or, as older kernels do it, as perf events."""
+    """Checks how uprobes can be attached: by BPF links or, on older kernels, as perf events."""
     if _read(_UPROBE_PMU) is None:
         advice = f"this kernel has no uprobes ({_UPROBE_PMU} is missing: CONFIG_UPROBE_EVENTS); use one that has them"
         return Check("uprobes", "fail", "none", advice)
     try:
         by_links = links_work()
     except OSError:
-        return Check("uprobes", "note", "unknown", "cannot be tried; see capabilities and bpf")
+        return Check("uprobes", "note", "unknown", "cannot be tested; see capabilities and bpf")
     if by_links:
         return Check("uprobes", "ok", "by BPF links")
     if _effective_capabilities() >> _CAPABILITIES["CAP_SYS_ADMIN"] & 1:
@@ -156,7 +160,7 @@ def uprobes() -> Check:
 
 
 def lockdown(text: str | None = None) -> Check:
-    """The lockdown state (kernel_lockdown(7)), of the file's text; by default of this kernel."""
+    """Checks the lockdown state (kernel_lockdown(7)) in the text of its file; by default the running kernel's."""
     text = text or _read(_LOCKDOWN)
     if text is None:
         advice = f"{_LOCKDOWN} cannot be read: securityfs is not mounted, or the kernel has no lockdown"
@@ -166,37 +170,37 @@ def lockdown(text: str | None = None) -> Check:
     if state == "confidentiality":
         advice = (
             "kernel lockdown “confidentiality” keeps BPF from reading system calls' arguments; boot with "
-            "lockdown=integrity, or without"
+            "lockdown=integrity or without lockdown"
         )
         return Check("lockdown", "fail", state, advice)
     return Check("lockdown", "ok", state)
 
 
 def tracefs() -> Check:
-    """Where tracefs is mounted. The probes do without."""
+    """Reports where tracefs is mounted. The probes do not need it."""
     mounts = [line.split() for line in (_read(_MOUNTS) or "").splitlines()]
     points = [fields[1] for fields in mounts if len(fields) > 2 and fields[2] == "tracefs"]
     return Check("tracefs", "ok", points[0] if points else "not mounted, and not needed")
 
 
 def bcc() -> Check:
-    """Which BCC the loader would use. Asks the loader, a process of its own."""
+    """Reports which BCC the loader finds. Starts the loader as a process to ask it."""
     try:
         answer = subprocess.run(loader_command("--version"), capture_output=True, timeout=_BCC_S, check=False)
         told = json.loads(answer.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return Check("bcc", "fail", "unknown", f"the loader does not tell its BCC: {error}; reinstall this program")
+        return Check("bcc", "fail", "unknown", f"the loader cannot report its BCC: {error}; reinstall this program")
     if "error" in told:
         return Check("bcc", "fail", told["found"], told["error"])
     return Check("bcc", "ok", told["found"])
 
 
 CHECKS: tuple[Callable[[], Check], ...] = (kernel, capabilities, bpf, ring_buffer, jit, uprobes, lockdown, tracefs)
-"""What does not take long. `bcc` does; and where it is in the way, the loader says the same."""
+"""The quick checks. `bcc` is slow, and the loader reports the same problem when it runs."""
 
 
 def check() -> None:
-    """Raises `UserError` when tracing cannot work here: kernel, BPF, uprobes or permissions."""
+    """Runs the quick checks. Raises `UserError` if the kernel or the permissions make tracing impossible."""
     for each in CHECKS:
         result = each()
         if result.state == "fail":

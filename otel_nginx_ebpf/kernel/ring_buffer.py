@@ -1,7 +1,7 @@
-"""Reads a BPF ring buffer and a counter map through mmap: no BCC, no libbpf, no capability.
+"""Reads a BPF ring buffer and a counter map through mmap. This needs no BCC, no libbpf and no capability.
 
-The layout is the kernel's ABI (Linux kernel/bpf/ringbuf.c): a page with the consumer's position, read-write; then,
-read-only, a page with the producer's position and the data, there twice in a row so that a record never wraps.
+The layout is the kernel's ABI (Linux kernel/bpf/ringbuf.c). First comes a writable page with the consumer's position.
+Then come read-only pages: the producer's position, and the data twice in a row, so that a record never wraps.
 """
 
 import mmap
@@ -13,8 +13,8 @@ _HEADER = struct.Struct("<II")
 _BUSY = 1 << 31
 _DISCARDED = 1 << 30
 
-# So much of the data is mapped at a time, and only while it is read: what is mapped counts as this process's memory,
-# twice over were it the whole. Many times the longest record.
+# How much of the data is mapped at a time, and only while it is read. Mapped pages count as this process's memory; the
+# whole buffer would count twice. This is many times the longest record.
 _WINDOW_BYTES = 1 << 20
 
 
@@ -25,20 +25,20 @@ class RingBuffer:
         page = mmap.PAGESIZE
         self._descriptor = descriptor
         self._mask = data_bytes - 1
-        # As numbers, each read and written by one machine instruction: struct.pack_into writes zeros first, and to a
-        # worker that sees those the buffer is full.
+        # Cast to numbers, so that one machine instruction reads or writes each position. struct.pack_into writes zeros
+        # first; a worker that sees the zeros takes the buffer for full.
         writable = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
         self._consumed = memoryview(writable).cast("Q")
         self._produced = memoryview(mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)).cast("Q")
 
     def fill(self) -> float:
-        """How much of it waits to be read: 0 to 1."""
+        """Returns the share of the buffer that waits to be read, from 0 to 1."""
         return (self._produced[0] - self._consumed[0]) / (self._mask + 1)
 
     def read(self, given_back: Callable[[], None] = lambda: None) -> Iterator[bytes]:
-        """The records that are complete now, oldest first.
+        """Yields the records that are complete now, oldest first.
 
-        Space is given back after each window, and when the iterator ends or is closed; then `given_back` is called.
+        Frees the space after each window, and when the iterator ends or is closed. Calls `given_back` after that.
         """
         position = self._consumed[0]
         end = self._produced[0]
@@ -67,7 +67,7 @@ class RingBuffer:
         self._consumed[0] = position
 
     def _map(self, position: int, end: int) -> mmap.mmap:
-        """A window of the data, from the start of a page on."""
+        """Maps a window of the data. `position` must be the start of a page."""
         length = min(end - position, _WINDOW_BYTES)
         offset = 2 * mmap.PAGESIZE + (position & self._mask)
         return mmap.mmap(self._descriptor, length, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
@@ -79,7 +79,7 @@ class RingBuffer:
 
 
 class CounterArray:
-    """An mmap-able BPF array of 64-bit counters. Owns the map's descriptor."""
+    """A BPF array of 64-bit counters that can be mapped. Owns the map's descriptor."""
 
     def __init__(self, descriptor: int, length: int) -> None:
         self._descriptor = descriptor

@@ -1,4 +1,4 @@
-"""How often the kernel ran a BPF program, and for how long: counted only while it is asked to, as that costs time."""
+"""How often and how long the kernel ran a BPF program. Counting costs time, so the kernel counts only on request."""
 
 import ctypes
 import os
@@ -13,7 +13,7 @@ _BPF_OBJ_GET_INFO_BY_FD = 15
 _BPF_ENABLE_STATS = 32
 _BPF_STATS_RUN_TIME = 0
 
-# struct bpf_prog_info up to run_cnt. What is before must be zero: lengths of lists that are not wanted.
+# struct bpf_prog_info up to run_cnt. All bytes must be zero: a length of 0 asks the kernel for no list.
 _INFO_BYTES = 208
 _RUNS = struct.Struct("=QQ")
 _RUNS_AT = 192
@@ -22,7 +22,7 @@ _ALWAYS = Path("/proc/sys/kernel/bpf_stats_enabled")
 
 
 class Runs(NamedTuple):
-    """Of one program."""
+    """The runs of one program."""
 
     time_ns: int
     hits: int
@@ -41,18 +41,18 @@ class _InfoAttribute(ctypes.Structure):
 
 
 def runs_of(program: int) -> Runs:
-    """All that was counted since the program of this descriptor was loaded."""
+    """Returns the runs that the kernel counted since the program was loaded. `program` is its descriptor."""
     info = ctypes.create_string_buffer(_INFO_BYTES)
     bpf(_BPF_OBJ_GET_INFO_BY_FD, _InfoAttribute(program, _INFO_BYTES, ctypes.addressof(info)))
     return Runs(*_RUNS.unpack_from(info, _RUNS_AT))
 
 
 class Counting:
-    """The kernel counts, for every program of the machine, until this is closed.
+    """Makes the kernel count the runs of every program of the machine, until `close`.
 
     Raises:
-        OSError: It may not be asked to: EPERM without CAP_SYS_ADMIN, EINVAL before Linux 5.8. Not where it always
-            counts (sysctl kernel.bpf_stats_enabled).
+        OSError: EPERM without CAP_SYS_ADMIN, EINVAL before Linux 5.8. Not raised if the kernel always counts
+            (sysctl kernel.bpf_stats_enabled).
     """
 
     def __init__(self) -> None:

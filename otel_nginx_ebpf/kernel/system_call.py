@@ -1,4 +1,4 @@
-"""bpf(2), without a library."""
+"""The system call bpf(2), called without libbpf."""
 
 import ctypes
 
@@ -9,7 +9,7 @@ _SYS_BPF = 321
 
 
 def bpf(command: int, attribute: ctypes.Structure) -> int:
-    """What the command returns. Raises `OSError` where the kernel refuses it.
+    """Calls bpf(2) and returns its result. Raises `OSError` if the kernel refuses the command.
 
     Args:
         command: A member of enum bpf_cmd (linux/bpf.h).

@@ -1,7 +1,7 @@
-"""Uprobes by BPF links: what a process without CAP_SYS_ADMIN may attach.
+"""Uprobes attached by BPF links, which do not need CAP_SYS_ADMIN.
 
-The older way, a perf event, is kept to CAP_SYS_ADMIN by kernels since July 2025 (CVE-2025-38466, in stable ones too).
-Links for uprobes came with Linux 6.6 and ask for CAP_BPF and CAP_PERFMON, when their program is loaded.
+The older way is a perf event. Since July 2025 kernels, stable ones too, demand CAP_SYS_ADMIN for it (CVE-2025-38466).
+Links for uprobes came with Linux 6.6. They need CAP_BPF and CAP_PERFMON when the program is loaded.
 """
 
 import ctypes
@@ -17,7 +17,9 @@ _BPF_PROG_LOAD = 5
 _BPF_LINK_CREATE = 28
 _PROG_TYPE_KPROBE = 2
 
-PERF_EVENTS_ADVICE = "without BPF links for uprobes, which came with Linux 6.6, they may take CAP_SYS_ADMIN as well"
+PERF_EVENTS_ADVICE = (
+    "this kernel has no BPF links for uprobes, which came with Linux 6.6; without them uprobes may need CAP_SYS_ADMIN"
+)
 
 # r0 = 0; exit
 _PROGRAM = bytes.fromhex("b7000000000000009500000000000000")
@@ -59,10 +61,10 @@ class _LoadAttribute(ctypes.Structure):
 
 
 def attach(program: int, executable: str, file_offset: int) -> int:
-    """The descriptor of a link that runs a program, of `ATTACH_TYPE`, wherever `executable` runs.
+    """Attaches a program of `ATTACH_TYPE` to every process that runs `executable`. Returns the link's descriptor.
 
     Raises:
-        OSError: The kernel refuses it; EINVAL where it has no links for uprobes.
+        OSError: The kernel refuses the link; EINVAL if it has no links for uprobes.
     """
     offsets = (ctypes.c_uint64 * 1)(file_offset)
     attribute = _LinkAttribute(program, 0, ATTACH_TYPE, 0, os.fsencode(executable), offsets, count=1)
@@ -70,7 +72,7 @@ def attach(program: int, executable: str, file_offset: int) -> int:
 
 
 def load(instructions: bytes) -> int:
-    """A program of `ATTACH_TYPE`, of these instructions: its descriptor. Raises `OSError` where none may be loaded."""
+    """Loads instructions as a program of `ATTACH_TYPE` and returns its descriptor. Raises `OSError` on refusal."""
     attribute = _LoadAttribute(
         _PROG_TYPE_KPROBE, len(instructions) // 8, instructions, b"GPL", expected_attach_type=ATTACH_TYPE
     )
@@ -79,10 +81,10 @@ def load(instructions: bytes) -> int:
 
 @cache
 def links_work() -> bool:
-    """Whether the kernel has links for uprobes; attaches none. Raises `OSError` where no program may be loaded."""
+    """Tells whether the kernel has links for uprobes; makes no link. Raises `OSError` if no program may be loaded."""
     program = load(_PROGRAM)
     try:
-        # No file, which is EBADF to a kernel that comes so far.
+        # "/" is not a file. A kernel that knows the links gets far enough to answer EBADF.
         os.close(attach(program, "/", 0))
     except OSError as error:
         return error.errno == errno.EBADF

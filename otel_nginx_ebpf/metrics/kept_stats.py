@@ -1,4 +1,4 @@
-"""What an emitter has counted, in a file that outlives it: the next one goes on where it was killed."""
+"""Keeps an emitter's counts in a file that outlives it, so that the next emitter continues from them."""
 
 import json
 import os
@@ -6,21 +6,21 @@ import os
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.losses import lost_traces
 
-# One page: the kernel writes it whole even where the writer is killed.
+# One page. The kernel writes a page completely or not at all, even if the writer is killed.
 _BYTES = 4096
 
 
 class KeptStats:
-    """`Stats` that are kept. Owns the file's descriptor."""
+    """Saves `Stats` to a file. Owns the file's descriptor."""
 
     def __init__(self, descriptor: int, stats: Stats) -> None:
-        """Takes on what the last emitter has counted. An exporter that is made after that finds what it has stored."""
+        """Loads the last emitter's counts into `stats`. Make the exporter afterwards: it adds the traces on disk."""
         self._descriptor = descriptor
         self._stats = stats
         self._never_received = 0
-        """Of what was lost."""
+        """How many of the lost traces were never received."""
         self._last = False
-        """Whether there was an emitter before."""
+        """There was an emitter before."""
         if raw := os.pread(descriptor, _BYTES, 0):
             self._last = True
             stats.received, stats.exported, lost, self._never_received = json.loads(raw)
@@ -28,7 +28,7 @@ class KeptStats:
         self._received = stats.received
 
     def settle(self) -> None:
-        """Once the exporter is made: what the last emitter held is lost, but for what it had stored."""
+        """Counts the traces that the last emitter held, except those on disk, as lost. Make the exporter before."""
         stored, self._stats.received = self._stats.received - self._received, self._received
         if self._last:
             lost = lost_traces(self._stats.lost) - self._never_received
@@ -38,12 +38,12 @@ class KeptStats:
             self._stats.received += stored
 
     def lose_unread(self, cause: str, count: int) -> None:
-        """Counts what was lost before it was received."""
+        """Counts traces that were lost before they were received."""
         self._stats.lose(cause, count)
         self._never_received += lost_traces({cause: count})
 
     def write(self) -> None:
-        """For the next emitter."""
+        """Saves the counts for the next emitter."""
         stats = self._stats
         counts = stats.received, stats.exported, stats.lost.copy(), self._never_received
         os.pwrite(self._descriptor, json.dumps(counts).encode().ljust(_BYTES), 0)

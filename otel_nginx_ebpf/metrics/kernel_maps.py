@@ -1,4 +1,4 @@
-"""The maps that probes/metrics.c counts durations in, read by their descriptors."""
+"""Reads the maps in which probes/metrics.c counts durations, by their descriptors."""
 
 from collections.abc import Collection, Iterator
 
@@ -19,7 +19,7 @@ _NAME_BYTES = _NAME_LENGTH_BYTES + LIMITS["NAME_BYTES_MAX"]
 
 
 class DurationMaps:
-    """Owns the descriptors."""
+    """The maps with counts and names. Owns the descriptors."""
 
     def __init__(self, server: int, client: int, names: int) -> None:
         peer_bytes = LIMITS["PEER_BYTES_MAX"]
@@ -28,13 +28,13 @@ class DurationMaps:
         self._names = HashMap(names, NAME_KEY.size)
 
     def read(self) -> Iterator[tuple[int, bytes, Counts]]:
-        """Of every series the worker's pid, its key, and what was counted."""
+        """Yields the worker's pid, the key and the counts of every series."""
         for durations in (self._server, self._client):
             for key, value in durations.items():
                 yield int.from_bytes(key[:4], "little"), key, COUNTS.unpack(value)
 
     def series(self, key: bytes) -> Series:
-        """What a key means."""
+        """Returns the series that a key stands for."""
         return (of_server_key if len(key) == SERVER_KEY.size else of_client_key)(key, self._name)
 
     def _name(self, pid: int, configuration: int) -> str | None:
@@ -45,7 +45,7 @@ class DurationMaps:
         return value[_NAME_LENGTH_BYTES:][:length].decode("utf-8", "backslashreplace")
 
     def forget(self, pids: Collection[int]) -> None:
-        """Removes the series of workers that are gone."""
+        """Removes the series of these workers, which have ended."""
         for each in (self._server, self._client, self._names):
             each.delete_where(lambda key: int.from_bytes(key[:4], "little") in pids)
 

@@ -1,4 +1,4 @@
-"""What was seen, what was exported and every loss by its cause."""
+"""Counters of received and exported traces, and of every loss by its cause."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from otel_nginx_ebpf.traces.losses import lost_traces
 
 @dataclass(slots=True)
 class Size:
-    """Of a message to the collector, or of several."""
+    """The size of one or more messages to the collector."""
 
     traces: int = 0
     spans: int = 0
@@ -22,46 +22,49 @@ class Size:
 
 
 class Stats:
-    """Counters of one run. Traces, except the `partial_*` causes. One thread writes each; any may read."""
+    """Counters of one run. All count traces, except the `partial_*` causes, which count missing parts of traces.
+
+    Each counter has one thread that writes it. Any thread may read it.
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        """Records taken from the kernel or a capture file; traces that an earlier run left in the queue directory."""
+        """Records from the kernel or a capture file, and traces that an earlier run left in the queue directory."""
         self.exported = 0
         self.kept = 0
-        """Left in the queue directory for the next run."""
+        """Traces left in the queue directory for the next run."""
         self.lost: dict[str, int] = {}
-        """By cause, user space's own and the kernel's; the latter come when what they are of is let go."""
+        """Losses by cause, in user space and in the kernel. The kernel's are added when its probes are abandoned."""
         self.lost_in_kernel: dict[str, int] = {}
-        """The kernel's counters of what is attached, as they were at the last sweep."""
+        """The kernel's losses by cause since the current probes were attached, as of the last sweep."""
         self.ring_buffer_fill = 0.0
-        """The fullest ring buffer before it was last read, 0 to 1."""
+        """The fill of the fullest ring buffer before the last read, from 0 to 1."""
         self.probe_hits: dict[str, float] = {}
-        """Of each probe, a second, when the kernel last counted them."""
+        """Hits of each probe per second, when the kernel last counted them."""
         self.cost_s: float | None = None
-        """Processor time that tracing took a request, when it was last measured."""
+        """The processor time, in seconds, that tracing cost for each request in the last measurement."""
         self.detachments = 0
-        """Because a limit was passed."""
+        """How often the probes were detached because a limit was exceeded."""
         self.queued = Size()
-        """What waits for the collector in memory."""
+        """The messages that wait for the collector in memory."""
         self.stored_bytes = 0
-        """What waits on disk."""
+        """The size of the messages that wait on disk."""
         self.sent: Callable[[float], None] = lambda seconds: None
-        """Called with the time that each message to the collector took."""
+        """Called with the time in seconds that each message to the collector took."""
 
         self.durations = RequestDurations()
-        """Of all requests, also of those that are not traced."""
+        """The durations of all requests, including requests that are not traced."""
 
     def lose(self, cause: str, count: int = 1) -> None:
         self.lost[cause] = self.lost.get(cause, 0) + count
 
     def losses(self) -> dict[str, int]:
-        """By cause, the kernel's of what is attached included."""
+        """Returns all losses by cause, including the kernel's since the current probes were attached."""
         lost, in_kernel = self.lost.copy(), self.lost_in_kernel
         return lost | {cause: lost.get(cause, 0) + count for cause, count in in_kernel.items()}
 
     def summary(self) -> str:
-        """One line: `received 10, exported 9, lost 1 (queue_full 1)`."""
+        """Returns a line such as `received 10, exported 9, lost 1 (lost_queue_full 1)`."""
         causes = {cause: count for cause, count in sorted(self.lost.items()) if count}
         total = lost_traces(causes)
         detail = ", ".join(f"{cause} {count}" for cause, count in causes.items())

@@ -1,7 +1,7 @@
-"""How long all requests took, by series: what is counted in the kernel for each worker becomes totals for each nginx.
+"""Adds up the durations of all requests by series: the kernel counts for each worker, this module for each nginx.
 
-A worker's counts end with it, and are kept here; a series that was counted once stays as long as its nginx does. What a
-series is, `series` says; here it is a name.
+The counts of a worker that has ended are kept here. A series stays as long as its nginx. The module `series` says what
+the kernel's keys mean.
 """
 
 import threading
@@ -11,43 +11,44 @@ from typing import Any, NamedTuple, Protocol
 
 Attributes = tuple[tuple[str, str | int], ...]
 Resource = Mapping[str, Any]
-"""Resource attributes of an nginx: one object for each."""
+"""The resource attributes of an nginx. Each nginx has one such object."""
 
 
 class Series(NamedTuple):
-    """A metric's name and the attributes of one of its points."""
+    """The name of a metric, and the attributes of one of its points."""
 
     metric: str
     attributes: Attributes
 
 
 OVERFLOW: Attributes = (("otel.metric.overflow", True),)
-"""OpenTelemetry's "Metrics SDK", "Overflow attribute": of the point that stands for all that found no room."""
+"""The attributes of the point that counts all series above the limit (OpenTelemetry's "Metrics SDK", "Overflow
+attribute")."""
 
-# The same specification's default limit of a metric's points.
+# The default limit of a metric's points in that specification.
 _SERIES_MAX = 2000
 
-# How long what an nginx had counted is told after its end: the collector has got it by then.
+# How long the counts of an nginx are exported after its end. The collector has received them by then.
 _TOLD_S = 300.0
 
 Counts = tuple[int, ...]
-"""Sum of nanoseconds, then a count for each bucket."""
+"""The sum in nanoseconds, then a count for each bucket."""
 
 
 class Maps(Protocol):
-    """Where the kernel counts (`kernel.duration_maps`)."""
+    """The maps in which the kernel counts (`metrics.kernel_maps`)."""
 
     def read(self) -> Iterator[tuple[int, bytes, Counts]]:
-        """Of every series the worker's pid, its key, and what was counted."""
+        """Yields the worker's pid, the key and the counts of every series."""
 
     def series(self, key: bytes) -> Series: ...
 
     def forget(self, pids: Collection[int]) -> None:
-        """Removes the series of workers that are gone."""
+        """Removes the series of these workers, which have ended."""
 
 
 ResourceOf = Callable[[int], Resource]
-"""Of the nginx that a worker belongs to."""
+"""A function from a worker's pid to the resource attributes of its nginx."""
 
 
 class Measured(NamedTuple):
@@ -57,33 +58,33 @@ class Measured(NamedTuple):
 
 
 _Instance = frozenset[tuple[str, Any]]
-"""An nginx, by its resource attributes: they are the same when it is attached to anew."""
+"""The identity of an nginx: its resource attributes. They do not change when the probes are attached again."""
 
 
 class _Counted:
-    """One binary's maps."""
+    """The maps of one binary."""
 
     def __init__(self, maps: Maps, resource_of: ResourceOf) -> None:
         self.maps = maps
         self.resource_of = resource_of
         self.keys: dict[bytes, tuple[_Instance, Series]] = {}
         self.pids: set[int] = set()
-        """That were among the counted when last looked at."""
+        """The workers with counts at the last sweep."""
         self.absent: set[int] = set()
-        """Of them those that were not among the living then."""
+        """The workers with counts that were not alive at the last sweep."""
 
 
 class RequestDurations:
-    """The thread that reads records calls `add`, `sweep` and `remove`, any may `collect`."""
+    """The totals of all requests. Only the thread that reads records may call `add`, `sweep` and `remove`."""
 
     def __init__(self) -> None:
         self.start_unix_ns = time.time_ns()
         self._lock = threading.Lock()
-        """Guards all below."""
+        """Guards all following attributes."""
         self._counted: list[_Counted] = []
         self._resources: dict[_Instance, Resource] = {}
         self._alive_s: dict[_Instance, float] = {}
-        """When an nginx was last seen to live."""
+        """When each nginx was last seen alive, in seconds of the monotonic clock."""
         self._ended: dict[tuple[_Instance, Series], Counts] = {}
         self._told: dict[tuple[_Instance, str], set[Attributes]] = {}
 
@@ -92,8 +93,12 @@ class RequestDurations:
             self._counted.append(_Counted(maps, resource_of))
 
     def sweep(self, maps: Maps, living: Collection[int]) -> None:
-        """Takes over what was counted of workers that are gone. To be called again and again, each time with the pids
-        that live by then, or did a moment before: who is missing twice has ended."""
+        """Takes over the counts of workers that have ended. Call this regularly.
+
+        Args:
+            maps: The maps to sweep.
+            living: The pids that are alive, or were a moment ago. A pid that is missing twice has ended.
+        """
         with self._lock:
             counted = self._of(maps)
             now_s = time.monotonic()
@@ -107,7 +112,7 @@ class RequestDurations:
             self._forget_ended(now_s)
 
     def remove(self, maps: Maps) -> None:
-        """Takes over all that was counted."""
+        """Takes over all counts of maps that are about to be closed."""
         with self._lock:
             counted = next((each for each in self._counted if each.maps is maps), None)
             if counted is None:
@@ -116,12 +121,12 @@ class RequestDurations:
             self._counted.remove(counted)
 
     def collect(self) -> list[Measured]:
-        """What was counted since `start_unix_ns`."""
+        """Returns all counts since `start_unix_ns`."""
         with self._lock:
             totals = self._ended.copy()
             for counted in self._counted:
                 for _, key, counts in counted.maps.read():
-                    if known := counted.keys.get(key):  # else it is younger than the last sweep
+                    if known := counted.keys.get(key):  # a series that is newer than the last sweep is not known
                         _add(totals, known, counts)
             return [
                 Measured(self._resources[instance], series, counts)

@@ -1,4 +1,4 @@
-"""What an nginx binary tells about itself, stripped or not: version, build, symbols and where a probe can sit."""
+"""Reads an nginx binary, stripped or not: version, build, symbols and the instructions where a probe can sit."""
 
 import os
 import re
@@ -18,17 +18,17 @@ from otel_nginx_ebpf.nginx.signature import Signature
 
 NGINX = "nginx"
 
-# What `-v`, the error log's first line and the Server header say (NGINX_VER, ANGIE_VER, TENGINE_VER): a product and its
-# release. A fork may say nginx's as well. Names that are not known count only in `-v`.
+# The product and its release, as in the texts of `-v`, the error log's first line and the Server header (NGINX_VER,
+# ANGIE_VER, TENGINE_VER). A fork may contain nginx's texts too. Unknown product names count only in the text of `-v`.
 _IDENTITY = re.compile(
     rb"\0(?:nginx version: ([\w.-]{1,64})|(?:\w{1,64} version: |Server: )?(nginx|Angie|freenginx|openresty|Tengine))"
     rb"/([0-9]{1,8}(?:\.[0-9]{1,8}){1,3})(?=[ \r\n\0])"
 )
-# Angie's begins with its name.
+# Angie's signature begins with its name.
 _SIGNATURE = re.compile(rb"\0(?:\w+,)?\d,\d,\d,([01]{34,})\0")
 _CONFIGURE = re.compile(rb"configure arguments:([^\0\n]*)")
 
-# The longest prologue seen before a usable instruction is 11 bytes; what comes later has lost its arguments.
+# The longest prologue seen before a usable instruction is 11 bytes. Later instructions have overwritten the arguments.
 _PROLOGUE_BYTES = 64
 
 # Elf64_Sym.
@@ -42,14 +42,14 @@ _ARGUMENT_REGISTERS = (
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An instruction that the kernel emulates for a uprobe instead of single-stepping (arch/x86/kernel/uprobes.c)."""
+    """An instruction that the kernel can emulate for a uprobe, without single-stepping (arch/x86/kernel/uprobes.c)."""
 
     function: str
     address: int
-    """Virtual address in the binary."""
+    """The virtual address in the binary."""
     file_offset: int
     displacement: int
-    """Bytes from the function's entry."""
+    """The distance from the function's entry, in bytes."""
     instruction: str
 
     def __str__(self) -> str:
@@ -57,14 +57,15 @@ class Site:
 
 
 class NoSiteError(Exception):
-    """A function that is not exported, or has no instruction to probe cheaply. The text says which."""
+    """A function is not exported, or has no instruction to probe at low cost. The text says which."""
 
 
 class Binary:
-    """An nginx executable. `path` may be a /proc/PID/exe link; `name` is then the path it leads to, for people.
+    """An nginx executable. `path` may be a /proc/PID/exe link; `name`, for people, is then the link's target.
 
     Raises:
-        UserError: the file cannot be read, is not an ELF executable for x86-64, or is not nginx.
+        UserError: The file is not an ELF executable for x86-64, or is not nginx.
+        TemporaryError: The file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -77,7 +78,7 @@ class Binary:
             raise TemporaryError(f"cannot read {self.name}: {error.strerror}") from error
         except UserError:
             raise
-        except Exception as error:  # pyelftools raises whatever it stumbles over in a damaged file
+        except Exception as error:  # pyelftools raises arbitrary exceptions for a damaged file
             raise UserError(f"{self.name} is not an executable this program understands: {error}") from error
 
     def _read(self, elf: ELFFile, file_bytes: int) -> None:
@@ -111,47 +112,47 @@ class Binary:
         self.build_id = read_build_id(elf)
 
     def _identity(self, rodata: bytes) -> tuple[str, str]:
-        """The product and its release: nginx, or what was made of nginx.
+        """Returns the product, which is nginx or a fork, and its release.
 
         Raises:
-            UserError: It is none of these, or one whose functions cannot be found.
+            UserError: The binary is neither, or its functions cannot be found.
         """
         said = {(match[1] or match[2]).decode(): match[3].decode() for match in _IDENTITY.finditer(rodata)}
         product = next((product for product in said if product != NGINX), NGINX)
         if product in said and not self.symbols:
             raise UserError(
-                f"{self.name} is {product} without a symbol to find its functions by: linked statically and stripped; "
-                "run a build that is linked dynamically, or one that is not stripped"
+                f"{self.name} is {product} without symbols, so its functions cannot be found: it is linked statically "
+                "and stripped; run a build that is linked dynamically or not stripped"
             )
         if "ngx_http_core_module" not in self.symbols:
             raise UserError(f"{self.name} is not an nginx with the http module: give nginx's own binary or process")
         if product not in said:
             raise UserError(
-                f"{self.name} is made of nginx's sources but does not say which release it is; "
+                f"{self.name} is built from nginx's sources but does not say which release it is; "
                 "run a build whose -v prints its name and version, such as nginx/1.28.0"
             )
         return product, said[product]
 
     @property
     def is_fork(self) -> bool:
-        """Whether it is made of nginx's sources and not nginx: then its structs may differ from nginx's."""
+        """Tells whether this is a fork of nginx, whose structs may differ from nginx's."""
         return self.product != NGINX
 
     @property
     def release(self) -> str:
-        """What a catalogue of layouts calls it, such as `1.22.1` or `angie-1.12.1`."""
+        """The release's name in a catalogue of layouts, such as `1.22.1` or `angie-1.12.1`."""
         return f"{self.product.lower()}-{self.version}" if self.is_fork else self.version
 
     @property
     def with_compat(self) -> bool:
-        """Whether modules of other builds fit (`--with-compat`)."""
+        """Tells whether modules of other builds fit (`--with-compat`)."""
         return self.signature.with_compat
 
     def __str__(self) -> str:
         return f"{self.product} {self.version}"
 
     def address(self, symbol: str) -> int:
-        """The virtual address of an exported symbol. Raises `NoSiteError` when there is none."""
+        """Returns the virtual address of an exported symbol. Raises `NoSiteError` if the symbol is not exported."""
         try:
             return self.symbols[symbol]
         except KeyError:
@@ -171,10 +172,14 @@ class Binary:
                     yield instruction, offset + instruction.address - start
 
     def site(self, function: str, arguments: int) -> Site:
-        """The first instruction of `function` that is cheap to probe while its first arguments are in place.
+        """Returns the first instruction of `function` that is cheap to probe before its arguments are overwritten.
+
+        Args:
+            function: The function's name.
+            arguments: How many of its arguments must still be in their registers.
 
         Raises:
-            NoSiteError: the function is not exported, or has no such instruction.
+            NoSiteError: The function is not exported, or has no such instruction.
         """
         entry = self.address(function)
         watched = set().union(*_ARGUMENT_REGISTERS[:arguments])
@@ -190,7 +195,10 @@ class Binary:
 
 
 def read_build_id(elf: ELFFile) -> str:
-    """In hexadecimal digits, empty if there is none. A note of the same number may be another owner's: SystemTap's."""
+    """Returns the build-id in hexadecimal digits; empty if the file has none.
+
+    The note's owner counts too: SystemTap uses the same number for other notes.
+    """
     for section in elf.iter_sections():
         if isinstance(section, NoteSection):
             for note in section.iter_notes():
@@ -200,7 +208,10 @@ def read_build_id(elf: ELFFile) -> str:
 
 
 def _is_emulated(instruction: capstone.CsInsn) -> bool:
-    """push %reg, jcc, jmp rel, call rel32 and the one-byte nop (branch_setup_xol_ops, push_setup_xol_ops)."""
+    """Tells whether the kernel emulates an instruction (branch_setup_xol_ops, push_setup_xol_ops).
+
+    It emulates push %reg, jcc, jmp rel, call rel32 and the one-byte nop.
+    """
     code = bytes(instruction.bytes)
     if 0x50 <= code[0] <= 0x57 or (code[0] == 0x41 and 0x50 <= code[1] <= 0x57):
         return True

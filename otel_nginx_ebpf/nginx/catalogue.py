@@ -1,4 +1,4 @@
-"""Measured struct layouts by nginx release, in a form that says each fact once; docs/decisions/0003 tells why."""
+"""Measured struct layouts by nginx release, in a file that says each fact once; docs/decisions/0003 says why."""
 
 import json
 import os
@@ -18,14 +18,14 @@ from otel_nginx_ebpf.settings.sources import PREFIX
 
 ABOUT = (
     "Byte offsets of nginx struct members on x86-64 Linux, for builds configured --with-compat; sizeof is the struct's "
-    "size, offsets of nested structs are relative to that struct. A number holds for all releases listed; otherwise "
-    "each entry holds from the release it names to the next entry, in the list's order, and null: not known. A "
-    "fork's releases have the fork's name first, such as angie-1.12.1."
+    "size. Offsets in nested structs are relative to the nested struct. A single number holds for all listed releases. "
+    "Otherwise each entry holds from its release to the next entry, in the order of the list; null means not known. "
+    "The releases of a fork begin with the fork's name, such as angie-1.12.1."
 )
 
 PATH_VARIABLE = PREFIX + "CATALOGUE"
 
-# nginx's have three numbers, OpenResty's four: nginx's three and its own.
+# A release of nginx has three numbers. A release of OpenResty has four: nginx's three and its own.
 _RELEASE = r"^(?:[a-z0-9_.-]{1,64}-)?[0-9]{1,4}(?:\.[0-9]{1,4}){1,3}$"
 
 _Offset = int | None
@@ -43,7 +43,7 @@ class _File(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """Layouts by exact release, such as `1.22.1` or `angie-1.12.1`: nginx's, then each fork's, in order of version."""
+    """Layouts by exact release, such as `1.22.1` or `angie-1.12.1`: first nginx, then each fork, sorted by version."""
 
     layouts: Mapping[str, Structs] = field(default_factory=dict)
 
@@ -51,7 +51,7 @@ class Catalogue:
         object.__setattr__(self, "layouts", {release: self.layouts[release] for release in _sorted(self.layouts)})
 
     def members(self) -> dict[str, set[str]]:
-        """Every member that any release has, by struct: what is worth measuring."""
+        """Returns every member that any release has, by struct: the members to measure."""
         members: dict[str, set[str]] = {}
         for layout in self.layouts.values():
             for struct, offsets in layout.items():
@@ -59,21 +59,21 @@ class Catalogue:
         return members
 
     def last_before(self, release: str) -> str | None:
-        """The newest known release of the same product that is older."""
+        """Returns the newest known release of the same product that is older than `release`, or None."""
         older = (
             known for known in self.layouts if _product(known) == _product(release) and _key(known) < _key(release)
         )
         return max(older, key=_key, default=None)
 
     def before_in_branch(self, release: str) -> str | None:
-        """The newest known release that is older and of the same branch, such as 1.26.3 for 1.26.5."""
+        """Returns the newest known release of the same branch that is older, such as 1.26.3 for 1.26.5, or None."""
         if not is_release(release):
             return None
         last = self.last_before(release)
         return last if last is not None and _branch(last) == _branch(release) else None
 
     def filled_from(self, other: "Catalogue") -> "Catalogue":
-        """With the releases and members that only the other one has."""
+        """Returns this catalogue plus the releases and members that only the other catalogue has."""
         return Catalogue(
             {
                 release: _filled(self.layouts.get(release, {}), other.layouts.get(release, {}))
@@ -82,7 +82,7 @@ class Catalogue:
         )
 
     def text(self) -> str:
-        """The JSON file's text: one line a member, and a branch's releases together."""
+        """Returns the text of the JSON file: a line for each member, and a line for the releases of a branch."""
         branches = [
             "  " + ", ".join(f'"{release}"' for release in group) for _, group in groupby(self.layouts, key=_branch)
         ]
@@ -101,7 +101,7 @@ class Catalogue:
         )
 
     def _changes(self, struct: str, member: str) -> int | dict[str, _Offset]:
-        """Where a member is: one offset for all releases, or an offset for each release that moved it."""
+        """Returns one offset if a member has it in all releases, or the new offset for each release that moved it."""
         changes: dict[str, _Offset] = {}
         offset: _Offset = None
         for release, layout in self.layouts.items():
@@ -114,10 +114,10 @@ class Catalogue:
 
 
 def parse(text: str) -> Catalogue:
-    """Raises `ValueError` when the text is not that of a catalogue."""
+    """Reads the text of a catalogue. Raises `ValueError` if the text is not a catalogue."""
     file = _File.model_validate_json(text)
     if file.releases != _sorted(set(file.releases)):
-        raise ValueError("releases are not in the order of versions, each once")
+        raise ValueError("releases are not sorted by version, or a release is listed twice")
     layouts: dict[str, Structs] = {release: {} for release in file.releases}
     for struct, members in file.structs.items():
         for member, offsets in members.items():
@@ -133,21 +133,21 @@ def parse(text: str) -> Catalogue:
 
 
 def shipped() -> Catalogue:
-    """The project's own."""
+    """Returns the catalogue that this package contains."""
     return parse((files("otel_nginx_ebpf.nginx") / "layouts.json").read_text(encoding="utf-8"))
 
 
 def own_path() -> Path:
-    """Where a user's own catalogue is: $OTEL_NGINX_EBPF_CATALOGUE, else in the XDG data directory."""
+    """Returns the path of the user's catalogue: $OTEL_NGINX_EBPF_CATALOGUE, else a file in the XDG data directory."""
     if path := os.environ.get(PATH_VARIABLE):
         return Path(path)
-    # Not Path.home(), which fails where a container's user has none.
+    # Not Path.home(): it fails if a container's user has no home directory.
     data = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
     return Path(data) / "otel-nginx-ebpf" / "layouts.json"
 
 
 def load(path: Path) -> Catalogue:
-    """A user's own; empty where there is no such file.
+    """Reads a user's catalogue. Returns an empty catalogue if the file does not exist.
 
     Raises:
         UserError: The file cannot be read, or is not a catalogue.
@@ -167,12 +167,12 @@ def load(path: Path) -> Catalogue:
 
 
 def known(path: Path | None = None) -> Catalogue:
-    """The shipped one, and what only the user's own has. Raises `UserError` when that cannot be read."""
+    """Returns the shipped catalogue plus what only the user's has. Raises `UserError` if the user's cannot be read."""
     return shipped().filled_from(load(path or own_path()))
 
 
 def differences(old: Structs, new: Structs) -> list[str]:
-    """One line for each member that moved, came or went, such as `ngx_http_request_s.stream: 1272 → 1168`."""
+    """Returns a line for each member that moved, is new or is gone, as `ngx_http_request_s.stream: 1272 → 1168`."""
     places = sorted({(struct, member) for layout in (old, new) for struct in layout for member in layout[struct]})
     lines = []
     for struct, member in places:
@@ -187,7 +187,7 @@ def _or_unknown(offset: _Offset) -> str:
 
 
 def contradictions(first: Structs, second: Structs) -> list[str]:
-    """The differences between two layouts in what both of them know."""
+    """Returns the differences between two layouts in the members that both have."""
     return differences(
         *(
             {
@@ -204,12 +204,12 @@ def _filled(layout: Structs, other: Structs) -> Structs:
 
 
 def is_release(text: str) -> bool:
-    """Whether a catalogue can have it."""
+    """Tells whether a catalogue can list a release of this name."""
     return re.match(_RELEASE, text) is not None
 
 
 def _product(release: str) -> str:
-    """What a release is of; empty for nginx itself."""
+    """Returns the product of a release; empty for nginx itself."""
     return release.rpartition("-")[0]
 
 
@@ -219,7 +219,7 @@ def _key(release: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _branch(release: str) -> tuple[str, tuple[int, ...]]:
-    """All but the last number, which counts the releases with the same features."""
+    """Returns the product and all numbers but the last, which counts the releases with the same features."""
     product, version = _key(release)
     return product, version[:-1]
 

@@ -1,5 +1,5 @@
-"""Where a binary's debug information may be: in itself, in a file of its own on this host or in its container, or on a
-debuginfod server. What is offered is of that very build: its build-id says so, or the checksum in .gnu_debuglink."""
+"""Finds a binary's debug information: in the binary, in a debug file on this host or in its container, or on a
+debuginfod server. Each file found belongs to exactly this build, by its build-id or the checksum in .gnu_debuglink."""
 
 import logging
 import os
@@ -26,13 +26,13 @@ _CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class DebugFile:
-    """An ELF file that may have debug information. Open until the next one is asked for."""
+    """An ELF file that may have debug information. It stays open until the next file is requested."""
 
     source: str
     """`DWARF` (the binary itself), `debug file PATH` or `debuginfod`."""
     content: BinaryIO
     alternate: BinaryIO | None
-    """The file that it shares entries with by .gnu_debugaltlink."""
+    """The file that holds the shared entries (.gnu_debugaltlink)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class _Link:
 
 
 def debug_files(binary: Binary) -> Iterator[DebugFile]:
-    """What may have a binary's debug information, the most trustworthy first; a server is asked last."""
+    """Yields the files that may have a binary's debug information, the most trustworthy first, a server's file last."""
     roots, path = _roots(binary.path), _path_in_root(binary.path)
     link: _Link | None = None
     with ExitStack() as stack:
@@ -63,18 +63,20 @@ def debug_files(binary: Binary) -> Iterator[DebugFile]:
                 alternate = _alternate(content, candidate.parent, roots, stack)
                 yield DebugFile(f"debug file {candidate}", content, alternate)
             else:
-                _log.debug("%s is not of the build %s", candidate, binary.name)
+                _log.debug("%s does not belong to this build of %s", candidate, binary.name)
     if binary.build_id and (downloaded := debuginfod.fetch(binary.build_id)) is not None:
         with ExitStack() as stack:
             file = BytesIO(downloaded)
             if _belongs(file, binary.build_id, None):
                 yield DebugFile("debuginfod", file, _alternate(file, _below(roots[0], path.parent), roots, stack))
             else:
-                _log.warning("what debuginfod gave for %s (build-id %s) is not of it", binary.name, binary.build_id)
+                _log.warning(
+                    "the file from debuginfod does not belong to %s (build-id %s)", binary.name, binary.build_id
+                )
 
 
 def _roots(path: Path) -> tuple[Path, ...]:
-    """The root directory of the process that a /proc/PID/exe belongs to, which may be a container's; then ours."""
+    """Returns the root directory of the process of a /proc/PID/exe, if it is another root, and then this process's."""
     ours = Path("/")
     if path.parts[1:2] != ("proc",) or path.name != "exe":
         return (ours,)
@@ -86,7 +88,7 @@ def _roots(path: Path) -> tuple[Path, ...]:
 
 
 def _path_in_root(path: Path) -> Path:
-    """Where the binary lies, seen from its process's root directory."""
+    """Returns the binary's path as its process sees it."""
     if path.parts[1:2] != ("proc",):
         return path.resolve()
     try:
@@ -94,7 +96,7 @@ def _path_in_root(path: Path) -> Path:
         root = Path(os.readlink(path.parent / "root"))
     except OSError:
         return path
-    # A chroot's path shows in both; in a mount namespace of its own the root is / to us too.
+    # In a chroot both links begin with the chroot's path. For another mount namespace the root reads as /.
     return "/" / seen_from_ours.relative_to(root) if seen_from_ours.is_relative_to(root) else seen_from_ours
 
 
@@ -116,7 +118,10 @@ def _below(root: Path, path: Path) -> Path:
 
 
 def _opened(path: Path) -> BinaryIO | None:
-    """None: there is no such file, or it is none to read. A container may have put a pipe there, which would wait."""
+    """Opens a regular file. Returns None if the file does not exist or cannot be read.
+
+    A container may have put a pipe at the path; a read of the pipe would block.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError):
@@ -128,10 +133,10 @@ def _opened(path: Path) -> BinaryIO | None:
 
 
 def _belongs(file: BinaryIO, build_id: str, link: _Link | None) -> bool:
-    """Whether a debug file is of the build that looks for it."""
+    """Tells whether a debug file belongs to the build with this build-id, or with this link."""
     try:
         its_build_id = read_build_id(ELFFile(file))
-    except Exception as error:  # pyelftools raises whatever it stumbles over in a damaged file
+    except Exception as error:  # pyelftools raises arbitrary exceptions for a damaged file
         _log.warning("%s cannot be read: %s", getattr(file, "name", "a debug file"), error)
         return False
     if build_id and its_build_id:
@@ -140,7 +145,7 @@ def _belongs(file: BinaryIO, build_id: str, link: _Link | None) -> bool:
 
 
 def _checksum(file: BinaryIO) -> int:
-    """As in .gnu_debuglink: the CRC-32 of the whole file."""
+    """Returns the CRC-32 of the whole file, as .gnu_debuglink has it."""
     file.seek(0)
     checksum = 0
     while chunk := file.read(_CHUNK_BYTES):
@@ -149,24 +154,27 @@ def _checksum(file: BinaryIO) -> int:
 
 
 def _section(file: BinaryIO, name: str) -> bytes:
-    """Empty where there is no such section, or the file is damaged."""
+    """Returns a section's bytes; empty if the section is missing or large, or the file is damaged."""
     try:
         section = ELFFile(file).get_section_by_name(name)
         return bytes(section.data()) if section is not None and section["sh_size"] < os.sysconf("SC_PAGE_SIZE") else b""
-    except Exception as error:  # as above
+    except Exception as error:  # arbitrary, as in _belongs
         _log.debug("no %s: %s", name, error)
         return b""
 
 
 def _debug_link(file: BinaryIO) -> _Link | None:
-    """The file's name, padded with zeros to four bytes, and its checksum."""
+    """Reads .gnu_debuglink: a file's name, padded with zeros to four bytes, and the file's checksum."""
     data = _section(file, ".gnu_debuglink")
     name = data.partition(b"\0")[0]
     return _Link(Path(os.fsdecode(name)), checksum=int.from_bytes(data[-4:], "little")) if name else None
 
 
 def _alternate(file: BinaryIO, directory: Path, roots: tuple[Path, ...], stack: ExitStack) -> BinaryIO | None:
-    """The file that dwz moved shared entries to: its name, from the linking file's directory, and its build-id."""
+    """Opens the file to which dwz moved shared entries (.gnu_debugaltlink). Returns None if there is no such file.
+
+    The section holds the file's name, relative to `directory`, and its build-id.
+    """
     name, _, build_id = _section(file, ".gnu_debugaltlink").partition(b"\0")
     if not name:
         return None

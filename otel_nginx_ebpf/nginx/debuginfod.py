@@ -1,4 +1,4 @@
-"""Debug files from debuginfod servers, by the conventions of elfutils' client (debuginfod-find(1))."""
+"""Downloads debug files from debuginfod servers, with the conventions of elfutils' client (debuginfod-find(1))."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from otel_nginx_ebpf import __version__
 
 _log = logging.getLogger(__name__)
 
-# elfutils waits 90 s for a server, a user who wants traces should not; nginx has some 4 MB of debug information.
+# elfutils waits 90 s for a server. A user who waits for traces should not. nginx has about 4 MB of debug information.
 _DEFAULT_TIMEOUT_S = 30
 _DEFAULT_TIME_MAX_S = 60
 _DEFAULT_BYTES_MAX = 256 << 20
@@ -20,19 +20,19 @@ _CHUNK_BYTES = 1 << 16
 
 
 def fetch(build_id: str) -> bytes | None:
-    """A build's debug file, from the cache or the first of $DEBUGINFOD_URLS that has it.
+    """Returns a build's debug file, from the cache or from the first server of $DEBUGINFOD_URLS that has the file.
 
-    None: no server is set, or none has it; one that cannot be asked is warned of. Also honours DEBUGINFOD_TIMEOUT (in
-    seconds, for each answer), DEBUGINFOD_MAXTIME (in seconds, for the whole file), DEBUGINFOD_MAXSIZE (in bytes) and
-    DEBUGINFOD_CACHE_PATH.
+    Returns None if no server is set or no server has the file. Logs a warning for a server that fails. Also honours
+    DEBUGINFOD_TIMEOUT (in seconds, for each read), DEBUGINFOD_MAXTIME (in seconds, for the whole file),
+    DEBUGINFOD_MAXSIZE (in bytes) and DEBUGINFOD_CACHE_PATH.
     """
-    # Words like `ima:enforcing` stand between the URLs.
+    # Between the URLs there may be words such as `ima:enforcing`.
     urls = [url for url in os.environ.get("DEBUGINFOD_URLS", "").split() if url.startswith(("http://", "https://"))]
     if not urls:
         return None
     cached = _cache_directory() / build_id / "debuginfo"
     try:
-        # Empty where elfutils noted that there was none; by now there may be.
+        # elfutils leaves an empty file if no server had the debug file. A server may have it now.
         if content := cached.read_bytes():
             return content
     except OSError:
@@ -54,7 +54,7 @@ def fetch(build_id: str) -> bytes | None:
 
 
 def _download(url: str) -> bytes:
-    """Raises OSError, HTTPException or ValueError."""
+    """Returns the content of a URL. Raises `OSError`, `HTTPException` or `ValueError`."""
     timeout_s = _number("DEBUGINFOD_TIMEOUT", _DEFAULT_TIMEOUT_S)
     bytes_max = _number("DEBUGINFOD_MAXSIZE", _DEFAULT_BYTES_MAX)
     deadline_s = time.monotonic() + _number("DEBUGINFOD_MAXTIME", _DEFAULT_TIME_MAX_S)
@@ -74,7 +74,7 @@ def _download(url: str) -> bytes:
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """urllib's own would follow a redirection to FTP too."""
+    """Returns an opener for HTTP and HTTPS. urllib's default opener would follow a redirect to FTP."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -90,7 +90,7 @@ def _opener() -> urllib.request.OpenerDirector:
 
 
 def _number(variable: str, default: int) -> int:
-    """A setting of elfutils' client; 0 and what is no number mean the default, as there."""
+    """Reads a setting of elfutils' client. 0 and texts that are not numbers mean the default, as in elfutils."""
     text = os.environ.get(variable, "")
     return int(text) if text.isascii() and text.isdigit() and int(text) else default
 
@@ -98,7 +98,7 @@ def _number(variable: str, default: int) -> int:
 def _cache_directory() -> Path:
     if path := os.environ.get("DEBUGINFOD_CACHE_PATH"):
         return Path(path)
-    # Not Path.home(), which fails where a container's user has none.
+    # Not Path.home(): it fails if a container's user has no home directory.
     older = Path(os.path.expanduser("~/.debuginfod_client_cache"))
     if older.is_dir():
         return older
@@ -106,9 +106,9 @@ def _cache_directory() -> Path:
 
 
 def _store(path: Path, content: bytes) -> None:
-    """Without a cache it works as well, and slower."""
+    """Writes a file to the cache. A failure is not an error: the next call downloads the file again."""
     if not path.is_absolute():
-        return  # ~, of a user without a home directory
+        return  # `~` is not expanded for a user without a home directory
     part = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

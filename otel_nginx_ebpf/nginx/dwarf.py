@@ -1,6 +1,6 @@
-"""Struct layouts from a file's DWARF, read no further than it takes to find them.
+"""Reads struct layouts from a file's DWARF, and stops as soon as it has found them.
 
-The file may come from a container or from the network: whatever it holds, reading it ends.
+The file may come from a container or from the network. Reading it ends, whatever it contains.
 """
 
 import time
@@ -14,14 +14,14 @@ from elftools.dwarf.dwarfinfo import DWARFInfo
 from elftools.elf.elffile import ELFFile
 
 SIZEOF = "sizeof"
-"""Stands for the size of a struct among the offsets of its members."""
+"""The key of a struct's size among the offsets of its members."""
 
-# nginx with a static OpenSSL has some 40 MB; more than this is a damaged or hostile file.
+# nginx with a static OpenSSL has about 40 MB. A file with more than this limit is damaged or hostile.
 _DEBUG_BYTES_MAX = 512 << 20
-# Of processor time: all of nginx's takes 4 s.
+# Processor time. All debug information of nginx takes 4 s.
 _TIME_LIMIT_S = 20.0
 
-# Typedefs of typedefs; a longer chain is a circle.
+# The longest chain of typedefs. A longer chain is a circle.
 _TYPEDEFS_MAX = 8
 
 _REFERENCES_IN_UNIT = {f"DW_FORM_ref{kind}" for kind in ("1", "2", "4", "8", "_udata")}
@@ -37,15 +37,19 @@ class DwarfError(Exception):
 def read_structs(
     file: BinaryIO, wanted: Mapping[str, Collection[str]], alternate: BinaryIO | None = None
 ) -> dict[str, dict[str, int]]:
-    """Those of the wanted members that the debug information of an ELF file knows; none where it has no DWARF.
+    """Finds the wanted members in the debug information of an ELF file.
 
     Args:
-        file: Seekable; its position is of no matter.
-        wanted: Members by struct, a struct being named by its tag or its typedef. Bit-fields are never found.
-        alternate: The file that dwz moved shared entries to (.gnu_debugaltlink).
+        file: The ELF file. It must be seekable; its position does not matter.
+        wanted: Members by struct. A struct is named by its tag or its typedef. Bit-fields are never found.
+        alternate: The file to which dwz moved shared entries (.gnu_debugaltlink).
+
+    Returns:
+        Offsets in bytes by struct and member; empty if the file has no DWARF.
 
     Raises:
-        DwarfError: It is damaged, takes too long to read, or has types in units of their own (-fdebug-types-section).
+        DwarfError: The debug information is damaged, takes too long to read, or keeps types in separate units
+            (-fdebug-types-section).
     """
     try:
         dwarf = _dwarf(file)
@@ -56,12 +60,15 @@ def read_structs(
         return _Reader(wanted).read(dwarf)
     except DwarfError:
         raise
-    except Exception as error:  # pyelftools raises whatever it stumbles over in damaged data
+    except Exception as error:  # pyelftools raises arbitrary exceptions for damaged data
         raise DwarfError(f"damaged debug information: {type(error).__name__} {error}".rstrip()) from error
 
 
 def _dwarf(file: BinaryIO) -> DWARFInfo | None:
-    """The debug information, after a look at what reading it would take: pyelftools reads it whole into memory."""
+    """Opens the debug information of a file; None if the file has none.
+
+    Checks its size first, because pyelftools reads all of it into memory. Raises `DwarfError` if it is too large.
+    """
     elf = ELFFile(file)
     file_bytes = file.seek(0, 2)
     debug_bytes = 0
@@ -71,7 +78,7 @@ def _dwarf(file: BinaryIO) -> DWARFInfo | None:
         if section["sh_type"] == "SHT_NOBITS":
             return None
         if section["sh_offset"] + section["sh_size"] > file_bytes:
-            raise DwarfError(f"damaged debug information: {section.name} passes the file's end")
+            raise DwarfError(f"damaged debug information: {section.name} passes the end of the file")
         debug_bytes += section.data_size
         if section.name.startswith(".zdebug_"):
             file.seek(section["sh_offset"] + len(b"ZLIB"))
@@ -94,9 +101,9 @@ class _Reader:
         return self._wanted.keys() - self._found.keys()
 
     def read(self, dwarf: DWARFInfo) -> Structs:
-        """Every unit of nginx's HTTP core has nearly all of the structs, so units are read in order of their promise.
+        """Finds the wanted structs. Reads the units of nginx's HTTP code first: each of them has nearly all structs.
 
-        Shared parts that dwz has made have no name. They are small, for nothing is in them twice.
+        Units that dwz has made have no name. They are small, because they hold each entry only once.
         """
         unnamed, others = [], []
         of_http = False
@@ -150,7 +157,7 @@ class _Reader:
         return found
 
     def _children(self, parent: DIE) -> Iterator[DIE]:
-        """The direct children. pyelftools has this too, but follows sibling references wherever they lead."""
+        """Yields the direct children. pyelftools' own iterator follows sibling references even backwards, for ever."""
         unit = parent.cu
         offset, depth = parent.offset + parent.size, 0
         while parent.has_children and offset < unit.cu_offset + unit.size:
@@ -173,21 +180,24 @@ class _Reader:
 
 
 def _may_define(unit: str, struct: str) -> bool:
-    """Whether a source file of nginx's HTTP is likely to have a struct: only its own module has that of a version."""
+    """Tells whether a source file of nginx's HTTP code may have a struct.
+
+    Only the module of HTTP/2 or HTTP/3 has the structs of that version.
+    """
     version = struct.removeprefix("ngx_http_")[:3]
     return f"http/{version[:2]}/" in unit if version in ("v2_", "v3_") else True
 
 
 def _text(entry: DIE, attribute: str) -> str:
     value = entry.attributes[attribute].value if attribute in entry.attributes else b""
-    # Not bytes: a string in an alternate file that is not there.
+    # The value is not bytes if the string is in an alternate file that is missing.
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else ""
 
 
 def _number(entry: DIE, attribute: str) -> int:
     value = entry.attributes[attribute].value
     if not isinstance(value, int):
-        raise DwarfError(f"damaged debug information: {attribute} is no number")
+        raise DwarfError(f"damaged debug information: {attribute} is not a number")
     return value
 
 
@@ -199,7 +209,7 @@ def _sibling(entry: DIE) -> int | None:
 
 
 def _struct(entry: DIE) -> DIE | None:
-    """The struct that an entry names. None: it is only declared, or a type of another kind."""
+    """Returns the struct that an entry names; None for a declaration without members or another kind of type."""
     for _ in range(_TYPEDEFS_MAX):
         if entry.tag == "DW_TAG_structure_type":
             return None if "DW_AT_declaration" in entry.attributes else entry
@@ -210,7 +220,10 @@ def _struct(entry: DIE) -> DIE | None:
 
 
 def _member_offset(member: DIE) -> int:
-    """DW_AT_data_member_location: a number, or up to DWARF 3 the expression `DW_OP_plus_uconst number`."""
+    """Returns a member's offset in bytes (DW_AT_data_member_location).
+
+    The attribute is a number or, up to DWARF 3, the expression `DW_OP_plus_uconst number`.
+    """
     attribute = member.attributes.get("DW_AT_data_member_location")
     if attribute is None:
         raise DwarfError("damaged debug information: a member of a struct has no offset")
@@ -218,5 +231,5 @@ def _member_offset(member: DIE) -> int:
         return attribute.value
     (operation,) = DWARFExprParser(member.cu.structs).parse_expr(attribute.value)
     if operation.op_name != "DW_OP_plus_uconst":
-        raise DwarfError(f"a member's offset is {operation.op_name}, which a C compiler does not make")
+        raise DwarfError(f"a member's offset is {operation.op_name}, which C compilers do not write")
     return int(operation.args[0])

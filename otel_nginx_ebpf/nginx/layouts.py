@@ -1,4 +1,4 @@
-"""Where nginx keeps its facts: the byte offsets of struct members in one binary, and how they are known."""
+"""Finds the struct layout of an nginx binary: the byte offsets of members, and the source that they come from."""
 
 import logging
 from collections.abc import Mapping
@@ -22,10 +22,11 @@ _DEBUG_SYMBOLS_OF_FORK = (
     "install its debug symbols, run a build that is not stripped, or set DEBUGINFOD_URLS to a server that has them"
 )
 
-# nginx's largest has 1.5 KB. A container's debug information may say anything, and BPF maps get members of these sizes.
+# nginx's largest struct has 1.5 KB. BPF maps get members of these sizes, and a container's debug information is not
+# trusted.
 _STRUCT_BYTES_MAX = 16 << 10
 
-# What not every build has: HTTP/2, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0.
+# Not every build has these: HTTP/2, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0.
 _OPTIONAL_STRUCTS = ("ngx_http_v2_",)
 _OPTIONAL_MEMBERS = {
     ("ngx_connection_s", "proxy_protocol"),
@@ -39,7 +40,8 @@ _OPTIONAL_MEMBERS = {
 class Layout:
     """Offsets in bytes by struct and member; `sizeof` is the struct's size.
 
-    Absent is what the build does not have, and what is not known of its release: HTTP/2's structs of most.
+    A member is absent if the build does not have it, or if it is not known for the release. For most releases HTTP/2's
+    structs are not known.
     """
 
     structs: Structs
@@ -47,21 +49,22 @@ class Layout:
     """For people: `DWARF`, `debug file PATH`, `debuginfod`, `catalogue 1.22.1`, `catalogue 1.26.3 (assumed)`,
     `catalogue 1.28.0 without PCRE`."""
     assumed: bool = False
-    """Whether it is that of an older release of the same branch: to be believed only once nginx's memory agrees."""
+    """The layout is an older release's of the same branch. It counts only after nginx's memory has confirmed it."""
 
 
 def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
-    """The layout of a binary: by its debug information, else by its exact release and what its options take out of it.
+    """Returns the layout of a binary from its debug information, or else from the catalogue.
 
-    Stable branches receive changes that move members, so a release stands for itself only. The newest known one of a
-    branch also stands, assumed, for those that come after it. nginx's layouts stand for no fork.
+    The catalogue's layout must be of exactly the binary's release, because members move even within a stable branch.
+    Members that the binary's configure options leave out are removed from it. If the catalogue does not have the
+    release, the newest older release of its branch is assumed to fit. nginx's layouts are never used for a fork.
 
     Args:
-        binary: May be a /proc/PID/exe, whose debug files are then looked for in the process's root directory as well.
-        known: Layouts by release; without it `catalogue.known()`.
+        binary: The binary. If its path is /proc/PID/exe, debug files are searched in that process's root too.
+        known: Layouts by release; `catalogue.known()` by default.
 
     Raises:
-        UserError: None is known; or the user's catalogue cannot be read.
+        UserError: No layout is known, or the user's catalogue cannot be read.
     """
     known = catalogue.known() if known is None else known
     members = catalogue.shipped().members()
@@ -72,17 +75,17 @@ def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
     reason = _unlike_others(binary)
     if reason and (binary.is_fork or not binary.signature.tells_layout):
         raise UserError(
-            f"{binary.name} ({binary}) {reason}, so that its release does not tell its struct layout, and its debug "
-            f"information was not found: {_debug_symbols(binary)}"
+            f"{binary.name} ({binary}) {reason}, so its struct layout may differ from other builds of its release, and "
+            f"its debug information was not found: {_debug_symbols(binary)}"
         )
     assumed = binary.release not in known.layouts
     release = known.before_in_branch(binary.release) if assumed else binary.release
     if release is None:
-        fork = ", and need not be nginx's" if binary.is_fork else ""
+        fork = " and may differ from nginx's" if binary.is_fork else ""
         raise UserError(
-            f"the struct layout of {binary} ({binary.name}) is not known{fork}, nor that of an earlier release "
-            f"of its branch, and its debug information was not found: {_debug_symbols(binary)}; "
-            "or add the release from a build that has them with `otel-nginx-ebpf layouts add BINARY`"
+            f"the struct layout of {binary} ({binary.name}) is not known{fork}, no earlier release of its branch is "
+            f"known, and its debug information was not found: {_debug_symbols(binary)}; or add the release, from a "
+            "build that has debug symbols, with `otel-nginx-ebpf layouts add BINARY`"
         )
     structs = {
         struct: {member: offset for member, offset in offsets.items() if member in members[struct]}
@@ -91,7 +94,7 @@ def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
     }
     if lacking := _lacking(structs, members):
         raise UserError(
-            f"the struct layout of {release} that is known does not have {', '.join(lacking)}: "
+            f"the known struct layout of {release} lacks {', '.join(lacking)}: "
             "add the release again with `otel-nginx-ebpf layouts add BINARY`"
         )
     lacks = f" without {' and '.join(binary.signature.lacks)}" if binary.signature.lacks else ""
@@ -100,24 +103,24 @@ def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
 
 
 def _debug_symbols(binary: Binary) -> str:
-    """The next step for a binary whose debug information was not found."""
+    """Returns the advice for a binary whose debug information was not found."""
     return _DEBUG_SYMBOLS_OF_FORK if binary.is_fork else _DEBUG_SYMBOLS
 
 
 def _unlike_others(binary: Binary) -> str:
-    """Why a build does not have the layout of other builds of its release; empty where it has."""
+    """Returns why a build's layout differs from other builds of its release; empty if it does not differ."""
     signature = binary.signature
     if not signature.is_understood:
         return "has no module signature that this program understands"
     if not signature.with_compat:
         return "was configured without --with-compat"
     if signature.contradicts_itself:
-        return "has a module signature without some of what --with-compat brings about"
+        return "has a module signature that lacks options which --with-compat turns on"
     return f"was configured without {' and '.join(signature.lacks)}" if signature.lacks else ""
 
 
 def _lacking(structs: Structs, members: Mapping[str, set[str]]) -> list[str]:
-    """Which members a layout lacks of those that every build has."""
+    """Returns the members that every build has and this layout lacks."""
     return [
         f"{struct}.{member}"
         for struct in sorted(members)
@@ -129,7 +132,7 @@ def _lacking(structs: Structs, members: Mapping[str, set[str]]) -> list[str]:
 
 
 def _measured(binary: Binary, members: Mapping[str, set[str]]) -> Layout | None:
-    """The layout by the first debug information that is whole."""
+    """Returns the layout from the first debug information that is complete, or None."""
     for file in debug_files(binary):
         try:
             structs = read_structs(file.content, members, file.alternate)
@@ -150,43 +153,46 @@ def _measured(binary: Binary, members: Mapping[str, set[str]]) -> Layout | None:
 
 
 def _compare(binary: Binary, measured: Layout, known: Catalogue) -> None:
-    """Says so where a build is not like its release; what the build says of itself holds."""
+    """Logs a warning if a build's debug information contradicts the known layout of its release.
+
+    The debug information wins.
+    """
     if binary.with_compat and not binary.signature.lacks and binary.release in known.layouts:
         contradictions = catalogue.contradictions(known.layouts[binary.release], measured.structs)
         if contradictions:
             _log.warning(
-                "%s is not laid out as %s is, says its debug information (%s), which is believed: %s",
+                "%s: its debug information (%s) contradicts the known layout of %s and is used instead: %s",
                 binary.name,
-                binary,
                 measured.source,
+                binary,
                 "; ".join(contradictions),
             )
 
 
 def add_release(path: Path, target: Path, shipped: Catalogue | None = None) -> list[str]:
-    """Measures the release of a binary by its debug information and adds it to a user's catalogue.
+    """Measures the layout of a binary by its debug information and adds its release to a user's catalogue.
 
     Args:
         path: The binary.
-        target: The catalogue's file, made when it is not there.
-        shipped: What need not be added; without it `catalogue.shipped()`.
+        target: The catalogue's file. It is made if it does not exist.
+        shipped: The catalogue whose content need not be added; `catalogue.shipped()` by default.
 
     Returns:
-        Lines for the user: what was added, and how it differs from the nearest known release.
+        Lines for the user: what was added, and how the layout differs from the nearest known release.
 
     Raises:
-        UserError: It cannot be measured, is not configured --with-compat, contradicts what is known of its release, or
-            the catalogue cannot be written.
+        UserError: The binary cannot be measured, is not configured --with-compat, or contradicts the known layout of
+            its release; or the catalogue cannot be written.
     """
     binary = Binary(path)
     own = catalogue.load(target)
     known = (catalogue.shipped() if shipped is None else shipped).filled_from(own)
     if reason := _unlike_others(binary):
         raise UserError(
-            f"{binary.name} {reason}: its layout is not that of other builds; it is traced by its own debug information"
+            f"{binary.name} {reason}: its layout differs from other builds; tracing uses its own debug information"
         )
     if not catalogue.is_release(binary.release):
-        raise UserError(f"{binary.name} is {binary}: not a release that a catalogue of layouts can name")
+        raise UserError(f"{binary.name} is {binary}: a catalogue of layouts cannot name this release")
     measured = _measured(binary, catalogue.shipped().members())
     if measured is None:
         raise UserError(f"the debug information of {binary.name} was not found: {_debug_symbols(binary)}")
@@ -194,8 +200,8 @@ def add_release(path: Path, target: Path, shipped: Catalogue | None = None) -> l
     before = known.layouts.get(release, {})
     if contradictions := catalogue.contradictions(before, measured.structs):
         raise UserError(
-            f"{binary.name} is not laid out as {binary} is known to be, so it is not added: "
-            f"{'; '.join(contradictions)}; it is traced by its own debug information"
+            f"{binary.name} contradicts the known layout of {binary}, so it is not added: "
+            f"{'; '.join(contradictions)}; tracing uses its own debug information"
         )
     added = Catalogue({release: measured.structs})
     new = known.filled_from(added)
@@ -205,12 +211,13 @@ def add_release(path: Path, target: Path, shipped: Catalogue | None = None) -> l
     lines = [f"{binary} added to {target}, from {binary.name} ({measured.source})"]
     if binary.is_fork:
         lines.append(
-            f"it stands for builds of {binary} with the same configure options: not all show in a fork's signature"
+            f"it is used for all builds of {binary}, and right only for builds with the same configure options: "
+            "a fork's signature does not show all of them"
         )
     nearest = release if before else known.last_before(release)
     if nearest is not None:
         changes = catalogue.differences(known.layouts[nearest], new.layouts[release])
-        lines += [f"differences to what was known of {nearest}:", *(f"  {line}" for line in changes or ["none"])]
+        lines += [f"differences from the known layout of {nearest}:", *(f"  {line}" for line in changes or ["none"])]
     return lines
 
 
@@ -225,7 +232,7 @@ def _write(path: Path, content: Catalogue) -> None:
 
 
 def list_releases(path: Path) -> list[str]:
-    """One line for each known release: its version, and which catalogue it is from.
+    """Returns a line for each known release: its version, and the catalogues that have it.
 
     Raises:
         UserError: The user's catalogue at `path` cannot be read.

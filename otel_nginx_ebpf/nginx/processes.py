@@ -1,4 +1,4 @@
-"""The nginx instances that run on this host or in its containers: a master and its workers."""
+"""Finds the nginx instances, each a master and its workers, that run on this host or in its containers."""
 
 import os
 from collections.abc import Iterable
@@ -10,20 +10,20 @@ import psutil
 from otel_nginx_ebpf.errors import UserError
 
 FileIdentity = tuple[int, int, int]
-"""Device, inode and time of the last change of an executable: what is the same program, whatever path or container it
-is seen through. Without the time a new file might be taken for a deleted one, whose inode it has."""
+"""Device, inode and modification time in nanoseconds of an executable. They identify a program in every path and
+container. Without the time, a new file that reuses the inode of a deleted file would look like the deleted file."""
 
-# What distributions call the executables of nginx and its forks, and how these begin their processes' titles.
+# The names of the executables of nginx and its forks in distributions, and the beginnings of their process titles.
 _NAMES = {"angie", "freenginx", "nginx", "openresty", "tengine"}
 _TITLES = ("nginx: ", "angie: ")
 
-# A process is examined this often: nginx gives itself its title a moment after it has begun.
+# A process is examined this many times, because nginx sets its title a moment after it has started.
 _EXAMINATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One nginx: `pids` are the master (or the single process) first, then its children."""
+    """A running nginx. `pids` starts with the master (or the single process); its children follow."""
 
     pids: tuple[int, ...]
     file_identity: FileIdentity
@@ -34,12 +34,12 @@ class Instance:
 
     @property
     def executable(self) -> Path:
-        """Through /proc, so that it opens what runs, whatever lies at its path now and in whichever container."""
+        """The executable's path in /proc. It opens the running file, even if its own path is replaced or hidden."""
         return Path(f"/proc/{self.master_pid}/exe")
 
     @property
     def workers(self) -> int:
-        """How many processes serve requests."""
+        """The number of processes that serve requests."""
         return sum(_has_role(pid, "worker process") for pid in self.pids[1:]) or 1
 
     @property
@@ -48,7 +48,7 @@ class Instance:
 
     @property
     def shares_our_pid_namespace(self) -> bool:
-        """Whether it counts pids as this process does. True where it has ended: nothing is to be done about it."""
+        """Tells whether nginx has the same pid namespace as this process. True if nginx has ended."""
         try:
             return pid_namespace(self.master_pid) == pid_namespace()
         except OSError:
@@ -56,19 +56,19 @@ class Instance:
 
 
 def pid_namespace(pid: int | None = None) -> tuple[int, int]:
-    """Device and inode of a process's pid namespace; without a pid, of this process's."""
+    """Returns device and inode of a process's pid namespace, by default this process's."""
     status = os.stat(f"/proc/{'self' if pid is None else pid}/ns/pid")
     return status.st_dev, status.st_ino
 
 
 def file_identity(pid: int) -> FileIdentity:
-    """Raises `OSError` when the process is gone or may not be looked at."""
+    """Returns the identity of a process's executable. Raises `OSError` if the process is gone or access is denied."""
     status = os.stat(f"/proc/{pid}/exe")
     return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def title(pid: int) -> str:
-    """The process's command line; nginx writes its role there (ngx_setproctitle). Empty when it is gone."""
+    """Returns a process's command line, which holds nginx's role (ngx_setproctitle). Empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
     except OSError:
@@ -83,10 +83,10 @@ def _same_file(pid: int, identity: FileIdentity) -> bool:
 
 
 def _instance(pid: int) -> Instance:
-    """The instance a master or worker belongs to. Raises psutil and OS errors when it ends meanwhile."""
+    """Returns the instance of a master or worker. Raises psutil and OS errors if the process ends meanwhile."""
     master = psutil.Process(pid)
     identity = file_identity(pid)
-    # A worker's parent is its master; a master's own, after an upgrade on the fly (USR2), is another instance's.
+    # A worker's parent is its master. After an upgrade on the fly (USR2) a master's parent is the old master.
     while not is_master(master.pid) and (parent := master.parent()) is not None and _same_file(parent.pid, identity):
         master = parent
     children = [
@@ -96,7 +96,7 @@ def _instance(pid: int) -> Instance:
 
 
 def is_master(pid: int) -> bool:
-    """Whether a process calls itself a master of nginx or of a fork."""
+    """Tells whether a process's title says that it is a master of nginx or of a fork."""
     return _has_role(pid, "master process")
 
 
@@ -116,10 +116,10 @@ def _distinct(pids: Iterable[int]) -> tuple[Instance, ...]:
 
 
 def instance_of(pid: int) -> Instance:
-    """The instance that a given master or worker pid belongs to.
+    """Returns the instance that a master or worker belongs to.
 
     Raises:
-        UserError: there is no such process, or it may not be looked at.
+        UserError: There is no such process, or access to it is denied.
     """
     try:
         return _instance(pid)
@@ -130,10 +130,10 @@ def instance_of(pid: int) -> Instance:
 
 
 class Watch:
-    """Finds instances, again and again; examines only processes that are new, or run another program, by then.
+    """Finds new instances at each call. Examines only processes that are new or run another program since the last.
 
     Args:
-        binaries: Executables to look for; without any, every process that looks like nginx.
+        binaries: Executables to look for. If empty, every process that looks like nginx counts.
     """
 
     def __init__(self, binaries: tuple[Path, ...] = ()) -> None:
@@ -141,7 +141,7 @@ class Watch:
         self._examined: dict[int, tuple[FileIdentity, int]] = {}
 
     def new_instances(self) -> tuple[Instance, ...]:
-        """Instances with a process that was not there, or was another program, before."""
+        """Returns the instances with a process that is new or runs another program since the last call."""
         examined: dict[int, tuple[FileIdentity, int]] = {}
         found: list[int] = []
         for pid in psutil.pids():
@@ -175,7 +175,7 @@ def _arguments(pid: int) -> list[str]:
 
 
 def is_brief(arguments: list[str]) -> bool:
-    """Whether an nginx that was started so only tests, tells or signals, and ends (ngx_get_options)."""
+    """Tells whether nginx with these arguments only prints, tests or signals, and then exits (ngx_get_options)."""
     following = iter(arguments[1:])
     for argument in following:
         options = argument.removeprefix("-")
@@ -183,7 +183,7 @@ def is_brief(arguments: list[str]) -> bool:
             option, options = options[0], options[1:]
             if option in "?hvVtTs":
                 return True
-            if option in "pceg":  # takes the rest, or the next one
+            if option in "pceg":  # takes the rest of this argument, or the next argument
                 if not options:
                     next(following, None)
                 break
@@ -191,7 +191,7 @@ def is_brief(arguments: list[str]) -> bool:
 
 
 def _name(pid: int) -> str:
-    """The name of the program's file; nothing for kernel threads, zombies and what may not be looked at."""
+    """Returns the name of the program's file. Empty for kernel threads and zombies, and if access is denied."""
     try:
         return Path(os.readlink(f"/proc/{pid}/exe")).name.removesuffix(" (deleted)")
     except OSError:

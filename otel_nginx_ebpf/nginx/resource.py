@@ -1,4 +1,4 @@
-"""What is known of an nginx instance as a whole: its part of the OpenTelemetry resource."""
+"""Reads the resource attributes of an nginx instance (OpenTelemetry)."""
 
 import re
 import socket
@@ -17,9 +17,9 @@ from opentelemetry.semconv._incubating.attributes import (
 from otel_nginx_ebpf.nginx.processes import Instance, title
 
 _INSTANCE_NAMESPACE = uuid.UUID("4f6f0b1e-9a53-5a8e-8d2c-6a5f7f0e7a11")
-"""Ours, so that one nginx keeps its service.instance.id while it runs, whoever traces it."""
+"""This project's own namespace. It is constant, so that an nginx keeps its service.instance.id while it runs."""
 
-# cgroup v1 and v2 paths of Docker, containerd, CRI-O and podman end with the container's id.
+# The cgroup v1 and v2 paths of Docker, containerd, CRI-O and podman end with the container's id.
 _CONTAINER_ID = re.compile(r"[0-9a-f]{64}")
 _POD_UID = re.compile(r"pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})")
 _SERVICE_ACCOUNT = "var/run/secrets/kubernetes.io/serviceaccount/namespace"
@@ -38,11 +38,11 @@ def _environment(pid: int) -> dict[str, str]:
 
 
 def instance_attributes(instance: Instance, version: str) -> dict[str, str | int]:
-    """Resource attributes of an instance. What cannot be read is left out.
+    """Returns the resource attributes of an instance. Attributes that cannot be read are left out.
 
     Args:
-        instance: The nginx.
-        version: Its release, with its name where it is a fork.
+        instance: The nginx instance.
+        version: Its release; for a fork with the fork's name.
     """
     pid = instance.master_pid
     attributes: dict[str, str | int] = {
@@ -71,7 +71,7 @@ def instance_attributes(instance: Instance, version: str) -> dict[str, str | int
 
 
 def _kubernetes(pid: int, cgroup: str) -> dict[str, str | int]:
-    """What a pod tells its processes: its name as host name, its namespace beside its service account's token."""
+    """Returns the pod's attributes. The host name is the pod's name; the service account's files hold its namespace."""
     environment = _environment(pid)
     if "KUBERNETES_SERVICE_HOST" not in environment:
         return {}

@@ -1,7 +1,7 @@
-"""Which ./configure options a build has, by its module signature, and what they do to the layout of its structs.
+"""Reads a build's ./configure options from its module signature, and adapts the layout of its structs to them.
 
-NGX_MODULE_SIGNATURE (nginx's src/core/ngx_module.h) has three sizes and then one digit for each option that matters to
-modules. --with-compat brings all of them about, but for PCRE and the HTTP cache: both have members of their own.
+NGX_MODULE_SIGNATURE (nginx's src/core/ngx_module.h) has three sizes, and then a digit for each option that matters to
+modules. --with-compat turns on all of them except PCRE and the HTTP cache, which add members of their own.
 """
 
 from collections.abc import Mapping
@@ -12,23 +12,23 @@ from otel_nginx_ebpf.nginx.dwarf import SIZEOF, Structs
 _FLAGS = 34
 _PCRE, _HTTP_CACHE, _COMPAT = 23, 32, 34
 
-# What --with-compat brings about on Linux: file AIO, sendfile without disk I/O, threads, TLS, gzip, X-Forwarded-For,
-# real IP, headers, DAV, upstream zones.
+# The options that --with-compat turns on on Linux: file AIO, sendfile without disk I/O, threads, TLS, gzip,
+# X-Forwarded-For, real IP, headers, DAV, upstream zones.
 _BROUGHT_ABOUT = (3, 4, 22, 24, 26, 28, 29, 30, 31, 33)
 
 
 @dataclass(frozen=True, slots=True)
 class _Gap:
-    """Members that a build does not have. All members behind them lie that much closer to the struct's beginning."""
+    """Members that a build does not have. All members behind them move towards the struct's beginning by their size."""
 
     struct: str
     behind: str
-    """The first of the members that the program reads behind the gap."""
+    """The first member behind the gap that the program reads."""
     size: int
-    """Bytes."""
+    """The size of the missing members, in bytes."""
 
 
-# Measured in 1.18.0, 1.22.1, 1.26.3, 1.28.3 and 1.30.6, which agree; tests compare again.
+# Measured in 1.18.0, 1.22.1, 1.26.3, 1.28.3 and 1.30.6, which agree. Tests compare them again.
 _GAPS: Mapping[int, tuple[_Gap, ...]] = {
     _PCRE: (_Gap("ngx_http_request_s", "request_length", 24),),  # ncaptures, captures, captures_data
     _HTTP_CACHE: (
@@ -41,7 +41,7 @@ _NAMES = {_PCRE: "PCRE", _HTTP_CACHE: "the HTTP cache"}
 
 
 class Signature:
-    """The options of a build. Without the digits of a signature: of one that does not tell."""
+    """The options of a build. `digits` are the signature's digits; empty if the build has no signature."""
 
     def __init__(self, digits: str = "") -> None:
         self._digits = digits
@@ -51,31 +51,31 @@ class Signature:
 
     @property
     def is_understood(self) -> bool:
-        """Whether there is one, with as many options as nginx has had since 1.11.5."""
+        """Tells whether there is a signature, with as many options as nginx has had since 1.11.5."""
         return len(self._digits) == _FLAGS
 
     @property
     def with_compat(self) -> bool:
-        """Whether modules of other builds fit (`--with-compat`)."""
+        """Tells whether modules of other builds fit (`--with-compat`)."""
         return self.is_understood and self._has(_COMPAT)
 
     @property
     def contradicts_itself(self) -> bool:
-        """Whether it lacks what `--with-compat` brings about: then someone has changed what that means."""
+        """Tells whether options that `--with-compat` turns on are missing: someone has changed what it means."""
         return self.with_compat and not all(self._has(flag) for flag in _BROUGHT_ABOUT)
 
     @property
     def tells_layout(self) -> bool:
-        """Whether `layout` can tell what these options do to a known layout."""
+        """Tells whether `layout` can adapt a known layout to these options."""
         return self.with_compat and not self.contradicts_itself
 
     @property
     def lacks(self) -> tuple[str, ...]:
-        """What a `--with-compat` build may have or not, and this one does not have."""
+        """The names of the options that a `--with-compat` build may lack, and this build lacks."""
         return tuple(_NAMES[flag] for flag in _GAPS if not self._has(flag)) if self.is_understood else ()
 
     def layout(self, structs: Structs) -> Structs:
-        """The layout of this `--with-compat` build, from that of a build of the same release that lacks nothing."""
+        """Returns the layout of this `--with-compat` build. `structs` is a build of the same release without gaps."""
         gaps = [gap for flag, gaps in _GAPS.items() if not self._has(flag) for gap in gaps]
         return {
             struct: _closed(members, [gap for gap in gaps if gap.struct == struct])

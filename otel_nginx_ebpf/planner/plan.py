@@ -1,6 +1,6 @@
-"""What would be attached to an nginx binary: decided, and explained, before anything is touched.
+"""Decides which probes to attach to an nginx binary, and says why a probe is missing. Attaches nothing.
 
-As a program (`planning`) it does so for the long-lived process.
+`planner.client` runs this module as a program for the long-lived process.
 """
 
 import logging
@@ -22,20 +22,20 @@ from otel_nginx_ebpf.settings.model import Settings
 
 _log = logging.getLogger(__name__)
 
-# Of its own process; nginx with a static OpenSSL takes 5 s and 0.3 GB.
+# Limits of the planner's process. nginx with a static OpenSSL takes 5 s and 0.3 GB.
 _CPU_SECONDS_MAX = 300
 _MEMORY_BYTES_MAX = 4 << 30
 
 # linux/proc_ns.h, PROC_PID_INIT_INO: the host's own pid namespace.
 HOST_PID_NAMESPACE_INODE = 0xEFFFFFFC
 
-# What a handler reads beyond the layout's core: without it the site is of no use.
+# The optional member that a function's handler reads. Without the member the site is useless.
 _NEEDED_MEMBERS = {"ngx_http_v2_send_output_queue": ("ngx_http_v2_connection_s", "last_out")}
 
 
 @dataclass(frozen=True, slots=True)
 class Missing:
-    """An optional boundary that this binary gives no usable site for."""
+    """An optional boundary that has no usable site in this binary."""
 
     boundary: sites.Boundary
     reason: str
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def target(self) -> client.Target:
-        """What those who read the records need to know of it."""
+        """What the readers of the records need to know about the binary."""
         return client.Target(
             name=self.binary.name,
             product=self.binary.product,
@@ -68,7 +68,7 @@ class Plan:
         return tuple(pid for instance in self.instances for pid in instance.pids)
 
     def load_request(self, settings: Settings) -> LoadRequest:
-        """All that the loader needs to bring the probes live."""
+        """Returns everything that the loader needs to attach the probes."""
         end = next(site for _, site in self.chosen if site.function == "ngx_http_free_request")
         namespace = pid_namespace()
         text = program_text(
@@ -89,7 +89,7 @@ class Plan:
             ring_buffer_bytes=settings.ring_buffer_mib << 20,
         )
         probes = tuple(
-            # What --propagate decides at a request's head is kept with its beginning.
+            # --propagate keeps its decision in the state that this probe makes, so every request needs the probe.
             ProbeRequest(
                 f"enter_{site.function}",
                 site.file_offset,
@@ -109,12 +109,12 @@ class Plan:
 
 
 def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: frozenset[str] = frozenset()) -> Plan:
-    """The plan for instances that run one binary.
+    """Plans the probes for instances that run one binary.
 
     Args:
-        instances: What runs it.
-        settings: Some boundaries are probed only where a setting wants them.
-        silent: Functions that are exported and were found to be never called.
+        instances: The instances that run the binary.
+        settings: The settings; some boundaries are probed only if a setting asks for them.
+        silent: Exported functions that are known never to be called.
 
     Raises:
         UserError: The binary, its layout or a required site cannot be used.
@@ -139,21 +139,24 @@ def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: froze
 
 
 def no_site(binary: Binary, boundary: sites.Boundary, reason: str) -> str:
-    """What to tell the user of a required boundary that has no site."""
+    """Returns the error message for a required boundary that has no site."""
     return (
         f"{binary.name} ({binary}) has no usable probe site for “{boundary.name}”: {reason}; "
-        "a build that exports its functions (linked with -Wl,-E) is needed"
+        "use a build that exports its functions (linked with -Wl,-E)"
     )
 
 
 def find_site(
     binary: Binary, layout: Layout | None, boundary: sites.Boundary, silent: frozenset[str] = frozenset()
 ) -> Site | str:
-    """The first usable candidate's site, or why there is none; without a layout, as far as the binary tells."""
+    """Returns the site of the first usable candidate, or why no candidate is usable.
+
+    Without a layout, checks only what the binary itself tells.
+    """
     reasons: list[str] = []
     for function in boundary.functions:
         if function in silent:
-            reasons.append(f"{function} is exported and never called: the compiler has inlined it")
+            reasons.append(f"{function} is exported but never called: the compiler has inlined it")
             continue
         struct, member = _NEEDED_MEMBERS.get(function, ("", ""))
         if layout and struct and member not in layout.structs.get(struct, {}):
@@ -167,9 +170,9 @@ def find_site(
 
 
 def main() -> None:
-    """The planner's process: the arguments of `make_plan` on stdin, the answer on stdout, warnings on stderr."""
+    """Runs the planner: reads the arguments of `make_plan` from stdin, writes the answer to stdout, logs to stderr."""
     stdio.log_to_stderr()
-    # The binary may be a container's, and made to be read for ever.
+    # The binary may come from a container and be built so that parsing it never ends.
     for limit, value in ((resource.RLIMIT_CPU, _CPU_SECONDS_MAX), (resource.RLIMIT_AS, _MEMORY_BYTES_MAX)):
         resource.setrlimit(limit, (value, value))
     instances, settings, silent = pickle.load(sys.stdin.buffer)
@@ -178,7 +181,7 @@ def main() -> None:
     except UserError as error:
         client.write_error(sys.stdout.buffer, error)
         return
-    except OSError as error:  # the process has ended, or memory or descriptors are short
+    except OSError as error:  # the process has ended, or this process lacks memory or descriptors
         client.write_error(sys.stdout.buffer, TemporaryError(f"{instances[0].executable}: {error.strerror}"))
         return
     for missing in plan.missing:

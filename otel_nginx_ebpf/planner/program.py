@@ -1,4 +1,4 @@
-"""The text of the kernel program for one nginx binary: the C files of `probes/` behind that binary's constants."""
+"""Writes the text of the kernel program for one nginx binary: its constants, then the C files of `probes/`."""
 
 import os
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ _CONTEXT_HEADERS = (
 
 
 def _ngx_hash(name: str) -> int:
-    """ngx_hash_key (ngx_hash.c): what nginx keeps beside each header's name."""
+    """Computes ngx_hash_key (ngx_hash.c), which nginx stores with each header's name."""
     key = 0
     for byte in name.encode():
         key = (key * 31 + byte) % 2**64
@@ -53,16 +53,16 @@ def program_text(
     active_requests_max: int,
     ring_buffer_bytes: int,
 ) -> str:
-    """C text for BCC.
+    """Returns the program as C text for BCC.
 
     Args:
-        layout: member offsets in bytes, by struct; `sizeof` is the struct's size.
-        constants: what else it is to know, by name: addresses in the binary (`SITE_…`, `ADDRESS_…`), the sampler's.
-        follow_all: trace every process that hits a probe, not only those named to the loader and their children.
-        follow_forks: nginx counts pids as this process does, so that a fork's result names the child.
-        pid_namespace: device and inode of this process's, or None for the host's own.
-        active_requests_max: how many requests may be in flight at once.
-        ring_buffer_bytes: a power of two of at least a page.
+        layout: Member offsets in bytes, by struct and member; `sizeof` is the struct's size.
+        constants: More constants by name: addresses in the binary (`SITE_…`, `ADDRESS_…`) and settings.
+        follow_all: Trace every process that hits a probe. Otherwise trace the loader's pids and their children.
+        follow_forks: nginx shares this process's pid namespace, so the result of fork is the child's pid here too.
+        pid_namespace: Device and inode of this process's pid namespace; None if it is the host's own.
+        active_requests_max: How many requests may be in flight at once.
+        ring_buffer_bytes: The ring buffer's size, a power of two and at least a page.
     """
     defined = dict(constants)
     for struct, members in layout.items():
@@ -91,7 +91,7 @@ def program_text(
         [
             "#include <linux/types.h>",
             "#include <uapi/linux/ptrace.h>",
-            # Hexadecimal: unsigned in C where it takes all 64 bits.
+            # Hexadecimal, because C then takes a number that needs all 64 bits as unsigned.
             *(f"#define {name} {value:#x}" for name, value in defined.items()),
             *((probes / name).read_text(encoding="utf-8") for name in _HEADERS + _SOURCES),
         ]

@@ -1,4 +1,4 @@
-"""What the kernel program is to know of the settings about context and sampling: it decides at each request's end."""
+"""Turns the settings for context and sampling into constants of the kernel program, which decides for each request."""
 
 from otel_nginx_ebpf.settings.model import Settings
 
@@ -6,15 +6,17 @@ _PARENT_BASED = "parentbased_"
 
 
 def constants(settings: Settings) -> dict[str, int]:
-    """Constants of the kernel program's text, by name.
+    """Returns constants of the kernel program's text, by name. A flag is 1 or 0.
 
-    SAMPLE_BY_PARENT: 1: the incoming context's decision counts, where it has one; else what follows decides.
-    SAMPLE_ALWAYS: 1: everything is sampled.
-    SAMPLE_RATIO_BOUND: else sampled where the trace id's low 64 bits are below this number. The SDK's rule
-        (`TraceIdRatioBased`), whose bound for a ratio of 1, 2^64, is SAMPLE_ALWAYS here as it does not fit in 64 bits.
-    KEEP_ERRORS, KEEP_SLOWER_THAN_NS: what is kept though not sampled; nanoseconds, 0: nothing for being slow.
-    PROPAGATOR_TRACECONTEXT, PROPAGATOR_B3, PROPAGATOR_B3MULTI, PROPAGATOR_XREQUESTID: 1: these headers are read.
-    ADOPT_UPSTREAM_CONTEXT, PROPAGATE: 1: on.
+    SAMPLE_BY_PARENT: The incoming context decides if it has a decision. Otherwise the next two constants decide.
+    SAMPLE_ALWAYS: Every request is sampled.
+    SAMPLE_RATIO_BOUND: Otherwise a request is sampled if its trace id's low 64 bits are below this number. The SDK has
+        the same rule (`TraceIdRatioBased`). Its bound for a ratio of 1 is 2^64, which does not fit in 64 bits; here
+        SAMPLE_ALWAYS stands for it.
+    KEEP_ERRORS: Requests that failed are kept even if they are not sampled.
+    KEEP_SLOWER_THAN_NS: Requests that took longer, in nanoseconds, are kept too; 0 turns this off.
+    PROPAGATOR_TRACECONTEXT, PROPAGATOR_B3, PROPAGATOR_B3MULTI, PROPAGATOR_XREQUESTID: These headers are read.
+    ADOPT_UPSTREAM_CONTEXT, PROPAGATE: The setting is on.
     """
     sampler = settings.sampler.removeprefix(_PARENT_BASED)
     ratio = {"always_on": 1.0, "always_off": 0.0}.get(sampler, settings.sampler_arg)

@@ -1,13 +1,13 @@
-"""Where the probes sit: a table from a boundary of a request to the nginx functions that mark it."""
+"""The attach points: a table of the boundaries of a request and the nginx functions that mark them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """A moment in a request's life that only an nginx function tells.
+    """A moment in a request's life that only a call of an nginx function shows.
 
-    `functions` are candidates in order of preference; a handler `enter_<function>` exists for each in `probes/`.
+    `functions` are candidates in order of preference. Each has a handler `enter_<function>` in `probes/`.
     `arguments` is how many of the function's arguments must still be in their registers at the site.
     """
 
@@ -16,15 +16,15 @@ class Boundary:
     arguments: int
     required: bool
     without: str
-    """What traces lack without it."""
+    """What traces lack without a probe here."""
     at_request_detail: bool = False
-    """Whether it is probed at `--detail request` as well."""
+    """The boundary is probed at `--detail request` too."""
     setting: str | None = None
-    """The setting that must be on for it to be probed."""
+    """The boundary is probed only if this setting is on."""
     spared: bool = False
-    """Whether it can be let go while no request needs it (`kernel.beginnings`)."""
+    """The probe can be detached while no request needs it (`kernel.beginnings`)."""
     writes: bool = False
-    """Whether its handler writes to nginx's memory."""
+    """The handler writes to nginx's memory."""
 
 
 BOUNDARIES: tuple[Boundary, ...] = (
@@ -75,7 +75,7 @@ BOUNDARIES: tuple[Boundary, ...] = (
     ),
     Boundary(
         name="HTTP/2 response begins",
-        # The second marks the moment a little early, and costs a hit on every request of any protocol.
+        # The second function is called a little early, and for every request of any protocol, which costs a hit each.
         functions=("ngx_http_v2_send_output_queue", "ngx_http_send_header"),
         arguments=1,
         required=False,
@@ -93,8 +93,8 @@ BOUNDARIES: tuple[Boundary, ...] = (
 )
 
 OBJECTS = ("ngx_http_core_module", "ngx_cached_time", "ngx_current_msec")
-"""Exported objects that are read: the first one's ctx_index leads to location and server names, the others are nginx's
-clock."""
+"""Exported objects that the probes read. The ctx_index of ngx_http_core_module leads to the names of location and
+server; the others are nginx's clock."""
 
 ENDINGS = ("ngx_http_request_empty_handler", "ngx_http_discarded_request_body_handler", "ngx_exiting")
-"""Exported functions and objects that tell how a request ended. Without them no response is known to be incomplete."""
+"""Exported functions and objects that tell how a request ended. Without them no response is reported as incomplete."""

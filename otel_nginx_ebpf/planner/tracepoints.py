@@ -1,4 +1,4 @@
-"""Raw tracepoints, and which handlers of `probes/` they need."""
+"""The raw tracepoints, and the handlers of `probes/` that attach to them."""
 
 from otel_nginx_ebpf.kernel.release import release_numbers
 
@@ -6,21 +6,21 @@ _LEAVES_OUT_SINCE = (7, 0)
 
 
 def _leaves_out(release: str | None) -> bool:
-    """Whether a tracepoint's program may be preempted.
+    """Tells whether the kernel may preempt a tracepoint's program.
 
-    Meanwhile it is left out for all others that come to the tracepoint on that processor, and counted in its
-    `recursion_misses` (__bpf_trace_run() in kernel/trace/bpf_trace.c).
+    While a program is preempted, the kernel skips it for every other thread that reaches the tracepoint on that
+    processor. It counts the skipped runs in `recursion_misses` (__bpf_trace_run() in kernel/trace/bpf_trace.c).
     """
     numbers = release_numbers(release)
     return numbers is not None and numbers >= _LEAVES_OUT_SINCE
 
 
 def handlers(*, system_calls: bool, release: str | None = None) -> dict[str, str]:
-    """The tracepoint of each handler, in the order in which they are to run.
+    """Returns the tracepoint of each handler, in the order in which the handlers must run.
 
     Args:
-        system_calls: The end of each is to be seen, not only that of processes.
-        release: The kernel's; by default the running one's.
+        system_calls: Attach to the end of system calls too, not only to the end of processes.
+        release: The kernel's release; by default the running kernel's.
     """
     chosen = {"sched_process_exit": "sched_process_exit"}
     if system_calls:

@@ -43,7 +43,7 @@ class SupervisorEnd:
         self._socket.settimeout(_SEND_S)
 
     def tell(self, order: Order) -> None:
-        """Send a message to the emitter.
+        """Sends a message to the emitter.
 
         Raises:
             EmitterGoneError: The emitter does not take it.
@@ -57,7 +57,7 @@ class SupervisorEnd:
             raise EmitterGoneError from None
 
     def reports(self, timeout_s: float) -> list[Report]:
-        """Return the reports that have come; wait up to `timeout_s` seconds for the first.
+        """Returns the reports that have come; waits up to `timeout_s` seconds for the first.
 
         Raises:
             EmitterGoneError: The emitter has ended, or sent something else.
@@ -93,14 +93,14 @@ class EmitterEnd:
         """Whether the supervisor is gone."""
 
     def report(self, kind: Kind, number: int = 0, pid: int = 0) -> None:
-        """Send a report to the supervisor. Do nothing if the supervisor is gone."""
+        """Sends a report to the supervisor. Does nothing if the supervisor is gone."""
         try:
             self._socket.send(encode_report(Report(kind, number, pid)))
         except OSError:
             self.ended = True
 
     def orders(self, timeout_s: float) -> list[Order]:
-        """Return the messages that have come; wait up to `timeout_s` seconds for the first."""
+        """Returns the messages that have come; waits up to `timeout_s` seconds for the first."""
         found = list(self._waiting)
         self._waiting.clear()
         while not self.ended and select.select([self._socket], [], [], 0 if found else timeout_s)[0]:
@@ -109,7 +109,7 @@ class EmitterEnd:
         return found
 
     def ask_whose(self, number: int, pid: int) -> Belongs | None:
-        """Ask which nginx a process belongs to; return `None` if no answer comes."""
+        """Asks which nginx a process belongs to; returns `None` if no answer comes."""
         self.report(Kind.WHOSE, number, pid)
         deadline_s = time.monotonic() + _ANSWER_S
         while not self.ended and select.select([self._socket], [], [], max(0, deadline_s - time.monotonic()))[0]:
@@ -132,6 +132,6 @@ class EmitterEnd:
 
 
 def make_channel() -> tuple[SupervisorEnd, socket.socket]:
-    """Make both ends; the second is the socket for an `EmitterEnd`."""
+    """Makes both ends; the second is the socket for an `EmitterEnd`."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return SupervisorEnd(ours), theirs

@@ -29,7 +29,7 @@ def _interrupt(signal_number: int, frame: FrameType | None) -> None:
 
 
 def exit_code(work: Callable[[], int]) -> int:
-    """Do `work` and return the exit code: its result, 2 after a `UserError`, 130 after Ctrl-C."""
+    """Does `work` and returns the exit code: its result, 2 after a `UserError`, 130 after Ctrl-C."""
     log_to_stderr()
     # SIGTERM ends the program as Ctrl-C does, except while the supervisor handles both. SIGINT does so also in the
     # background of a shell, which tells programs to ignore SIGINT.
@@ -46,7 +46,7 @@ def exit_code(work: Callable[[], int]) -> int:
 
 
 def _program(work: Callable[..., int], arguments: tuple[object, ...]) -> tuple[int, list[str]]:
-    """Write the work to a file in memory; return its descriptor, and the command that does the work."""
+    """Writes the work to a file in memory; returns its descriptor, and the command that does the work."""
     file = os.memfd_create("work", 0)
     os.write(file, pickle.dumps((work, arguments)))
     os.lseek(file, 0, os.SEEK_SET)
@@ -54,7 +54,7 @@ def _program(work: Callable[..., int], arguments: tuple[object, ...]) -> tuple[i
 
 
 def become(work: Callable[..., int], *arguments: object) -> NoReturn:
-    """Replace this program, in the same process, by one that calls `work` and exits with its result.
+    """Replaces this program, in the same process, by one that calls `work` and exits with its result.
 
     Args:
         work: A module's function.
@@ -68,7 +68,7 @@ def become(work: Callable[..., int], *arguments: object) -> NoReturn:
 
 
 def start(work: Callable[..., int], *arguments: object, keep: Collection[int]) -> "subprocess.Popen[bytes]":
-    """Start a process, in a process group of its own, that calls `work` and exits with its result.
+    """Starts a process, in a process group of its own, that calls `work` and exits with its result.
 
     Args:
         work: A module's function.
@@ -85,7 +85,7 @@ def start(work: Callable[..., int], *arguments: object, keep: Collection[int]) -
 
 
 def main() -> None:
-    """Do the work that `become` or `start` left in a file in memory."""
+    """Does the work that `become` or `start` left in a file in memory."""
     with suppress(OSError):  # the name that `ps` and `top` show; if /proc is read-only they show Python's
         Path("/proc/self/comm").write_text(PROGRAM, encoding="ascii")
     with open(int(sys.argv[1]), "rb") as file:

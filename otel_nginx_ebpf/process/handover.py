@@ -14,7 +14,7 @@ _OTLP_FILES = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 
 
 def otlp_file_variables(*signals: str) -> list[str]:
-    """Return the environment variables that name a file for the SDK's exporters (OTLP exporter specification).
+    """Returns the environment variables that name a file for the SDK's exporters (OTLP exporter specification).
 
     Args:
         signals: `TRACES` or `METRICS`; the variables of all signals are always returned.
@@ -45,7 +45,7 @@ class Handover:
 
 
 def open_output(settings: Settings) -> int | None:
-    """Open the file of the text exporter for appending; return its descriptor, or `None` for stdout.
+    """Opens the file of the text exporter for appending; returns its descriptor, or `None` for stdout.
 
     Raises:
         UserError: The file cannot be opened, or the settings do not name exactly one text exporter.
@@ -65,7 +65,7 @@ def open_output(settings: Settings) -> int | None:
 
 
 def make_handover(settings: Settings, output: int | None) -> Handover:
-    """Open the files, and make the directory, that the emitter could not open or make itself.
+    """Opens the files, and makes the directory, that the emitter could not open or make itself.
 
     Args:
         settings: Name the emitter's user and its queue directory.
@@ -97,7 +97,7 @@ def make_handover(settings: Settings, output: int | None) -> Handover:
 
 
 def _copy(variable: str, path: Path) -> int:
-    """Copy a file into memory. The emitter's user may open the copy by its path, as exporters do, but not the file."""
+    """Copies a file into memory. The emitter's user may open the copy by a path, as exporters do, but not the file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -108,7 +108,7 @@ def _copy(variable: str, path: Path) -> int:
 
 
 def take_over(handover: Handover) -> None:
-    """Become the emitter's user without privileges, and point the environment variables to the copies."""
+    """Becomes the emitter's user without privileges, and points the environment variables to the copies."""
     privileges.give_up(handover.account)
     seccomp.refuse_system_calls()
     for variable, descriptor in handover.files.items():

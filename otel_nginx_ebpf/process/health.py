@@ -15,7 +15,7 @@ _SIGNS = (f"/memfd:{WAITS} (deleted)", "anon_inode:bpf_link", "anon_inode:bpf-li
 
 
 def _descriptors(pid: str) -> Iterator[str]:
-    """Yield the names of a process's descriptors; nothing if the process is gone or may not be looked at."""
+    """Yields the names of a process's descriptors; nothing if the process is gone or may not be looked at."""
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):
             yield os.readlink(f"/proc/{pid}/fd/{name}")
@@ -24,7 +24,7 @@ def _descriptors(pid: str) -> Iterator[str]:
 
 
 def _shares_our_mounts(pid: str) -> bool:
-    """Return whether a process is in this container. A shared pid namespace shows those of other containers too."""
+    """Returns whether a process is in this container. A shared pid namespace shows those of other containers too."""
     try:
         return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
     except OSError:
@@ -32,7 +32,7 @@ def _shares_our_mounts(pid: str) -> bool:
 
 
 def is_well() -> bool:
-    """Return whether a process of this container holds such a descriptor."""
+    """Returns whether a process of this container holds such a descriptor."""
     pids = (name for name in os.listdir("/proc") if name.isdigit())
     return any(_shares_our_mounts(pid) and any(each in _SIGNS for each in _descriptors(pid)) for pid in pids)
 

@@ -95,14 +95,14 @@ _ORDERS: dict[str, type[Order]] = {
 
 
 def encode_order(order: Order) -> tuple[bytes, Sequence[int]]:
-    """Return a message's JSON and its file descriptors, which travel beside it."""
+    """Returns a message's JSON and its file descriptors, which travel beside it."""
     values = {field.name: getattr(order, field.name) for field in fields(order)}
     descriptors = values.pop("descriptors", ())
     return json.dumps({"order": type(order).__name__, **values}).encode(), descriptors
 
 
 def decode_order(raw: bytes, descriptors: Sequence[int]) -> Order:
-    """Return the message that `encode_order` made; the file descriptors have other numbers here."""
+    """Returns the message that `encode_order` made; the file descriptors have other numbers here."""
     values = json.loads(raw)
     order = _ORDERS[values.pop("order")]
     if descriptors:
@@ -140,12 +140,12 @@ REPORT_BYTES = _REPORT.size
 
 
 def encode_report(report: Report) -> bytes:
-    """Return a report's twelve bytes."""
+    """Returns a report's twelve bytes."""
     return _REPORT.pack(*report)
 
 
 def decode_report(raw: bytes) -> Report:
-    """Return the report in `raw`.
+    """Returns the report in `raw`.
 
     Raises:
         ValueError: The bytes are not a report.

@@ -54,7 +54,7 @@ def _permitted() -> int:
 
 
 def _bound(wanted: int) -> None:
-    """Remove all but `wanted` from the bounding set, if this process may do that."""
+    """Removes all but `wanted` from the bounding set, if this process may do that."""
     if _permitted() >> Capability.SETPCAP & 1:
         for number in range(64):
             if not wanted >> number & 1 and libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0) == 1:
@@ -62,7 +62,7 @@ def _bound(wanted: int) -> None:
 
 
 def _limit(wanted: int) -> None:
-    """Give up all capabilities but `wanted`. Raise `UserError` if the system call is refused."""
+    """Gives up all capabilities but `wanted`. Raises `UserError` if the system call is refused."""
     header, sets = _Header(_VERSION_3, 0), _Sets()
     checked(libc.capget(ctypes.byref(header), sets))
     for index in range(6):
@@ -76,14 +76,14 @@ def _limit(wanted: int) -> None:
 
 
 def keep(capabilities: Collection[Capability]) -> None:
-    """Give up all other capabilities, for the calling thread and the programs that it executes."""
+    """Gives up all other capabilities, for the calling thread and the programs that it executes."""
     wanted = sum(1 << capability for capability in capabilities)
     _bound(wanted)
     _limit(wanted)
 
 
 def whose(error: OSError) -> str:
-    """Return the error's text; if a permission is missing, also whose: `Permission denied for nobody, …`."""
+    """Returns the error's text; if a permission is missing, also whose: `Permission denied for nobody, …`."""
     if not isinstance(error, PermissionError):
         return str(error.strerror)
     try:
@@ -94,7 +94,7 @@ def whose(error: OSError) -> str:
 
 
 def account(user: str | None) -> Account | None:
-    """Return the user that `give_up` becomes; `None` means that this process keeps its user.
+    """Returns the user that `give_up` becomes; `None` means that this process keeps its user.
 
     Args:
         user: A name or a number. By default `nobody`, if this process is root and may become another user.
@@ -118,7 +118,7 @@ def account(user: str | None) -> Account | None:
 
 
 def can_read(who: Account, path: str) -> bool:
-    """Return whether a user could open a file. Only for root, in a process with one thread."""
+    """Returns whether a user could open a file. Only for root, in a process with one thread."""
     groups, gid, uid = os.getgroups(), os.getegid(), os.geteuid()
     os.setgroups([])
     os.setegid(who.gid)
@@ -132,7 +132,7 @@ def can_read(who: Account, path: str) -> bool:
 
 
 def give_up(who: Account | None) -> None:
-    """Become `who`, without capabilities, without a way to gain any, and unreadable to other processes of that user.
+    """Becomes `who`, without capabilities, without a way to gain any, and unreadable to other processes of that user.
 
     Only for a process with one thread: each thread has its own capabilities.
     """

@@ -64,7 +64,7 @@ class _Program(ctypes.Structure):
 
 
 def _filter() -> list[tuple[int, int, int, int]]:
-    """Return the instructions: operation, jump if true, jump if false, operand."""
+    """Returns the instructions: operation, jump if true, jump if false, operand."""
     commands_at = 6 + len(_REFUSED)
     refuse_at = commands_at + len(_BPF_ALLOWED)
     allow_at = refuse_at + 1
@@ -83,7 +83,7 @@ def _filter() -> list[tuple[int, int, int, int]]:
 
 
 def refuse_system_calls() -> bool:
-    """Install the filter for the calling thread, which must have no_new_privs set, and the threads that it starts.
+    """Installs the filter for the calling thread, which must have no_new_privs set, and the threads that it starts.
 
     Returns:
         Whether the kernel supports such filters.

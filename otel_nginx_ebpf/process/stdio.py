@@ -10,7 +10,7 @@ PROGRAM = "otel-nginx-ebpf"
 
 
 def say(text: str) -> None:
-    """Write a line. A closed terminal or pipe (`2>&1 | head -1`) is not an error."""
+    """Writes a line. A closed terminal or pipe (`2>&1 | head -1`) is not an error."""
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
@@ -28,10 +28,10 @@ class _Said(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Send log messages to stderr. Call it once in each process."""
+    """Sends log messages to stderr. Call it once in each process."""
     logging.basicConfig(format=f"{PROGRAM}: %(message)s", level=logging.INFO, handlers=[_Said()])
 
 
 def forget_stdout() -> None:
-    """Close stdout after its reader is gone (`| head`), so that Python's flush at exit does not fail again."""
+    """Closes stdout after its reader is gone (`| head`), so that Python's flush at exit does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

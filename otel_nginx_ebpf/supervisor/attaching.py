@@ -51,17 +51,17 @@ class Attaching(Generic[Attached]):
         return bool(self._wanted)
 
     def want(self, *instances: Instance) -> None:
-        """Attach to the binary that the instances run: now, or when its retry is due."""
+        """Attaches to the binary that the instances run: now, or when its retry is due."""
         wanted = self._wanted.setdefault(instances[0].file_identity, _Wanted())
         wanted.instances |= {instance.master_pid: instance for instance in instances}
         self._begin_if_due(wanted)
 
     def attempt(self, instances: tuple[Instance, ...]) -> Future[Attached]:
-        """Attach to the binary that the instances run, once. After a `TemporaryError` the caller calls `postpone`."""
+        """Attaches to the binary that the instances run, once. After a `TemporaryError` the caller calls `postpone`."""
         return self._thread.submit(self._attach_to_those_left, instances)
 
     def postpone(self, instances: tuple[Instance, ...], error: TemporaryError) -> None:
-        """Retry later, if an instance of the binary then still runs."""
+        """Retries later, if an instance of the binary then still runs."""
         wanted = self._wanted.setdefault(instances[0].file_identity, _Wanted())
         wanted.instances |= {instance.master_pid: instance for instance in instances}
         wanted.attempt = None
@@ -72,7 +72,7 @@ class Attaching(Generic[Attached]):
             _log.error("not traced yet: %s; trying again", error)
 
     def ended(self) -> Iterator[tuple[tuple[Instance, ...], Attached | UserError]]:
-        """Yield the attempts that succeeded, or failed for good; start the retries that are due."""
+        """Yields the attempts that succeeded, or failed for good; starts the retries that are due."""
         for identity, wanted in list(self._wanted.items()):
             if wanted.attempt is None:
                 self._begin_if_due(wanted)
@@ -97,7 +97,7 @@ class Attaching(Generic[Attached]):
                 wanted.attempt = self.attempt(wanted.attempted)
 
     def _attach_to_those_left(self, instances: tuple[Instance, ...]) -> Attached:
-        """Attach, without the instances that end meanwhile: `nginx -t` ends at once."""
+        """Attaches, without the instances that end meanwhile: `nginx -t` ends at once."""
         while True:
             try:
                 return self._attach(instances)
@@ -108,7 +108,7 @@ class Attaching(Generic[Attached]):
                 instances = running
 
     def end(self) -> list[Attached]:
-        """Start no more attempts, wait for the running ones, and return what they attached."""
+        """Starts no more attempts, waits for the running ones, and returns what they attached."""
         self._thread.shutdown(cancel_futures=True)
         begun = [
             wanted.attempt for wanted in self._wanted.values() if wanted.attempt and not wanted.attempt.cancelled()

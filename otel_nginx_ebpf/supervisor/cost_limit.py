@@ -55,7 +55,7 @@ class Measurement:
     """Traces that the kernel program lost."""
 
     def passes(self, limits: Limits) -> str:
-        """Say which limit was passed, or return an empty string."""
+        """Says which limit was passed, or returns an empty string."""
         cost_ns, loss = self.cost_ns / self.requests, self.lost / self.requests
         if limits.cost_ns is not None and cost_ns > limits.cost_ns:
             return f"tracing took {cost_ns / 1e3:.1f} µs a request, more than the {limits.cost_ns / 1e3:g} µs allowed"
@@ -76,16 +76,16 @@ class Watchdog:
         self._attach_at_s = 0.0
 
     def attached(self, now_s: float) -> None:
-        """Note that the probes are live."""
+        """Notes that the probes are live."""
         self._strikes = 0
         self._attached_at_s = self._measure_at_s = now_s
 
     def should_measure(self, now_s: float) -> bool:
-        """Return whether to measure the second that begins."""
+        """Returns whether to measure the second that begins."""
         return now_s >= self._measure_at_s
 
     def should_detach(self, measured: Measurement, now_s: float) -> str:
-        """Say why to detach, and begin a pause; return an empty string if the probes stay."""
+        """Says why to detach, and begins a pause; returns an empty string if the probes stay."""
         self._measure_at_s = now_s + _EVERY_S
         if measured.requests < _REQUESTS_MIN:
             return ""
@@ -104,7 +104,7 @@ class Watchdog:
         return because
 
     def may_attach(self, now_s: float) -> bool:
-        """Return whether the pause is over."""
+        """Returns whether the pause is over."""
         return now_s >= self._attach_at_s
 
 
@@ -134,7 +134,7 @@ class _Meter:
         self._lost = _lost(attachment)
 
     def read(self) -> tuple[Measurement, dict[str, float]]:
-        """Return what happened since the meter was made, and the hits a second by probe."""
+        """Returns what happened since the meter was made, and the hits a second by probe."""
         seconds = time.monotonic() - self._began_s
         runs = {
             name: Runs(now.time_ns - self._runs[name].time_ns, now.hits - self._runs[name].hits)
@@ -166,11 +166,11 @@ class Guard:
         self._meters: dict[FileIdentity, _Meter] = {}
 
     def attached(self, binary: FileIdentity) -> None:
-        """Note that a binary's probes are live."""
+        """Notes that a binary's probes are live."""
         self._watchdogs.setdefault(binary, Watchdog(self._limits)).attached(time.monotonic())
 
     def look(self, binary: FileIdentity, attachment: Attachment) -> Reading | None:
-        """Return what was measured since the last look; `None` if nothing was measured."""
+        """Returns what was measured since the last look; `None` if nothing was measured."""
         reading = None
         watchdog, now_s = self._watchdogs[binary], time.monotonic()
         if meter := self._meters.pop(binary, None):
@@ -196,10 +196,10 @@ class Guard:
                 )
 
     def detached(self, binary: FileIdentity) -> None:
-        """Note that a binary's probes are gone."""
+        """Notes that a binary's probes are gone."""
         if meter := self._meters.pop(binary, None):
             meter.close()
 
     def may_attach(self, binary: FileIdentity) -> bool:
-        """Return whether a binary's pause is over."""
+        """Returns whether a binary's pause is over."""
         return self._watchdogs[binary].may_attach(time.monotonic())

@@ -62,7 +62,7 @@ the channel, and the file that keeps its counts."""
 
 @contextmanager
 def _signals_received() -> Iterator[list[float]]:
-    """Collect the times of SIGINT and SIGTERM (time.monotonic()) instead of letting them end the process.
+    """Collects the times of SIGINT and SIGTERM (time.monotonic()) instead of letting them end the process.
 
     This is not a threading.Event: set() in a handler that interrupts the main thread's wait() can block for ever."""
     received: list[float] = []
@@ -79,7 +79,7 @@ def _signals_received() -> Iterator[list[float]]:
 
 
 def dry_run(settings: Settings) -> None:
-    """Attach to the nginx processes that run now, print the ready lines, and detach.
+    """Attaches to the nginx processes that run now, prints the ready lines, and detaches.
 
     Raises:
         UserError: Nothing can be traced.
@@ -94,7 +94,7 @@ def dry_run(settings: Settings) -> None:
 
 
 def supervise(settings: Settings, emit: Emit, handover: Handover, *, again: bool = True) -> int:
-    """Trace until SIGINT or SIGTERM, then detach and let the emitter deliver what it has.
+    """Traces until SIGINT or SIGTERM, then detaches and lets the emitter deliver what it has.
 
     Args:
         settings: What to trace.
@@ -148,7 +148,7 @@ class _Run:
         """Descriptors of the maps that a killed emitter did not read to the end."""
 
     def once(self, stop: list[float]) -> int | None:
-        """Trace with a new emitter until a signal comes or the emitter ends.
+        """Traces with a new emitter until a signal comes or the emitter ends.
 
         Returns:
             The program's exit code; `None` if the emitter was killed.
@@ -200,7 +200,7 @@ class _Run:
     def _end(
         self, process: "subprocess.Popen[bytes]", channel: SupervisorEnd, tracing: Tracing, stop: list[float]
     ) -> int:
-        """Detach, then answer the emitter's questions until it has delivered what it has; return the exit code."""
+        """Detaches, then answers the emitter's questions until it has delivered what it has; returns the exit code."""
         tracing.detach()
         serve: Callable[[float], None] = tracing.serve
         try:
@@ -213,7 +213,7 @@ class _Run:
         return self._code(process, stop)
 
     def _ended(self, process: "subprocess.Popen[bytes]", why: str, stop: list[float]) -> int | None:
-        """What has become of an emitter whose channel has ended; `why` where it did not end by itself."""
+        """Says what became of an emitter whose channel has ended; `why` is the reason if it broke the protocol."""
         if why:
             process.kill()
         self._wait_for(process, stop)  # Without its output, it still delivers to the collector.
@@ -226,12 +226,12 @@ class _Run:
     def _wait_for(
         self, process: "subprocess.Popen[bytes]", stop: list[float], serve: Callable[[float], None] = time.sleep
     ) -> None:
-        """Until the emitter has delivered what it has and ended, or its time for that is over.
+        """Waits until the emitter has delivered what it has and ended, or its time is over.
 
         Args:
-            process: The emitter's.
-            stop: Its signals go on coming.
-            serve: Called again and again with seconds to take; raises `EmitterGoneError` where it makes no more sense.
+            process: The emitter's process.
+            stop: The times of signals; more may come.
+            serve: Called repeatedly, with the seconds that it may take. Raises `EmitterGoneError` if it has no more use.
         """
         deadline_s = time.monotonic() + self._settings.grace_seconds + _STOPPING_S
         hurried = False
@@ -246,7 +246,7 @@ class _Run:
         _make_sure(process)
 
     def _code(self, process: "subprocess.Popen[bytes]", stop: list[float], why: str = "") -> int:
-        """Return the program's exit code, after the last emitter has ended."""
+        """Returns the program's exit code, after the last emitter has ended."""
         code: int = process.returncode
         if code >= 0:
             return 0 if stop and code == entry.INTERRUPTED else code
@@ -258,13 +258,13 @@ class _Run:
 
 
 def _how(code: int, why: str) -> str:
-    """Say how an emitter ended."""
+    """Says how an emitter ended."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
     return how + (f" ({why})" if why else "")
 
 
 def _make_sure(process: "subprocess.Popen[bytes]") -> None:
-    """End the process if it still runs, and wait for it."""
+    """Ends the process if it still runs, and waits for it."""
     if process.poll() is None:
         process.kill()
     process.wait()

@@ -30,7 +30,7 @@ TICK_S = 0.1
 
 
 def find_instances(settings: Settings, watch: Watch) -> tuple[Instance, ...]:
-    """Return the running nginx instances that the settings ask for.
+    """Returns the running nginx instances that the settings ask for.
 
     Raises:
         UserError: No nginx is running and `--wait` is off, or the named process is not nginx.
@@ -51,7 +51,7 @@ def find_instances(settings: Settings, watch: Watch) -> tuple[Instance, ...]:
 
 
 def by_binary(instances: tuple[Instance, ...]) -> tuple[tuple[Instance, ...], ...]:
-    """Group instances by the executable that they run."""
+    """Groups instances by the executable that they run."""
     groups: dict[FileIdentity, list[Instance]] = {}
     for instance in instances:
         groups.setdefault(instance.file_identity, []).append(instance)
@@ -84,7 +84,7 @@ class _TracedBinary:
         self._resource_of |= dict.fromkeys(instance.pids, attributes)
 
     def refute(self, pid: int) -> list[Instance]:
-        """Note that a worker's memory contradicts the layout. Return the running instances that do not."""
+        """Notes that a worker's memory contradicts the layout. Returns the running instances that do not."""
         running = [instance for instance in self.instances if instance.is_running]
         try:
             self._refuted.add(instance_of(pid).master_pid)
@@ -95,7 +95,7 @@ class _TracedBinary:
         return [instance for instance in running if instance.master_pid not in self._refuted]
 
     def resource(self, pid: int) -> Attributes:
-        """Return the resource attributes of a worker's instance; no attributes if the instance cannot be found."""
+        """Returns the resource attributes of a worker's instance; no attributes if the instance cannot be found."""
         found = self._resource_of.get(pid)
         if found is None:
             found = self._resource_of[pid] = self._find_resource(pid)
@@ -134,7 +134,7 @@ class Tracing:
         """Descriptor of the file that tells the health check that no probes are needed."""
 
     def begin(self, stop: Sequence[float] = ()) -> None:
-        """Attach to the nginx instances that run now. Stop between two binaries when a signal is in `stop`.
+        """Attaches to the nginx instances that run now. Stops between two binaries when a signal is in `stop`.
 
         Raises:
             UserError: Nothing can be traced.
@@ -205,7 +205,7 @@ class Tracing:
             raise UserError("nothing is left to trace: " + "; ".join(self._refused.values()))
 
     def sweep(self) -> None:
-        """Look for nginx instances that started, and detach from those that ended.
+        """Looks for nginx instances that started, and detaches from those that ended.
 
         Raises:
             UserError: Nothing is left to trace.
@@ -240,7 +240,7 @@ class Tracing:
         self._resume()
 
     def _look_after(self, traced: _TracedBinary) -> None:
-        """Detach from a binary if tracing it costs or loses more than the user allows."""
+        """Detaches from a binary if tracing it costs or loses more than the user allows."""
         reading = self._guard.look(traced.identity, traced.attachment)
         if reading:
             passed = bool(reading.because)
@@ -251,7 +251,7 @@ class Tracing:
                 self._paused[traced.identity] = list(traced.instances)
 
     def _resume(self) -> None:
-        """Attach again to the binaries whose pause is over, if they still run."""
+        """Attaches again to the binaries whose pause is over, if they still run."""
         for identity in [identity for identity in self._paused if self._guard.may_attach(identity)]:
             masters = {instance.master_pid for instance in self._paused.pop(identity) if instance.is_running}
             with suppress(UserError):  # the instance has ended
@@ -260,7 +260,7 @@ class Tracing:
                     self._attaching.want(*instances)
 
     def _find_new_workers(self) -> None:
-        """Add new workers of the named instances, if the kernel program cannot follow forks."""
+        """Adds new workers of the named instances, if the kernel program cannot follow forks."""
         for traced in self._traced.values():
             for instance in traced.instances:
                 if not instance.shares_our_pid_namespace or self._settings.detail == "request":
@@ -278,7 +278,7 @@ class Tracing:
             self._attaching.want(instance)
 
     def serve(self, timeout_s: float) -> None:
-        """Answer the emitter's reports; wait up to `timeout_s` seconds for the first.
+        """Answers the emitter's reports; waits up to `timeout_s` seconds for the first.
 
         Raises:
             UserError: nginx's memory contradicts its layout, and nothing else is left to trace.
@@ -300,7 +300,7 @@ class Tracing:
                     self._avoid_silent(traced)
 
     def _contradicted(self, traced: _TracedBinary, pid: int) -> None:
-        """Detach from a binary if all its running instances contradict its layout.
+        """Detaches from a binary if all its running instances contradict its layout.
 
         Raises:
             UserError: Nothing is left to trace.
@@ -318,7 +318,7 @@ class Tracing:
         self._require_something()
 
     def _avoid_silent(self, traced: _TracedBinary) -> None:
-        """Attach again without the function that is never called; the next candidate takes its place."""
+        """Attaches again without the function that is never called; the next candidate takes its place."""
         function = traced.target.functions.get(silence.BOUNDARY)
         if function is None:  # no candidate was left when it was attached, and that was logged
             return
@@ -329,7 +329,7 @@ class Tracing:
             self._attaching.want(*instances)
 
     def _retire(self, traced: _TracedBinary) -> None:
-        """Detach from a binary. The emitter reads its ring buffer once more."""
+        """Detaches from a binary. The emitter reads its ring buffer once more."""
         del self._traced[traced.identity]
         self._guard.detached(traced.identity)
         traced.attachment.detach()
@@ -337,14 +337,14 @@ class Tracing:
         self._emitter.tell(Retired(traced.number))
 
     def detach(self) -> None:
-        """Remove all probes. The emitter can still read their records and ask about their processes."""
+        """Removes all probes. The emitter can still read their records and ask about their processes."""
         for traced in self._traced.values():
             traced.attachment.detach()
             self._retired.append(traced)
         self._traced.clear()
 
     def end(self) -> None:
-        """Detach, and close all descriptors."""
+        """Detaches, and closes all descriptors."""
         for attachment in self._attachments():
             attachment.close()
         if self._marker is not None:
@@ -352,11 +352,11 @@ class Tracing:
             self._marker = None
 
     def abandon(self) -> list[tuple[int, ...]]:
-        """Detach, and close all descriptors but those of the maps that a killed emitter may not have read."""
+        """Detaches, and closes all descriptors but those of the maps that a killed emitter may not have read."""
         return [attachment.abandon() for attachment in self._attachments()]
 
     def _attachments(self) -> list[Attachment]:
-        """Return all attachments; start no more."""
+        """Returns all attachments; starts no more."""
         found = [traced.attachment for traced in (*self._traced.values(), *self._retired, *self._attaching.end())]
         self._traced.clear()
         self._retired.clear()

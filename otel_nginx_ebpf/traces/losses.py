@@ -18,10 +18,10 @@ INCOMPLETE = ("partial_",)
 
 
 def of_kind(counts: Mapping[str, int], kind: tuple[str, ...]) -> dict[str, int]:
-    """Those of `counts`, by cause, that are of a kind: `LOST`, `LEFT_OUT` or `INCOMPLETE`."""
+    """Returns the counts of a kind of cause: `LOST`, `LEFT_OUT` or `INCOMPLETE`."""
     return {cause: count for cause, count in counts.items() if cause.startswith(kind)}
 
 
 def lost_traces(counts: Mapping[str, int]) -> int:
-    """How many traces the causes in `counts` have lost."""
+    """Returns how many traces are lost, of the counts by cause."""
     return sum(of_kind(counts, LOST).values())

@@ -152,7 +152,7 @@ def test_filling_keeps_what_is_there_and_adds_the_rest(first: Catalogue, second:
         ("[]", "the file"),
         ('{"about": "", "releases": ["1.22.1"], "structs": {"s": {"m": "8"}}}', r"structs\.s\.m"),
         ('{"about": "", "releases": ["one"], "structs": {}}', r"releases\.0"),
-        ('{"about": "", "releases": ["1.22.1", "1.9.1"], "structs": {}}', "not in the order of versions"),
+        ('{"about": "", "releases": ["1.22.1", "1.9.1"], "structs": {}}', "not sorted by version"),
         ('{"about": "", "releases": ["1.22.1"], "structs": {"s": {"m": {"1.22.2": 8}}}}', r"s\.m: release 1\.22\.2"),
     ],
 )
@@ -235,7 +235,7 @@ def test_debug_information_is_believed_over_the_catalogue(
     version = Binary(whole).version
     other = Catalogue({version: {"ngx_log_s": {"data": 48}}})
     assert layout_for(Binary(whole), other) == measured
-    assert f"not laid out as nginx {version}" in caplog.text
+    assert f"contradicts the known layout of nginx {version}" in caplog.text
     assert "ngx_log_s.data: 48 → 40" in caplog.text
 
 
@@ -555,7 +555,7 @@ def test_another_build_s_file_from_a_server_is_refused(
         monkeypatch.setenv("DEBUGINFOD_URLS", url)
         assert layout_for(Binary(remote[0].binary)).source.startswith("catalogue")
     assert asked
-    assert "is not of it" in caplog.text
+    assert "does not belong to" in caplog.text
 
 
 # --- adding releases
@@ -575,7 +575,7 @@ def test_a_release_is_added_from_a_binary_and_then_known(whole: Path, tmp_path: 
         assert target == tmp_path / "data" / "otel-nginx-ebpf" / "layouts.json"
         first, second, *changes = add_release(whole, target, before)
         assert first == f"nginx {version} added to {target}, from {whole} (DWARF)"
-        assert second == f"differences to what was known of {last}:"
+        assert second == f"differences from the known layout of {last}:"
         assert "  ngx_log_s.data: unknown → 40" in changes
         layout = layout_for(Binary(split.binary), before.filled_from(catalogue.load(target)))
     assert layout == Layout(catalogue.shipped().layouts[version], f"catalogue {version}")

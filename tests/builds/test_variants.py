@@ -49,7 +49,7 @@ def test_a_stripped_build_is_laid_out_as_its_debug_information_says(
     assert layout.structs != catalogue.shipped().layouts[Binary(whole).version]
     # It is like its release without that, so there is nothing to say.
     assert caplog.text == ""
-    with pytest.raises(UserError, match=f"was configured without {lacks}: its layout is not that of other builds"):
+    with pytest.raises(UserError, match=f"was configured without {lacks}: its layout differs from other builds"):
         add_release(whole, tmp_path / "own.json")
 
 
@@ -70,14 +70,15 @@ def test_a_fork_is_laid_out_by_its_own_debug_information_or_its_own_release(tmp_
     measured = layout_for(binary)
     assert measured.source == "DWARF"
     bare = stripped(whole, tmp_path)
-    with pytest.raises(UserError, match=r"Angie 1\.12\.1 .*is not known, and need not be nginx's.*not stripped"):
+    with pytest.raises(UserError, match=r"Angie 1\.12\.1 .*is not known and may differ from nginx's.*not stripped"):
         layout_for(bare)
 
     own = tmp_path / "own.json"
     # Without another release of Angie, there is nothing to compare with.
     assert add_release(whole, own) == [
         f"Angie 1.12.1 added to {own}, from {binary.name} (DWARF)",
-        "it stands for builds of Angie 1.12.1 with the same configure options: not all show in a fork's signature",
+        "it is used for all builds of Angie 1.12.1, and right only for builds with the same configure options: "
+        "a fork's signature does not show all of them",
     ]
     layout = layout_for(bare)
     assert (layout.source, layout.assumed, layout.structs) == ("catalogue angie-1.12.1", False, measured.structs)
@@ -101,5 +102,5 @@ def test_a_release_that_lacks_a_member_is_not_used(tmp_path: Path) -> None:
     bare = stripped(built(ANGIE), tmp_path)
     structs = {struct: dict(members) for struct, members in catalogue.shipped().layouts["1.31.2"].items()}
     del structs["ngx_http_request_s"]["main"]
-    with pytest.raises(UserError, match=r"of angie-1\.12\.1 .* does not have ngx_http_request_s\.main: add .* again"):
+    with pytest.raises(UserError, match=r"of angie-1\.12\.1 lacks ngx_http_request_s\.main: add .* again"):
         layout_for(bare, Catalogue({"angie-1.12.1": structs}))

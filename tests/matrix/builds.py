@@ -203,7 +203,7 @@ BUILDS: tuple[Build, ...] = (
     StrippedBuild("no-compat-stripped", NO_COMPAT, refusal="--with-compat"),
     StrippedBuild("no-pcre-stripped", NO_PCRE),
     StrippedBuild("no-cache-stripped", NO_CACHE),
-    *(StrippedBuild(f"{each.name}-stripped", each, refusal="need not be nginx's") for each in FORKS),
+    *(StrippedBuild(f"{each.name}-stripped", each, refusal="may differ from nginx's") for each in FORKS),
 )
 
 

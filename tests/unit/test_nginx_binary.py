@@ -209,13 +209,13 @@ def test_a_fork_is_known_by_the_name_that_it_gives_itself(
     assert (binary.product, binary.version, binary.release) == (product, version, release)
     assert (binary.is_fork, str(binary)) == (product != "nginx", f"{product} {version}")
     if binary.is_fork:
-        with pytest.raises(UserError, match=f"{product} {version} .*need not be nginx's, .*layouts add BINARY"):
+        with pytest.raises(UserError, match=f"{product} {version} .*may differ from nginx's, .*layouts add BINARY"):
             layout_for(binary)
 
 
 def test_what_does_not_say_its_release_is_not_taken_for_another_program(tmp_path: Path) -> None:
     silent = renamed(tmp_path / "nginx", *((text, b"\0") for text in SAYS))
-    with pytest.raises(UserError, match="made of nginx's sources but does not say which release"):
+    with pytest.raises(UserError, match="built from nginx's sources but does not say which release"):
         Binary(silent)
 
 

@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_memory_and_then_the_rest_is_counted(
     offer(subject, stats, 10)
     wait_until(lambda: files(tmp_path))
     offer(subject, stats, 1_000)
-    wait_until(lambda: "are full" in caplog.text)
+    wait_until(lambda: ": full (" in caplog.text)
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 5_000
     with GrpcReceiver(port) as receiver:
         subject.shutdown(20)

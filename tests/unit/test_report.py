@@ -44,7 +44,7 @@ class Elements(HTMLParser):
 
 def test_an_empty_file() -> None:
     page = report_of().page("empty.capture", [])
-    assert "No request is in this file." in page
+    assert "This file contains no requests." in page
 
 
 def test_notes_are_shown() -> None:

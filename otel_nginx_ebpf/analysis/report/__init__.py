@@ -1,7 +1,7 @@
-"""`report`: what a capture file holds as one HTML page, which needs nothing else and asks nobody for anything.
+"""`report`: shows a capture file as one HTML page, which needs no other file and no network.
 
-What strangers sent is in it. The template escapes all text, and the page's own policy lets no other script and style
-work, and nothing be fetched.
+The page contains text that clients sent. The template escapes all text. The page's content security policy allows only
+the page's own script and style, and no requests.
 """
 
 import base64
@@ -40,16 +40,16 @@ from otel_nginx_ebpf.traces.spans import (
 )
 
 SLOWEST = 20
-"""How many requests are shown as waterfalls."""
+"""The number of requests that are shown as waterfalls."""
 
 _OF_PEERS = (CONNECT, WAIT, TRANSFER)
 
 _TUNNEL = 101
-"""Its length is its client's choice: it is in the tables, and not among the slowest."""
+"""The status of a tunnel. Its client chooses its length, so it is in the tables but not among the slowest."""
 
 
 class Report:
-    """An exporter to a page: adds up what it is given, in bounded memory."""
+    """An exporter to a page. Adds up the requests in bounded memory."""
 
     at_once = 1024
 
@@ -59,7 +59,7 @@ class Report:
         self._tally = Tally()
         self._series = Series()
         self._slowest: list[tuple[int, int, Request, int]] = []
-        """A heap: length in ns, a number so that no two are alike, and what the trace is made of."""
+        """A heap of length in nanoseconds, a unique number, the request and its offset to Unix time in nanoseconds."""
         self._start_unix_ns, self._end_unix_ns = 2**63, 0
 
     def take(self, completed: Sequence[Completed]) -> None:
@@ -77,7 +77,7 @@ class Report:
         pass
 
     def page(self, title: str, notes: Sequence[str]) -> str:
-        """The whole document. `notes` are what there is to say of the file."""
+        """Returns the whole document. `notes` are remarks about the capture file."""
         total = self._tally.total()
         locations, peers = rows_of(self._tally, View(peers=True))
         seconds = max(self._end_unix_ns - self._start_unix_ns, 0) / 1e9
@@ -120,14 +120,14 @@ class Report:
 
 
 def open_page(path: Path, capture: Path) -> TextIO:
-    """The file for a page, emptied; a new one only its owner can read, as it holds what clients sent.
+    """Opens the file for a page and empties it. Only the owner can read a new file, because it holds what clients sent.
 
     Raises:
-        UserError: It cannot be written, or is the capture file itself.
+        UserError: The file cannot be written, or is the capture file itself.
     """
     try:
         if path.exists() and path.samefile(capture):
-            raise UserError(f"{path} is the capture file itself: the page needs another name")
+            raise UserError(f"{path} is the capture file itself: give the page another name")
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
@@ -149,7 +149,7 @@ def _text(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names a script or style (CSP 3, 2.3.1)."""
+    """Returns the name of a script or style in a content security policy (CSP 3, 2.3.1)."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -158,7 +158,7 @@ def _time(unix_ns: int) -> str:
 
 
 def _cells(name: str, row: Row, phases: Sequence[int] = range(len(PHASES))) -> dict[str, Any]:
-    """A row of a table: numbers to sort by, and their texts."""
+    """Returns the cells of a row: numbers to sort by, and their texts."""
     durations = []
     for histogram in (row.length, *(row.phases[phase] for phase in phases)):
         found = histogram.percentiles([percentile / 100 for percentile in PERCENTILES])

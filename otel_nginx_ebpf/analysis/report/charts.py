@@ -1,4 +1,4 @@
-"""Charts over time as the paths of an SVG picture."""
+"""Draws charts over time as paths of an SVG picture."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ class Tick:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line or area of a chart. `kind` is the class that colours it."""
+    """A line or an area of a chart. `kind` is the CSS class that gives its colour."""
 
     kind: str
     name: str
@@ -36,7 +36,7 @@ class Chart:
     x_ticks: Sequence[Tick]
     y_ticks: Sequence[Tick]
     columns: Sequence[tuple[float, Sequence[str]]]
-    """For whoever points at the chart: where, and the lines to show."""
+    """The text lines to show when the pointer is at a position, with the position."""
     left: int = _LEFT
     right: int = WIDTH - _RIGHT
     top: int = _TOP
@@ -44,7 +44,7 @@ class Chart:
 
 
 def kind_of(phase: int | None) -> str:
-    """The class of a phase's colour; None: all of it."""
+    """Returns the CSS class of a phase; None stands for the whole request."""
     return "whole" if phase is None else PHASES[phase].replace(" ", "-")
 
 
@@ -70,7 +70,7 @@ def _y(part: float) -> float:
 
 
 def _runs(slots: Sequence[int]) -> Iterator[list[int]]:
-    """Slots without a gap between them."""
+    """Yields lists of consecutive slots."""
     run: list[int] = []
     for slot in slots:
         if run and slot != run[-1] + 1:
@@ -82,7 +82,7 @@ def _runs(slots: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _steps(axes: _Axes, values: dict[int, float]) -> str:
-    """A line through the middle of each slot; a slot alone is a dash."""
+    """Returns the path of a line through the middle of each slot. A slot without neighbours becomes a dash."""
     parts = []
     for run in _runs(sorted(values)):
         points = [(axes.x(slot + 0.5), _y(values[slot])) for slot in run]
@@ -93,7 +93,7 @@ def _steps(axes: _Axes, values: dict[int, float]) -> str:
 
 
 def _band(axes: _Axes, low: dict[int, float], high: dict[int, float]) -> str:
-    """The area between two heights of the same slots, as steps."""
+    """Returns the path of the area between two heights of each slot, as steps."""
     parts = []
     for run in _runs(sorted(slot for slot in high if high[slot] > low[slot])):
         upper = [f"{axes.x(slot + side)} {_y(high[slot])}" for slot in run for side in (0, 1)]
@@ -103,7 +103,7 @@ def _band(axes: _Axes, low: dict[int, float], high: dict[int, float]) -> str:
 
 
 def _round_steps(top: float) -> list[float]:
-    """Round numbers from 0 to at least `top`, four or five of them."""
+    """Returns four or five round numbers from 0 to at least `top`."""
     if top <= 0:
         return [0.0, 1.0]
     step = 10 ** math.floor(math.log10(top / 4))
@@ -117,7 +117,10 @@ def _linear(top: float, text: Callable[[float], str]) -> tuple[float, list[Tick]
 
 
 def latency_chart(series: Series, percentile: int) -> Chart:
-    """One percentile, by its index, of each phase and of the whole, on a logarithmic scale."""
+    """Draws a percentile of each phase and of the whole request on a logarithmic scale.
+
+    `percentile` is an index of `PERCENTILES`.
+    """
     axes = _Axes(series)
     values: dict[int | None, dict[int, int]] = {phase: {} for phase in (None, *range(len(PHASES)))}
     for slot, row in series.rows.items():
@@ -160,7 +163,7 @@ def duration_tick(nanoseconds: float) -> str:
 
 
 def time_chart(series: Series) -> Chart:
-    """A request's mean time, divided among the phases, one above the other."""
+    """Draws the mean time of a request, with the phases stacked."""
     axes = _Axes(series)
     means = {slot: [time_ns / row.count for time_ns in row.time_ns] for slot, row in series.rows.items()}
     top, y_ticks = _linear(max(map(sum, means.values()), default=0), duration_tick)
@@ -182,7 +185,7 @@ def time_chart(series: Series) -> Chart:
 
 
 def rate_chart(series: Series) -> Chart:
-    """Requests a second, and those of them with a status of 4xx and 5xx."""
+    """Draws requests per second, and how many of them had a status of 4xx and 5xx."""
     axes = _Axes(series)
     seconds = series.width_ns / 1e9
 

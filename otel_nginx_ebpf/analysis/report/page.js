@@ -1,9 +1,9 @@
 "use strict";
-// Which percentile is shown.
+// Buttons choose the percentile that is shown.
 for (const button of document.querySelectorAll("[data-show]"))
   button.addEventListener("click", () => { document.documentElement.className = "show-" + button.dataset.show; });
 
-// Tables sort by the column that is clicked, the most first; again, the least.
+// A click on a column sorts its table by the column, the largest value first; a second click, the smallest first.
 for (const table of document.querySelectorAll("table")) {
   const body = table.tBodies[table.tBodies.length - 1];
   const heads = [...table.tHead.rows[0].cells];
@@ -21,7 +21,7 @@ for (const table of document.querySelectorAll("table")) {
   });
 }
 
-// What a chart says at the place that is pointed at.
+// A chart shows its values at the pointer's position.
 const tip = document.getElementById("tip");
 for (const picture of document.querySelectorAll("svg[data-columns]")) {
   const columns = JSON.parse(picture.dataset.columns);

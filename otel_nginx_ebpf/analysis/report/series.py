@@ -1,4 +1,4 @@
-"""Rows by time: as many as fit, each of as much time as that takes."""
+"""Rows of equal length in time. The length grows, so that the whole time needs at most `SLOTS_MAX` rows."""
 
 from otel_nginx_ebpf.analysis.tally import Row
 
@@ -7,16 +7,16 @@ _FIRST_WIDTH_NS = 100_000_000
 
 
 class Series:
-    """Rows of equal time, one after the other; where nothing came there is none."""
+    """Rows of equal length in time. A time without requests has no row."""
 
     def __init__(self) -> None:
         self.width_ns = _FIRST_WIDTH_NS
         self.start_unix_ns = 0
         self.rows: dict[int, Row] = {}
-        """By how many widths after the start."""
+        """The rows by their number, counted from the start."""
 
     def at(self, unix_ns: int) -> Row:
-        """The row of a time. What is before the first counts as first."""
+        """Returns the row of a time. A time before the start belongs to the first row."""
         if not self.rows:
             self.start_unix_ns = unix_ns
         slot = max(unix_ns - self.start_unix_ns, 0) // self.width_ns

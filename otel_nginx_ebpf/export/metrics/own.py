@@ -1,4 +1,4 @@
-"""OpenTelemetry metrics of all requests and of the program itself, to the collector or to a Prometheus server."""
+"""Sends metrics of all requests and of the program itself to the collector or to a Prometheus server."""
 
 import os
 import threading
@@ -25,20 +25,20 @@ from otel_nginx_ebpf.metrics.totals import RequestDurations
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.traces.losses import INCOMPLETE, LEFT_OUT, LOST, of_kind
 
-# How long sending what was measured last may take, at least and at most.
+# The time limit of the last transmission, at least and at most, in seconds.
 _END_MIN_S, _END_MAX_S = 1.0, 5.0
 _SECONDS = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 
 
 class Metrics:
-    """Measures until `shutdown`.
+    """Exports metrics until `shutdown`.
 
     Raises:
-        UserError: The address to listen at cannot be used, or an $OTEL_* variable has a value that the SDK refuses.
+        UserError: The listening address cannot be used, or an $OTEL_* variable has a value that the SDK refuses.
     """
 
     def __init__(self, settings: Settings, stats: Stats, resource: Resource) -> None:
-        """`resource` is that of requests whose nginx is not known."""
+        """Starts the export. `resource` belongs to requests whose nginx is not known."""
         readers: list[MetricReader] = []
         self.exemplars = Exemplars()
         requests = stats.durations, self.exemplars, Resources(resource)
@@ -53,15 +53,15 @@ class Metrics:
         _measure(self._provider, stats)
 
     def shutdown(self, timeout_s: float = _END_MAX_S) -> None:
-        """Sends what was measured last, for a few seconds at most."""
+        """Sends the last values. Takes a few seconds at most."""
         timeout_s = min(max(timeout_s, _END_MIN_S), _END_MAX_S)
-        # In a thread: the SDK's exporter has no time limit of its own for a collector that does not answer.
+        # In a thread: the SDK's exporter waits without limit for a collector that does not answer.
         last = threading.Thread(target=self._provider.shutdown, kwargs={"timeout_millis": timeout_s * 1e3}, daemon=True)
         last.start()
         last.join(timeout_s)
 
 
-# A message of so many points has some 2 MiB at most; a collector's gRPC server takes 4 by default.
+# A message of this many points has at most about 2 MiB. A collector's gRPC server accepts 4 MiB by default.
 _POINTS_MAX = 2000
 
 
@@ -77,7 +77,7 @@ def _to_collector(protocol: str, requests: OtlpRequestMetrics) -> MetricReader:
         kind = HttpExporter
 
     class WithRequests(kind):  # type: ignore[misc]
-        """Sends the requests' metrics, which no instrument of the SDK's has made, behind its own."""
+        """Appends the requests' metrics, which do not come from the SDK's instruments, to the SDK's metrics."""
 
         def export(
             self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any
@@ -88,7 +88,7 @@ def _to_collector(protocol: str, requests: OtlpRequestMetrics) -> MetricReader:
 
     try:
         return PeriodicExportingMetricReader(WithRequests(max_export_batch_size=_POINTS_MAX))
-    except Exception as error:  # Whatever the SDK raises here, a variable of the user's is the cause.
+    except Exception as error:  # The SDK raises arbitrary exceptions; a variable of the user is always the cause.
         raise UserError(f"OTEL_EXPORTER_OTLP_* for metrics over {protocol}: {error}") from error
 
 
@@ -110,7 +110,7 @@ def _to_prometheus(
     host, _, port = address.rpartition(":")
     try:
         start_http_server(int(port), host.removeprefix("[").removesuffix("]"))
-    except (OSError, OverflowError, UnicodeError) as error:  # a port over 65535, a host name that is none
+    except (OSError, OverflowError, UnicodeError) as error:  # the last two: a port over 65535, an invalid host name
         raise UserError(f"--metrics-listen {address}: {getattr(error, 'strerror', error)}") from error
     REGISTRY.register(requests)
     return WithRequests()

@@ -1,4 +1,4 @@
-"""Durations of all requests for a Prometheus server; a module of its own, as few need prometheus_client."""
+"""Shows the durations of all requests to a Prometheus server. A separate module, because few users need its imports."""
 
 from collections.abc import Iterator
 
@@ -13,12 +13,12 @@ from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
 from otel_nginx_ebpf.metrics.series import BOUNDS_S
 from otel_nginx_ebpf.metrics.totals import Measured, RequestDurations
 
-# Which nginx: what of its resource is on every series.
+# The resource attributes that identify an nginx. Every series has them.
 _INSTANCE = (SERVICE_NAME, SERVICE_INSTANCE_ID)
 
 
 class PrometheusRequestMetrics(Collector):
-    """Collected at each scrape. Exemplars are for those who accept OpenMetrics."""
+    """Collects the durations at each scrape. Only servers that accept OpenMetrics get exemplars."""
 
     def __init__(self, durations: RequestDurations, exemplars: Exemplars, resources: Resources) -> None:
         self._durations = durations

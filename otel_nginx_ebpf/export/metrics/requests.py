@@ -1,4 +1,4 @@
-"""Durations of all requests as OpenTelemetry histograms, with exemplars that lead to traces."""
+"""Turns the durations of all requests into OpenTelemetry histograms, with exemplars that point to traces."""
 
 import time
 
@@ -28,7 +28,7 @@ _SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__)
 
 
 class OtlpRequestMetrics:
-    """What to send of the requests' metrics."""
+    """Builds the messages with the requests' metrics."""
 
     def __init__(self, durations: RequestDurations, exemplars: Exemplars, resources: Resources) -> None:
         self._durations = durations
@@ -37,7 +37,7 @@ class OtlpRequestMetrics:
         self._sent_unix_ns = 0
 
     def collect(self) -> list[ResourceMetrics]:
-        """All that was counted, and the exemplars since the last call."""
+        """Returns all counts, and the exemplars since the last call."""
         now_unix_ns = time.time_ns()
         since_unix_ns, self._sent_unix_ns = self._sent_unix_ns, now_unix_ns
         by_instance: dict[int, dict[str, list[HistogramDataPoint]]] = {}
@@ -79,7 +79,7 @@ def _point(
         sum=sum_ns / 1e9,
         bucket_counts=buckets,
         explicit_bounds=BOUNDS_S,
-        min=None,  # type: ignore[arg-type]  # not known: optional in the protocol, and to the encoder
+        min=None,  # type: ignore[arg-type]  # not known; optional in the protocol and for the encoder
         max=None,  # type: ignore[arg-type]
         exemplars=exemplars,
     )

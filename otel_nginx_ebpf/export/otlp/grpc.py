@@ -1,4 +1,4 @@
-"""The official OTLP exporter over gRPC, given finished messages."""
+"""Sends finished messages with the official OTLP exporter over gRPC."""
 
 import logging
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from otel_nginx_ebpf.export.otlp.sender import Answer, ignore
 
 _METHOD = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 
-# OTLP specification, "OTLP/gRPC Response". The SDK would retry RESOURCE_EXHAUSTED also where the collector did not ask.
+# OTLP specification, "OTLP/gRPC Response". The SDK's set contains RESOURCE_EXHAUSTED, even if the collector did not ask
+# for a retry.
 _RETRYABLE = frozenset(
     {
         grpc.StatusCode.CANCELLED,
@@ -29,15 +30,18 @@ _RETRYABLE = frozenset(
     }
 )
 
-# What it would say, `report` is told.
+# `report` gets what the exporter would log.
 logging.getLogger("opentelemetry.exporter.otlp.proto.grpc.exporter").disabled = True
 
 
 def _retry_delay_s(error: grpc.RpcError) -> float | None:
-    """What the collector asks for in RetryInfo (google.rpc.Status in the trailing metadata), None where it does not."""
+    """Returns the delay in seconds that the collector asks for, or None.
+
+    The delay is a RetryInfo of the google.rpc.Status in the trailing metadata.
+    """
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
-            with suppress(DecodeError):  # whoever garbles it has not asked
+            with suppress(DecodeError):  # a damaged Status asks for nothing
                 for detail in Status.FromString(value).details:
                     info = RetryInfo()
                     if detail.Unpack(info):
@@ -46,7 +50,7 @@ def _retry_delay_s(error: grpc.RpcError) -> float | None:
 
 
 class _Refusal(grpc.RpcError):  # type: ignore[misc]
-    """An error as the SDK reads it: it looks for RetryInfo under a key of its own."""
+    """An error in the form that the SDK reads: it looks for RetryInfo under a different key."""
 
     def __init__(self, error: grpc.RpcError, retry_delay_s: float | None) -> None:
         self.code: Callable[[], grpc.StatusCode] = error.code
@@ -62,7 +66,7 @@ class _Refusal(grpc.RpcError):  # type: ignore[misc]
 
 
 class _Stub:
-    """TraceService's stub, but for messages that are bytes already."""
+    """A stub of TraceService that takes serialized messages."""
 
     def __init__(self, channel: grpc.Channel, sender: "GrpcSender") -> None:
         self._export = channel.unary_unary(
@@ -80,7 +84,7 @@ class _Stub:
 
 
 class GrpcSender(OTLPSpanExporter):
-    """See `Sender`."""
+    """A `Sender` over gRPC."""
 
     def __init__(self) -> None:
         self.report: Callable[[str], None] = ignore
@@ -106,11 +110,11 @@ class GrpcSender(OTLPSpanExporter):
         if self.export(cast(Any, message)) is SpanExportResult.SUCCESS:
             rejected = self.response.partial_success.rejected_spans if self.response else 0
             return Answer(delivered=True, rejected_spans=rejected)
-        if self.refusal is None:  # shut down
+        if self.refusal is None:  # the exporter is shut down
             return Answer(retry=True)
         code, delay_s = self.refusal.code(), self.refusal.retry_delay_s
         if code is grpc.StatusCode.DEADLINE_EXCEEDED and not self._shutdown:
-            # Nobody may be at the other end any more; gRPC would not try another connection for a quarter of an hour.
+            # The collector may be gone without having closed the connection. gRPC would keep it for 15 minutes.
             self._channel.close()
             self._initialize_channel_and_stub()
         asked = code is grpc.StatusCode.RESOURCE_EXHAUSTED and delay_s is not None

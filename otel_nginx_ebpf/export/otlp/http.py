@@ -1,4 +1,4 @@
-"""The official OTLP exporter over HTTP, given finished messages."""
+"""Sends finished messages with the official OTLP exporter over HTTP."""
 
 import logging
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from otel_nginx_ebpf.export.otlp.sender import Answer, ignore
 
-# What they would say, `report` is told.
+# `report` gets what the exporter would log.
 logging.getLogger("opentelemetry.exporter.otlp.proto.http").disabled = True
 logging.getLogger(OTLPSpanExporter.__module__).disabled = True
 
-# OTLP specification, "OTLP/HTTP Response". Every other status but success refuses the message for good.
+# OTLP specification, "OTLP/HTTP Response". Every other status except success means: do not send the message again.
 _RETRYABLE = frozenset({429, 502, 503, 504})
 
 
 class _Transport(BaseHTTPTransport):
-    """The exporter's own transport; tells what came back."""
+    """Wraps the exporter's own transport and gives its results to the sender."""
 
     def __init__(self, transport: BaseHTTPTransport, sender: "HttpSender") -> None:
         self._transport = transport
@@ -43,7 +43,7 @@ class _Transport(BaseHTTPTransport):
 
 
 class HttpSender(OTLPSpanExporter):
-    """See `Sender`."""
+    """A `Sender` over HTTP."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class HttpSender(OTLPSpanExporter):
         self.result = None
         self._client.export(message)
         result = self.result
-        if result is None:  # shut down
+        if result is None:  # the exporter is shut down
             return Answer(retry=True)
         if result.error is not None:
             return Answer(retry=self._client._transport.is_connection_error(result.error))
         status = result.status_code or 0
-        # The SDK takes a redirect, which it does not follow, for a success.
+        # The SDK does not follow a redirect, but treats it as success.
         if 200 <= status < 300:
             return Answer(delivered=True, rejected_spans=_rejected_spans(result))
         return Answer(retry=status in _RETRYABLE, wait_s=_extract_retry_after(result) or 0)
@@ -72,5 +72,5 @@ class HttpSender(OTLPSpanExporter):
 def _rejected_spans(result: BaseHTTPResult) -> int:
     try:
         return ExportTraceServiceResponse.FromString(result.content()).partial_success.rejected_spans
-    except DecodeError:  # Whoever says 200 has taken it, whatever else he says.
+    except DecodeError:  # the status was 200, so the message is delivered even if the body is damaged
         return 0

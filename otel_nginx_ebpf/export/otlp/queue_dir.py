@@ -1,7 +1,7 @@
-"""Messages that wait on disk while the collector does not take them, and outlive the program.
+"""Stores messages on disk while the collector does not accept them. They outlive the program.
 
-One file a message: an ExportTraceServiceRequest, compressed by gzip, whose checksum tells whether it is whole. The name
-has its place in the queue and how many traces and spans it has.
+Each message is a file: an ExportTraceServiceRequest, compressed by gzip, whose checksum tells whether the file is
+complete. The file's name holds the message's place in the queue and its numbers of traces and spans.
 """
 
 import fcntl
@@ -34,10 +34,10 @@ class Stored(NamedTuple):
 
 
 class QueueDir:
-    """A directory of messages, used by one program at a time. One thread at a time stores; any may do the rest.
+    """A directory of messages. Only one program at a time may use it. Only one thread at a time may call `store`.
 
     Raises:
-        UserError: It cannot be used, or another program uses it.
+        UserError: The directory cannot be used, or another program uses it.
     """
 
     def __init__(self, directory: Path, bytes_max: int) -> None:
@@ -63,13 +63,13 @@ class QueueDir:
         self._left_behind = [Stored(path, int(match[2]), int(match[3])) for path, match in matches]
 
     def left_behind(self) -> Iterator[Stored]:
-        """What an earlier run did not deliver, oldest first."""
+        """Yields the messages that an earlier run did not deliver, oldest first."""
         yield from self._left_behind
 
     def store(self, message: bytes, traces: int, spans: int) -> Stored | None:
-        """Writes a message behind the others. None where there is no room, or the disk does not take it."""
+        """Writes a message to the end of the queue. Returns None if there is no room or the disk refuses the file."""
         packed = gzip.compress(message, _FASTEST, mtime=0)
-        problem = f"its {self._bytes_max >> 20} MiB are full" if self.bytes + len(packed) > self._bytes_max else ""
+        problem = f"full ({self._bytes_max >> 20} MiB)" if self.bytes + len(packed) > self._bytes_max else ""
         path = self._directory / f"{self._next:012}-{traces}-{spans}.otlp.gz"
         unfinished = path.with_suffix(".new")
         if not problem:
@@ -79,11 +79,11 @@ class QueueDir:
                 unfinished.rename(path)
             except OSError as error:
                 problem = str(error.strerror)
-                with suppress(OSError):  # a disk that has become read-only refuses that, too
+                with suppress(OSError):  # a disk that has become read-only refuses this too
                     unfinished.unlink()
         if problem:
             if not self._full:
-                logger.warning("--queue-dir %s: %s; what comes waits in memory", self._directory, problem)
+                logger.warning("--queue-dir %s: %s; new traces wait in memory", self._directory, problem)
             self._full = True
             return None
         self._full = False
@@ -92,14 +92,14 @@ class QueueDir:
         return Stored(path, traces, spans)
 
     def load(self, stored: Stored) -> bytes | None:
-        """A stored message. None where it is damaged: then its file is set aside, as `*.damaged`, and logged.
+        """Reads a stored message. If its file is damaged, renames the file to `*.damaged`, logs that and returns None.
 
         Raises:
-            OSError: It cannot be read now (too many open files, a disk that fails); logged once.
+            OSError: The file cannot be read now (too many open files, a failing disk); logged once.
         """
         try:
             packed = stored.path.read_bytes()
-            if not packed:  # no gzip stream at all is to Python one of nothing
+            if not packed:  # an empty file would decompress to an empty message without an error
                 raise EOFError("it is empty")
             return gzip.decompress(packed)
         except (FileNotFoundError, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -108,16 +108,16 @@ class QueueDir:
                 stored.path.rename(aside)
             except OSError:
                 aside = stored.path
-            logger.error("--queue-dir: a damaged file, set aside as %s: %s", aside, error)
+            logger.error("--queue-dir: a file is damaged and kept as %s: %s", aside, error)
             return None
         except OSError as error:
             if stored.path not in self._unreadable:
                 self._unreadable.add(stored.path)
-                logger.warning("--queue-dir: cannot read %s now, will try again: %s", stored.path, error.strerror)
+                logger.warning("--queue-dir: cannot read %s now, will retry: %s", stored.path, error.strerror)
             raise
 
     def forget(self, stored: Stored) -> None:
-        """Removes a message that needs no keeping any more."""
+        """Removes a message that is no longer needed."""
         try:
             size = stored.path.stat().st_size
             stored.path.unlink()
@@ -131,5 +131,5 @@ class QueueDir:
             self.bytes += size
 
     def close(self) -> None:
-        """Lets another program use the directory."""
+        """Releases the directory for other programs."""
         os.close(self._lock)

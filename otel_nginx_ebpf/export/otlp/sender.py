@@ -1,4 +1,4 @@
-"""What both ways to a collector have in common: a finished message goes out, an answer comes back."""
+"""The interface to a collector over gRPC or HTTP: send a finished message, get an answer."""
 
 import os
 from collections.abc import Callable
@@ -11,51 +11,51 @@ from otel_nginx_ebpf.process.handover import otlp_file_variables
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of a message. One that is neither delivered nor to be retried is refused for good."""
+    """The result of sending a message. If neither `delivered` nor `retry` is set, the collector refuses the message."""
 
     delivered: bool = False
     retry: bool = False
     wait_s: float = 0
-    """Before the next try, as the collector asked; 0: it did not say."""
+    """The delay before the next try that the collector asked for; 0 if it did not ask."""
     rejected_spans: int = 0
-    """Of a message that was delivered (partial success)."""
+    """The spans of a delivered message that the collector rejected (partial success)."""
 
 
 class Sender(Protocol):
-    """An official exporter, given finished messages: TLS, headers, compression, timeouts and retries stay its own."""
+    """Sends finished messages with an official exporter, which does TLS, headers, compression, timeouts and retries."""
 
     report: Callable[[str], None]
-    """Called with what went wrong, at once and each time; whoever uses the sender sets it."""
+    """Called at once with a description of each failure. The user of the sender sets it."""
 
     def send(self, message: bytes) -> Answer:
-        """Sends an ExportTraceServiceRequest, for as long as $OTEL_EXPORTER_OTLP_TIMEOUT says, retries included."""
+        """Sends an ExportTraceServiceRequest. $OTEL_EXPORTER_OTLP_TIMEOUT limits the time, including retries."""
 
     def hasten(self) -> None:
-        """From now on a `send` is one try; ends the pause of one in another thread."""
+        """Limits each `send` to a single try from now on. Ends the pause of a `send` in another thread."""
 
     def shutdown(self) -> None:
-        """Ends a `send` in another thread, too."""
+        """Closes the sender. Also ends a `send` in another thread."""
 
 
 def ignore(problem: str) -> None:
-    """Reports to nobody."""
+    """Ignores a report."""
 
 
 def make_sender(protocol: str) -> Sender:
-    """The official exporter for `grpc` or `http/protobuf`, configured by the $OTEL_EXPORTER_OTLP_* variables.
+    """Returns the sender for `grpc` or `http/protobuf`, configured by the $OTEL_EXPORTER_OTLP_* variables.
 
     Raises:
-        UserError: One of them has a value that the exporter refuses, or names a file that cannot be read.
+        UserError: A variable has a value that the exporter refuses, or names a file that cannot be read.
     """
     # gRPC's exporter would log a traceback and go on without the file, HTTP's would fail at every export.
     for variable in otlp_file_variables("TRACES"):
         path = os.environ.get(variable)
         if path and not os.access(path, os.R_OK):
             raise UserError(f"{variable}: cannot read the file {path}")
-    # gRPC's C library reports each lost connection on stderr by itself; we say it in one line.
+    # gRPC's C library writes each lost connection to stderr. This program reports it in one line.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        # Only what is chosen: gRPC takes 10 MB.
+        # Import only the chosen sender: gRPC takes 10 MB.
         if protocol == "grpc":
             from otel_nginx_ebpf.export.otlp.grpc import GrpcSender
 
@@ -63,5 +63,5 @@ def make_sender(protocol: str) -> Sender:
         from otel_nginx_ebpf.export.otlp.http import HttpSender
 
         return HttpSender()
-    except Exception as error:  # Whatever the SDK raises here, a variable of the user's is the cause.
+    except Exception as error:  # The SDK raises arbitrary exceptions; a variable of the user is always the cause.
         raise UserError(f"OTEL_EXPORTER_OTLP_* for {protocol}: {error}") from error
