@@ -9,7 +9,6 @@
 
 #define MILLISECOND_NS 1000000
 #define NEEDED_STEP_NS (100 * MILLISECOND_NS) /* workers share it: it is to be written now and then */
-#define HTTP_VERSION_3 3000
 #define SPARED_STEP 64 /* workers count by themselves, and together in steps: a counter they share is slow */
 
 /* A request needs, or will need, the probe that marks its beginning. */

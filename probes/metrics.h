@@ -24,12 +24,6 @@ enum duration_bound_ms {
     BOUND_13 = 10000,
 };
 
-/* nginx's r->method is a bit, 1 where it does not know the method. Of those that the conventions know as well: */
-enum unknown_method {
-    METHOD_CONNECT = 65536,   /* as nginx says from 1.21.1 on */
-    METHOD_QUERY = 1073741824,
-};
-
 enum metrics_limit {
     SERIES_MAX = 16384,       /* of each kind, of all workers */
     NAMES_MAX = 8192,

@@ -20,26 +20,26 @@ static __always_inline u8 keep(const struct request_record *record)
 
 #define METHOD_BYTES_MAX 16 /* with the space behind it; a longer one is as nginx has it */
 
-/* ngx_http_request.h, by the method's text as a little-endian number. */
+/* By the method's text as a little-endian number; 1: another. */
 static __always_inline u32 method_of_text(u64 text)
 {
     switch (text) {
     case 0x544547: /* GET */
-        return 0x2;
+        return METHOD_GET;
     case 0x44414548: /* HEAD */
-        return 0x4;
+        return METHOD_HEAD;
     case 0x54534f50: /* POST */
-        return 0x8;
+        return METHOD_POST;
     case 0x545550: /* PUT */
-        return 0x10;
+        return METHOD_PUT;
     case 0x4554454c4544: /* DELETE */
-        return 0x20;
+        return METHOD_DELETE;
     case 0x534e4f4954504f: /* OPTIONS */
-        return 0x200;
+        return METHOD_OPTIONS;
     case 0x4843544150: /* PATCH */
-        return 0x4000;
+        return METHOD_PATCH;
     case 0x4543415254: /* TRACE */
-        return 0x8000;
+        return METHOD_TRACE;
     }
     return 1;
 }
@@ -68,7 +68,7 @@ static __always_inline void find_method(struct process *process, struct request_
             number |= (u64)text[i] << (8 * i);
         bytes = i + 1;
     }
-    if (!bytes || bytes == METHOD_BYTES_MAX || (bytes == name->len && record->method != 0x2))
+    if (!bytes || bytes == METHOD_BYTES_MAX || (bytes == name->len && record->method != METHOD_GET))
         return;
     u32 method = method_of_text(bytes <= 8 ? number : 0);
     if (method == record->method)
@@ -83,7 +83,7 @@ static __always_inline u64 asked_version(struct process *process, u64 http_versi
 {
     struct ngx_str *protocol = (struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__http_protocol);
     u64 text = 0;
-    if (http_version != 9 || protocol->len != sizeof(text)
+    if (http_version != HTTP_VERSION_0_9 || protocol->len != sizeof(text)
         || bpf_probe_read_user(&text, sizeof(text), (void *)protocol->data) != 0 || (text & 0xff00ffffffffffULL) != 0x2e002f50545448ULL)
         return http_version;
     return ((text >> 40 & 0xff) - '0') * 1000 + ((text >> 56) - '0');

@@ -20,10 +20,9 @@ from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURAT
 
 from otel_nginx_ebpf.metrics.totals import OVERFLOW, Series
 from otel_nginx_ebpf.traces.abi import CStruct, c_enum
-from otel_nginx_ebpf.traces.record import ENDINGS, OUTCOMES, Request, http_status
+from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, METHODS, OUTCOMES, Request, http_status
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.spans import (
-    HTTP_VERSIONS,
     NGINX_SERVER_NAME,
     NGINX_UPSTREAM_NAME,
     exchange_error,
@@ -45,18 +44,6 @@ BOUNDS_S = tuple(bound / 1e9 for bound in _BOUNDS_NS)
 """Upper bounds of the buckets but the last."""
 COUNTS = struct.Struct(f"<{len(_BOUNDS_NS) + 2}Q")
 
-# ngx_http_request.h
-_METHODS = {
-    0x2: "GET",
-    0x4: "HEAD",
-    0x8: "POST",
-    0x10: "PUT",
-    0x20: "DELETE",
-    0x200: "OPTIONS",
-    0x4000: "PATCH",
-    0x8000: "TRACE",
-    **{bit: name.removeprefix("METHOD_") for name, bit in c_enum("unknown_method", _HEADER_TEXT).items()},
-}
 _OTHER_METHOD = "_OTHER"
 
 NameOf = Callable[[int, int], str | None]
@@ -120,7 +107,7 @@ def _client(
 
 
 def _method(bit: int) -> str | None:
-    return _METHODS.get(bit, _OTHER_METHOD) if bit else None
+    return METHODS.get(bit, _OTHER_METHOD) if bit else None
 
 
 def of_server_key(key: bytes, name_of: NameOf) -> Series:

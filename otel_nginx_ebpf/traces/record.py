@@ -48,6 +48,11 @@ _KEPT_SECTION_BYTES_MAX = 1024
 
 ENDINGS = {value: name.removeprefix("ENDED_").lower() for name, value in c_enum("ending").items() if value}
 OUTCOMES = {value: name.removeprefix("OUTCOME_").lower() for name, value in c_enum("outcome").items() if value}
+METHODS = {bit: name.removeprefix("METHOD_") for name, bit in c_enum("method").items()}
+"""By nginx's bit, the methods that the semantic conventions know: RFC 9110, PATCH (RFC 5789) and QUERY."""
+HTTP_VERSIONS = {
+    number: name.removeprefix("HTTP_VERSION_").replace("_", ".") for name, number in c_enum("http_version").items()
+}
 _KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("kept").items() if value}
 
 _WORKER_PID = struct.Struct("<I")

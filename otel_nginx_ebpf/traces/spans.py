@@ -33,7 +33,7 @@ from opentelemetry.semconv.attributes import (
 from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
-from otel_nginx_ebpf.traces.record import Attempt, Request, http_status
+from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, METHODS, Attempt, Request, http_status
 from otel_nginx_ebpf.traces.sockaddr import Address, parse, parse_peer
 from otel_nginx_ebpf.traces.trace_state import canonical
 
@@ -60,8 +60,7 @@ NGINX_UPSTREAM_TTFB = "nginx.upstream.time_to_first_byte_ns"
 NGINX_SUBREQUEST_URI = "nginx.subrequest.uri"
 NGINX_WORKER_PID = "nginx.worker.pid"
 
-# Semantic conventions, http.request.method: RFC 9110, PATCH (RFC 5789) and QUERY.
-_KNOWN_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"})
+_KNOWN_METHODS = frozenset(METHODS.values())
 
 # Semantic conventions, url.query: values to redact by default.
 _SENSITIVE = re.compile(
@@ -70,7 +69,6 @@ _SENSITIVE = re.compile(
 )
 
 _GATEWAY_TIMEOUT = 504
-HTTP_VERSIONS = {9: "0.9", 1000: "1.0", 1001: "1.1", 2000: "2", 3000: "3"}
 
 # Endings that are the server side's fault: a response that was not whole is an error, whatever its status (semantic
 # conventions, HTTP spans, Status).
