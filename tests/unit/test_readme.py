@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from otel_nginx_ebpf.settings import sources
-from otel_nginx_ebpf.traces import spans
+from otel_nginx_ebpf.traces import attributes
 from otel_nginx_ebpf.traces.abi import c_enum
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +21,7 @@ def test_settings(name: str) -> None:
     assert re.findall(r"`(OTEL_\w+)", row[1]) == list(sources.variables(name))
 
 
-@pytest.mark.parametrize("name", sorted(value for key, value in vars(spans).items() if key.startswith("NGINX_")))
+@pytest.mark.parametrize("name", sorted(value for key, value in vars(attributes).items() if key.startswith("NGINX_")))
 def test_attributes(name: str) -> None:
     assert f"`{name}`" in README
 
