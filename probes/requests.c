@@ -8,14 +8,12 @@ static __always_inline void learn_core_module_index(struct process *process, u64
 }
 
 /* Why a request that the sampler left out is sent all the same. KEPT_SAMPLED: it is not. */
-static __always_inline u8 keep(const struct request_record *record)
+static __always_inline u8 keep(const struct process *process, const struct request_record *record)
 {
     u64 status = final_status(record);
     if (KEEP_ERRORS && status >= 500 && status < 600) /* beyond it is what modules make up */
         return KEPT_ERROR;
-    u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
-    u64 took_ns = (record->ends_with_write ? record->last_write_ns : record->ended_ns) - began_ns;
-    return KEEP_SLOWER_THAN_NS && took_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
+    return KEEP_SLOWER_THAN_NS && process->request_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
 }
 
 #define METHOD_BYTES_MAX 16 /* with the space behind it; a longer one is as nginx has it */
@@ -215,8 +213,15 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     find_unseen(process, record);
     record->ending = ending_of(process, socket, record, process->main_outcome, load_address);
     record->ends_with_write = ends_with_write(process, socket, record, load_address);
-    EACH(i, taken, ATTEMPTS_TAKEN_MAX)
+    if (TIMES_REQUESTS)
+        process->last_end_ns = read_end_ns(record);
+    EACH(i, taken, ATTEMPTS_TAKEN_MAX) { /* one loop: of two, the verifier would not see the end */
         conclude(process, record, attempt_of(process, i));
+        if (TIMES_REQUESTS)
+            process->exchange_ns[i] = exchange_ns(attempt_of(process, i), &process->last_end_ns);
+    }
+    if (TIMES_REQUESTS)
+        process->request_ns = request_ns(record, process->last_end_ns);
 
 #if ADOPT_UPSTREAM_CONTEXT
     adopt_trace(process);
@@ -227,7 +232,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->trace_flags = trace->flags;
     record->kept = KEPT_SAMPLED;
     if (!trace->sampled) {
-        record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(record);
+        record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(process, record);
         if (record->kept == KEPT_SAMPLED) {
             forget_attempts(&attempt_key, taken);
             count_loss(NOT_SAMPLED);

@@ -18,6 +18,8 @@
 #define SOCKETS_MAX 65536
 #define FLUSHES_MAX 16384
 
+#define TIMES_REQUESTS (REQUEST_METRICS || KEEP_SLOWER_THAN_NS) /* the kernel is to know how long they took */
+
 /* Room for a bulk read of the struct; the largest of nginx 1.14-1.31 is 1,560 bytes. */
 #define REQUEST_BYTES_MAX 2048
 
@@ -117,10 +119,11 @@ struct process {
     u64 next_seen;
     u64 main_tls;                              /* that attempt's */
     u64 main_outcome;                          /* enum outcome, of the main request's last attempt */
+    u64 exchange_ns[ATTEMPTS_MAX];             /* 0: the attempt had none. This and the next two: if TIMES_REQUESTS */
+    u64 last_end_ns;
+    u64 request_ns;
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];
-    u64 exchange_end_ns[ATTEMPTS_MAX];
-    u64 last_end_ns;
     u64 method;
     struct duration_name name;
     struct client_key client_key;
