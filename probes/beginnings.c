@@ -10,7 +10,6 @@
 
 #define MILLISECOND_NS 1000000
 #define NEEDED_STEP_NS (100 * MILLISECOND_NS) /* all workers share the time, so it is written only once in a while */
-#define HTTP_VERSION_3 3000
 #define SPARED_STEP 64 /* a counter shared by all workers is slow, so each worker adds to it in steps */
 
 /* Notes that a request needs, or will need, the probe that marks its beginning. */

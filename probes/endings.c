@@ -78,7 +78,6 @@ static __always_inline bool did_client_leave(struct process *process, struct soc
 }
 
 #define HEADER_SIZE (OFFSET_ngx_http_request_s__request_length - 8) /* header_size, request_length */
-#define METHOD_HEAD 4
 
 /* Whether the response was out before nginx gave up: it waited for the rest of the request, or a mirror. */
 static __always_inline bool had_answered(struct process *process, const struct request_record *record, u64 status)

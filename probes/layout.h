@@ -250,9 +250,7 @@ static __always_inline void look_at_headers(struct layout_look *look, u8 *reques
     expect(look, !header_in || buffered, FACT_HEADER_IN);
 }
 
-#define METHOD_IS_CONNECT 0x10000
 #define METHODS_END 0x1000000
-#define VERSION_IS_2 2000
 #define HTTP_TEXT 0x50545448
 
 static __always_inline void look_at_request_line(struct layout_look *look, u8 *request)
@@ -278,14 +276,15 @@ static __always_inline void look_at_request_line(struct layout_look *look, u8 *r
     expect(look, FOLLOWS(ngx_http_request_s, unparsed_uri, 16, method_name)
                && FOLLOWS(ngx_http_request_s, method_name, 16, http_protocol), FACT_REQUEST_LINE);
     expect(look, method && method < METHODS_END && !(method & (method - 1)), FACT_REQUEST_LINE);
-    expect(look, version == 9 || version / 100 == 10 || version == VERSION_IS_2 || version == 3000, FACT_REQUEST_LINE);
+    expect(look, version == HTTP_VERSION_0_9 || version / 100 == 10 || version == HTTP_VERSION_2
+               || version == HTTP_VERSION_3, FACT_REQUEST_LINE);
     /* nginx overwrites the version with 9 for post_action, and for a peer that sends no header */
-    expect(look, version == 9 || (version == VERSION_IS_2) == (OF_R(u64, stream) != 0), FACT_REQUEST_LINE);
+    expect(look, version == HTTP_VERSION_0_9 || (version == HTTP_VERSION_2) == (OF_R(u64, stream) != 0), FACT_REQUEST_LINE);
     expect(look, is_method_name(name[0], name[1]), FACT_REQUEST_LINE);
     expect(look, is_text(line[0], line[1]) && is_text(uri[0], uri[1]), FACT_REQUEST_LINE);
     u8 first = unparsed[0] && is_pointer(unparsed[1]) ? byte_at(unparsed[1]) : '/';
     /* for "http://host?arguments" the URI begins with the arguments */
-    expect(look, first == '/' || first == '?' || first == '*' || method == METHOD_IS_CONNECT, FACT_REQUEST_LINE);
+    expect(look, first == '/' || first == '?' || first == '*' || method == METHOD_CONNECT, FACT_REQUEST_LINE);
     expect(look, is_text(unparsed[0], unparsed[1]), FACT_REQUEST_LINE);
     bpf_probe_read_user(&http, sizeof(http), (void *)protocol[1]);
     expect(look, is_text(protocol[0], protocol[1]) && (!protocol[0] || http == HTTP_TEXT), FACT_REQUEST_LINE);

@@ -2,7 +2,7 @@
  * Durations of all requests and upstream exchanges, counted by series when a request ends, whatever is sampled.
  *
  * A program of its own, by tail call from the one that made the record: together they would be more than the verifiers of
- * older kernels follow. What it measures is what spans.py makes of the same record: change both.
+ * older kernels follow. That one also found out how long the request and its exchanges took (metrics.h).
  */
 
 #if REQUEST_METRICS
@@ -147,28 +147,6 @@ static __always_inline void measure_exchange(
         count_loss(NOT_MEASURED);
 }
 
-static __always_inline void ends_at(struct process *process, u64 begin_ns, u64 end_ns)
-{
-    if (end_ns > begin_ns && end_ns > process->last_end_ns)
-        process->last_end_ns = end_ns;
-}
-
-static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt)
-{
-    u64 end_ns = attempt->connect_failed_ns;
-    if (attempt->connect_msec != -1ULL && attempt->connected_ns)
-        end_ns = attempt->connected_ns;
-    return end_ns ? end_ns : attempt->ended_ns;
-}
-
-/* 0: there was no exchange. */
-static __always_inline u64 exchange_end_ns(const struct upstream_attempt *attempt)
-{
-    if (attempt->connect_msec == -1ULL || !attempt->first_write_ns)
-        return 0;
-    return attempt->ends_with_read ? attempt->last_read_ns : attempt->ended_ns;
-}
-
 /* The request whose record was just made. */
 int measure_request(struct pt_regs *ctx)
 {
@@ -182,26 +160,13 @@ int measure_request(struct pt_regs *ctx)
     u64 status = final_status(record);
     u32 method = measured_method(process, record->method);
 
-    u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
-    process->last_end_ns = record->last_read_ns > record->created_ns ? record->last_read_ns : record->created_ns;
     u32 taken = record->attempts;
-    EACH(i, taken, ATTEMPTS_MAX) {
-        struct upstream_attempt *attempt = attempt_of(process, i);
-        if (attempt->connect_start_ns)
-            ends_at(process, attempt->connect_start_ns, connect_end_ns(attempt));
-        process->exchange_end_ns[i] = exchange_end_ns(attempt);
-        ends_at(process, attempt->first_write_ns, process->exchange_end_ns[i]);
-    }
     process->method = method;
     EACH(i, taken, ATTEMPTS_MAX) {
-        struct upstream_attempt *attempt = attempt_of(process, i);
-        if (process->exchange_end_ns[i] > attempt->first_write_ns)
-            measure_exchange(process, attempt, i, process->exchange_end_ns[i] - attempt->first_write_ns);
+        if (process->exchange_ns[i])
+            measure_exchange(process, attempt_of(process, i), i, process->exchange_ns[i]);
     }
 
-    u64 end_ns = record->ended_ns;
-    if (record->ends_with_write)
-        end_ns = record->last_write_ns > process->last_end_ns ? record->last_write_ns : process->last_end_ns;
     struct server_series series = {
         .tgid = tgid,
         .method = method,
@@ -215,7 +180,7 @@ int measure_request(struct pt_regs *ctx)
     };
     struct durations *durations = server_durations_of(process, &series);
     if (durations)
-        add_duration(durations, end_ns > began_ns ? end_ns - began_ns : 0);
+        add_duration(durations, process->request_ns);
     else
         count_loss(NOT_MEASURED);
     return 0;

@@ -1,7 +1,8 @@
 /*
- * The keys and values of the maps of metrics.c, which count the durations of all requests in the kernel, sampled or not.
+ * How long a request and its exchanges took; and the keys and values of the maps of metrics.c, which count the durations of all
+ * requests in the kernel, sampled or not.
  *
- * This file is their only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py parses record.h.
+ * This file is the maps' only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py parses record.h.
  * A value is the sum of the durations in nanoseconds (u64), then a count (u64) for each bucket of `duration_bound_ms`, then a
  * count for durations above all bounds.
  */
@@ -23,12 +24,6 @@ enum duration_bound_ms {
     BOUND_11 = 5000,
     BOUND_12 = 7500,
     BOUND_13 = 10000,
-};
-
-/* nginx's r->method is a bit; 1 means an unknown method. These are methods that the conventions know but not every nginx: */
-enum unknown_method {
-    METHOD_CONNECT = 65536,   /* nginx's own bit since 1.21.1 */
-    METHOD_QUERY = 1073741824,
 };
 
 enum metrics_limit {
@@ -70,3 +65,54 @@ struct duration_name_key {
     __u32 reserved;
     __u64 configuration;      /* one of the pointers above */
 };
+
+/* How long a request and its exchanges took: the rules of otel_nginx_ebpf/traces/phases.py, where a phase has a length. The test
+ * tests/unit/test_phases.py holds one to the other. */
+
+static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt)
+{
+    u64 end_ns = attempt->connect_failed_ns;
+    if (attempt->connect_msec != -1ULL && attempt->connected_ns)
+        end_ns = attempt->connected_ns;
+    return end_ns ? end_ns : attempt->ended_ns;
+}
+
+/* 0: there was no exchange. */
+static __always_inline u64 exchange_end_ns(const struct upstream_attempt *attempt)
+{
+    if (attempt->connect_msec == -1ULL || !attempt->first_write_ns)
+        return 0;
+    return attempt->ends_with_read ? attempt->last_read_ns : attempt->ended_ns;
+}
+
+static __always_inline void ends_at(u64 *last_end_ns, u64 start_ns, u64 end_ns)
+{
+    if (end_ns > start_ns && end_ns > *last_end_ns)
+        *last_end_ns = end_ns;
+}
+
+/* When a request's phases ended so far, without an attempt. */
+static __always_inline u64 read_end_ns(const struct request_record *record)
+{
+    return record->last_read_ns > record->created_ns ? record->last_read_ns : record->created_ns;
+}
+
+/* How long an attempt's exchange took; 0: there was none. Moves `last_end_ns` to the end of its phases, if that is later. */
+static __always_inline u64 exchange_ns(const struct upstream_attempt *attempt, u64 *last_end_ns)
+{
+    u64 end_ns = exchange_end_ns(attempt);
+    if (attempt->connect_start_ns)
+        ends_at(last_end_ns, attempt->connect_start_ns, connect_end_ns(attempt));
+    ends_at(last_end_ns, attempt->first_write_ns, end_ns);
+    return end_ns > attempt->first_write_ns ? end_ns - attempt->first_write_ns : 0;
+}
+
+/* How long a request took. `last_end_ns`: when its last phase ended, not looking at the downstream write. */
+static __always_inline u64 request_ns(const struct request_record *record, u64 last_end_ns)
+{
+    u64 start_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
+    u64 end_ns = record->ended_ns;
+    if (record->ends_with_write)
+        end_ns = record->last_write_ns > last_end_ns ? record->last_write_ns : last_end_ns;
+    return end_ns > start_ns ? end_ns - start_ns : 0;
+}

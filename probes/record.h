@@ -54,6 +54,29 @@ enum kept {
     KEPT_SLOW = 2,
 };
 
+/* request_record.method: nginx's bits of the methods that the semantic conventions know (ngx_http_request.h). */
+enum method {
+    METHOD_GET = 2,
+    METHOD_HEAD = 4,
+    METHOD_POST = 8,
+    METHOD_PUT = 16,
+    METHOD_DELETE = 32,
+    METHOD_OPTIONS = 512,
+    METHOD_PATCH = 16384,
+    METHOD_TRACE = 32768,
+    METHOD_CONNECT = 65536,   /* since nginx 1.21.1; before, r->method is 1, as for every method that nginx does not know */
+    METHOD_QUERY = 1073741824,
+};
+
+/* request_record.http_version: nginx's numbers. */
+enum http_version {
+    HTTP_VERSION_0_9 = 9,
+    HTTP_VERSION_1_0 = 1000,
+    HTTP_VERSION_1_1 = 1001,
+    HTTP_VERSION_2 = 2000,
+    HTTP_VERSION_3 = 3000,
+};
+
 /* Index into the `loss_counts` map. LOST causes lose a whole trace; PARTIAL causes lose a part of a trace. */
 enum loss {
     LOST_RING_BUFFER_FULL = 0,
@@ -124,7 +147,7 @@ struct request_record {
     __s64 bytes_sent;         /* $bytes_sent, in bytes */
     __u64 nginx_start_sec;    /* r->start_sec, r->start_msec: nginx's own cached Unix clock */
     __u64 nginx_start_msec;
-    __u64 http_version;       /* 9, 1000, 1001, 2000, 3000 */
+    __u64 http_version;       /* enum http_version */
     __u64 err_status;         /* r->err_status and r->headers_out.status, which decide $status */
     __u64 out_status;
     __u32 worker_pid;
@@ -133,7 +156,7 @@ struct request_record {
     __u8 multiplexed;         /* a stream of HTTP/2 or HTTP/3, which shares its socket */
     __u8 attempts;
     __u8 attempts_lost;       /* the number of the main request's elements above ATTEMPTS_MAX, at most 255 */
-    __u32 method;             /* r->method, a bit (NGX_HTTP_GET, …). Must agree with STRING_METHOD */
+    __u32 method;             /* r->method: enum method, or another bit. Must agree with STRING_METHOD */
     __u32 requests_seen;      /* requests on this connection since its accept; must agree with connection_requests; 0: unknown */
     __u8 trace_flags;         /* W3C trace-flags of the spans; bit 0, sampled, is this program's decision */
     __u8 kept;

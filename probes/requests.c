@@ -8,38 +8,36 @@ static __always_inline void learn_core_module_index(struct process *process, u64
 }
 
 /* Why a request that the sampler left out is sent all the same. KEPT_SAMPLED: it is not. */
-static __always_inline u8 keep(const struct request_record *record)
+static __always_inline u8 keep(const struct process *process, const struct request_record *record)
 {
     u64 status = final_status(record);
     if (KEEP_ERRORS && status >= 500 && status < 600) /* beyond it is what modules make up */
         return KEPT_ERROR;
-    u64 began_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;
-    u64 took_ns = (record->ends_with_write ? record->last_write_ns : record->ended_ns) - began_ns;
-    return KEEP_SLOWER_THAN_NS && took_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
+    return KEEP_SLOWER_THAN_NS && process->request_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
 }
 
 #define METHOD_BYTES_MAX 16 /* with the space behind it; a longer one is as nginx has it */
 
-/* ngx_http_request.h, by the method's text as a little-endian number. */
+/* By the method's text as a little-endian number; 1: another. */
 static __always_inline u32 method_of_text(u64 text)
 {
     switch (text) {
     case 0x544547: /* GET */
-        return 0x2;
+        return METHOD_GET;
     case 0x44414548: /* HEAD */
-        return 0x4;
+        return METHOD_HEAD;
     case 0x54534f50: /* POST */
-        return 0x8;
+        return METHOD_POST;
     case 0x545550: /* PUT */
-        return 0x10;
+        return METHOD_PUT;
     case 0x4554454c4544: /* DELETE */
-        return 0x20;
+        return METHOD_DELETE;
     case 0x534e4f4954504f: /* OPTIONS */
-        return 0x200;
+        return METHOD_OPTIONS;
     case 0x4843544150: /* PATCH */
-        return 0x4000;
+        return METHOD_PATCH;
     case 0x4543415254: /* TRACE */
-        return 0x8000;
+        return METHOD_TRACE;
     }
     return 1;
 }
@@ -68,7 +66,7 @@ static __always_inline void find_method(struct process *process, struct request_
             number |= (u64)text[i] << (8 * i);
         bytes = i + 1;
     }
-    if (!bytes || bytes == METHOD_BYTES_MAX || (bytes == name->len && record->method != 0x2))
+    if (!bytes || bytes == METHOD_BYTES_MAX || (bytes == name->len && record->method != METHOD_GET))
         return;
     u32 method = method_of_text(bytes <= 8 ? number : 0);
     if (method == record->method)
@@ -83,7 +81,7 @@ static __always_inline u64 asked_version(struct process *process, u64 http_versi
 {
     struct ngx_str *protocol = (struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__http_protocol);
     u64 text = 0;
-    if (http_version != 9 || protocol->len != sizeof(text)
+    if (http_version != HTTP_VERSION_0_9 || protocol->len != sizeof(text)
         || bpf_probe_read_user(&text, sizeof(text), (void *)protocol->data) != 0 || (text & 0xff00ffffffffffULL) != 0x2e002f50545448ULL)
         return http_version;
     return ((text >> 40 & 0xff) - '0') * 1000 + ((text >> 56) - '0');
@@ -215,8 +213,15 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     find_unseen(process, record);
     record->ending = ending_of(process, socket, record, process->main_outcome, load_address);
     record->ends_with_write = ends_with_write(process, socket, record, load_address);
-    EACH(i, taken, ATTEMPTS_TAKEN_MAX)
+    if (TIMES_REQUESTS)
+        process->last_end_ns = read_end_ns(record);
+    EACH(i, taken, ATTEMPTS_TAKEN_MAX) { /* one loop: of two, the verifier would not see the end */
         conclude(process, record, attempt_of(process, i));
+        if (TIMES_REQUESTS)
+            process->exchange_ns[i] = exchange_ns(attempt_of(process, i), &process->last_end_ns);
+    }
+    if (TIMES_REQUESTS)
+        process->request_ns = request_ns(record, process->last_end_ns);
 
 #if ADOPT_UPSTREAM_CONTEXT
     adopt_trace(process);
@@ -227,7 +232,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->trace_flags = trace->flags;
     record->kept = KEPT_SAMPLED;
     if (!trace->sampled) {
-        record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(record);
+        record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(process, record);
         if (record->kept == KEPT_SAMPLED) {
             forget_attempts(&attempt_key, taken);
             count_loss(NOT_SAMPLED);

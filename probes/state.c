@@ -21,6 +21,8 @@
 #define SOCKETS_MAX 65536
 #define FLUSHES_MAX 16384
 
+#define TIMES_REQUESTS (REQUEST_METRICS || KEEP_SLOWER_THAN_NS) /* whether the kernel program computes how long requests took */
+
 /* Room for a read of the whole struct. The largest of nginx 1.14-1.31 has 1,560 bytes. */
 #define REQUEST_BYTES_MAX 2048
 
@@ -120,10 +122,12 @@ struct process {
     u64 next_seen;
     u64 main_tls;                              /* the main request's last attempt used TLS */
     u64 main_outcome;                          /* enum outcome of the main request's last attempt */
+    u64 exchange_ns[ATTEMPTS_MAX];             /* how long each attempt's exchange took; 0: no exchange. It and the
+                                                  next two need TIMES_REQUESTS */
+    u64 last_end_ns;
+    u64 request_ns;
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];
-    u64 exchange_end_ns[ATTEMPTS_MAX];
-    u64 last_end_ns;
     u64 method;
     struct duration_name name;
     struct client_key client_key;

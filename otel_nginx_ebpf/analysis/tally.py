@@ -1,13 +1,21 @@
 """Requests added up by location and by upstream peer: how many, how many failed, and how long each phase took.
 
-Which phases a request has, and from when to when, `spans` decides: each is as long as its span, or as a part of it.
+They are those of `traces.phases`, with an exchange divided in two, and nginx's own time.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from otel_nginx_ebpf.analysis.histogram import Histogram
-from otel_nginx_ebpf.traces import spans
+from otel_nginx_ebpf.traces.phases import (
+    DOWNSTREAM_READ,
+    DOWNSTREAM_WRITE,
+    UPSTREAM_CONNECT,
+    UPSTREAM_EXCHANGE,
+    Phase,
+    phases_of,
+    time_to_first_byte_ns,
+)
 from otel_nginx_ebpf.traces.record import Attempt, Request
 
 PHASES = ("client read", "connect", "upstream wait", "upstream transfer", "client write", "nginx")
@@ -16,6 +24,7 @@ PHASES = ("client read", "connect", "upstream wait", "upstream transfer", "clien
 for by itself (a limit, a resolver, a disk, another request for the same cache entry)."""
 
 READ, CONNECT, WAIT, TRANSFER, WRITE, NGINX = range(len(PHASES))
+_INTERVAL_OF = {DOWNSTREAM_READ: READ, UPSTREAM_CONNECT: CONNECT, DOWNSTREAM_WRITE: WRITE}
 
 ROWS_MAX = 200
 
@@ -79,8 +88,8 @@ class Tally:
 
     def add(self, request: Request, *also: Row) -> int:
         """Counts a request, in rows of the caller's, too. Returns how long it took, nanoseconds."""
-        (start_ns, end_ns, _, _), *children = spans.sketches(request)
-        intervals, of_attempts = _intervals(request, children)
+        (start_ns, end_ns, *_), *phases = phases_of(request)
+        intervals, of_attempts = _intervals(request, phases)
         time_ns = _divide(start_ns, end_ns, intervals)
         for row in (_row(self.locations, (request.server_name or "", request.location or "")), *also):
             row.add(400 <= request.status < 500, 500 <= request.status < 600, end_ns - start_ns, intervals)
@@ -113,33 +122,23 @@ def _row(rows: dict[tuple[str, str], Row], key: tuple[str, str]) -> Row:
     return row
 
 
-def _intervals(
-    request: Request, children: Iterable[spans.Sketch[spans.Part]]
-) -> tuple[list[Interval], list[list[Interval]]]:
-    """All phases of a request, and those of each of its attempts."""
+def _intervals(request: Request, phases: Iterable[Phase]) -> tuple[list[Interval], list[list[Interval]]]:
+    """Returns the intervals of a request's phases, and those of each of its attempts."""
     whole: list[Interval] = []
     of_attempts: list[list[Interval]] = [[] for _ in request.attempts]
-    for start_ns, end_ns, _, parts in children:
-        name = parts[0].name
-        if name == spans.DOWNSTREAM_READ:
-            whole.append((start_ns, end_ns, READ))
-        elif name == spans.DOWNSTREAM_WRITE:
-            whole.append((start_ns, end_ns, WRITE))
+    for start_ns, end_ns, kind, number, _ in phases:
+        if kind == UPSTREAM_EXCHANGE:
+            found = _exchange(request.attempts[number - 1], start_ns, end_ns)
         else:
-            number = parts[0].attributes[spans.NGINX_UPSTREAM_ATTEMPT]
-            assert isinstance(number, int)
-            if name == spans.UPSTREAM_CONNECT:
-                found = [(start_ns, end_ns, CONNECT)]
-            else:
-                found = _exchange(request.attempts[number - 1], start_ns, end_ns, parts)
-            whole += found
+            found = [(start_ns, end_ns, _INTERVAL_OF[kind])]
+        whole += found
+        if number:
             of_attempts[number - 1] += found
     return whole, of_attempts
 
 
-def _exchange(attempt: Attempt, start_ns: int, end_ns: int, parts: Iterable[spans.Part]) -> list[Interval]:
-    first_byte_ns = next((value for part in parts if (value := part.attributes.get(spans.NGINX_UPSTREAM_TTFB))), None)
-    if isinstance(first_byte_ns, int):
+def _exchange(attempt: Attempt, start_ns: int, end_ns: int) -> list[Interval]:
+    if first_byte_ns := time_to_first_byte_ns(attempt):
         middle_ns = start_ns + first_byte_ns
     elif attempt.header_ms is not None:
         # Where the first byte is not to be told, nginx's own clock tells when the header was there.

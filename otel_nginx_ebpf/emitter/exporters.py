@@ -10,6 +10,7 @@ from otel_nginx_ebpf.export.resource import Resource, Resources
 from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.settings.model import ExporterName, Settings
+from otel_nginx_ebpf.traces.phases import phases_of
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 if TYPE_CHECKING:
@@ -38,14 +39,9 @@ class _Readable:
             for exporter in self._exporters:
                 exporter.export(trace)
             if self._exemplars:
+                spans = zip(phases_of(request), trace.spans, strict=True)
                 self._exemplars.offer(
-                    request,
-                    unix_offset_ns,
-                    resource,
-                    [
-                        (span.start_unix_ns - unix_offset_ns, span.end_unix_ns - unix_offset_ns, span.span_id, ())
-                        for span in trace.spans
-                    ],
+                    request, unix_offset_ns, resource, [(phase, span.span_id, ()) for phase, span in spans]
                 )
 
     def shutdown(self, timeout_s: float) -> None:

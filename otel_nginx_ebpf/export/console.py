@@ -13,12 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.traces.attributes import NGINX_TERMINATION, NGINX_UPSTREAM_PEER, NGINX_UPSTREAM_REUSED
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.sockaddr import Address
-
-UPSTREAM_PEER = "nginx.upstream.peer"
-TERMINATION = "nginx.termination"
-CONNECTION_REUSED = "nginx.upstream.connection.reused"
 
 _KIND_STYLES = {"SERVER": "bold cyan", "CLIENT": "magenta", "INTERNAL": "blue"}
 _ERROR_STYLE = "bold red"
@@ -96,7 +93,7 @@ def _client(attributes: Mapping[str, AttributeValue]) -> str:
 
 
 def _peers(trace: Trace) -> str:
-    peers = (_text(span.attributes, UPSTREAM_PEER) for span in trace.spans)
+    peers = (_text(span.attributes, NGINX_UPSTREAM_PEER) for span in trace.spans)
     return ", ".join(dict.fromkeys(peer for peer in peers if peer))
 
 
@@ -116,7 +113,7 @@ def _header(trace: Trace, width: int) -> Text:
         " ",
     )
     tail = Text.assemble("  ", (str(status or "-"), _status_style(status)))
-    if termination := _text(attributes, TERMINATION):
+    if termination := _text(attributes, NGINX_TERMINATION):
         tail.append(f" {termination}", style="" if root.error is None else _ERROR_STYLE)
     tail.append("  ").append(duration(_length(root)), style="bold")
     room = width - head.cell_len - tail.cell_len
@@ -135,7 +132,7 @@ def _detail(span: Span) -> str:
     parts = []
     if span.kind is not SpanKind.SERVER and HTTP_RESPONSE_STATUS_CODE in span.attributes:
         parts.append(_text(span.attributes, HTTP_RESPONSE_STATUS_CODE))
-    if span.attributes.get(CONNECTION_REUSED):
+    if span.attributes.get(NGINX_UPSTREAM_REUSED):
         parts.append("reused connection")
     if span.error is not None:
         parts.append(printable(span.error))
@@ -155,7 +152,7 @@ def waterfall(trace: Trace, width: int) -> Text:
     lines = [_header(trace, width)]
     for indent, span in _tree(trace):
         style = _KIND_STYLES.get(span.kind.name, "") if span.error is None else _ERROR_STYLE
-        name, peer = printable(span.name), _text(span.attributes, UPSTREAM_PEER)
+        name, peer = printable(span.name), _text(span.attributes, NGINX_UPSTREAM_PEER)
         label = Text.assemble((indent, _TRACK_STYLE), (name, style), (f" {peer}" if peer else "", "dim"))
         label.truncate(label_cells, overflow="ellipsis", pad=True)
         before, bar, after = _bar((span.start_unix_ns - begin) / whole, (span.end_unix_ns - begin) / whole, bar_cells)

@@ -4,9 +4,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from otel_nginx_ebpf.metrics.series import bucket, of_exchanges, of_request
+from otel_nginx_ebpf.metrics.series import bucket, of_phase
 from otel_nginx_ebpf.metrics.totals import Measured, Series
 from otel_nginx_ebpf.traces.model import AttributeValue
+from otel_nginx_ebpf.traces.phases import Phase
 from otel_nginx_ebpf.traces.record import Request
 
 # Of requests of one kind one is an example, once in so many seconds.
@@ -23,8 +24,8 @@ class Example(NamedTuple):
     span_id: int
 
 
-Spans = Sequence[tuple[int, int, int, Any]]
-"""The SERVER span first: start and end in CLOCK_MONOTONIC nanoseconds, id; what follows is not looked at."""
+Spans = Sequence[tuple[Phase, int, Any]]
+"""Phases and their spans' ids, the request's first; what follows is not looked at."""
 
 
 class Exemplars:
@@ -39,9 +40,16 @@ class Exemplars:
         self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue], spans: Spans
     ) -> None:
         """Takes note of a trace that is on its way to the collector."""
-        start, end, span_id, _ = spans[0]
+        start_mono_ns, end_mono_ns, *_ = spans[0][0]
         peer = request.attempts[-1].peer if request.attempts else None
-        kind = (id(resource), request.location, request.status, request.method, peer, bucket(end - start))
+        kind = (
+            id(resource),
+            request.location,
+            request.status,
+            request.method,
+            peer,
+            bucket(end_mono_ns - start_mono_ns),
+        )
         if kind in self._seen or len(self._seen) > _KEPT:
             now_s = time.monotonic()
             if now_s - self._since_s < _EVERY_S:
@@ -51,14 +59,15 @@ class Exemplars:
         self._seen.add(kind)
         if len(self._examples) > _KEPT:
             self._examples = {}
-        id_of = {(start, end): span_id for start, end, span_id, _ in spans[1:]}
-        found = [(of_request(request), start, end, span_id)]
-        for series, start, end in of_exchanges(request):
-            if (start, end) in id_of:
-                found.append((series, start, end, id_of[start, end]))
-        for series, start, end, span_id in found:
-            examples = self._examples.setdefault((id(resource), series), {})
-            examples[bucket(end - start)] = Example(end - start, end + unix_offset_ns, request.trace_id, span_id)
+        for phase, span_id, _ in spans:
+            series = of_phase(request, phase)
+            if series is None:
+                continue
+            start_mono_ns, end_mono_ns, *_ = phase
+            duration_ns = end_mono_ns - start_mono_ns
+            self._examples.setdefault((id(resource), series), {})[bucket(duration_ns)] = Example(
+                duration_ns, end_mono_ns + unix_offset_ns, request.trace_id, span_id
+            )
 
     def of(self, measured: Measured) -> Mapping[int, Example]:
         """By bucket."""

@@ -1,12 +1,12 @@
 """Which series of http.server.request.duration and http.client.request.duration a request and its exchanges count in.
 
 What the kernel counts under pointers and numbers (probes/metrics.c) gets the attributes that spans of the same requests
-have (`spans`), as far as the conventions have them on these metrics: those whose values clients do not choose.
+have, as far as the conventions have them on these metrics: those whose values clients do not choose.
 """
 
 import struct
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 
 from opentelemetry.semconv.attributes import (
@@ -20,18 +20,17 @@ from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURAT
 
 from otel_nginx_ebpf.metrics.totals import OVERFLOW, Series
 from otel_nginx_ebpf.traces.abi import CStruct, c_enum
-from otel_nginx_ebpf.traces.record import ENDINGS, OUTCOMES, Request, http_status
-from otel_nginx_ebpf.traces.sockaddr import parse_peer
-from otel_nginx_ebpf.traces.spans import (
-    HTTP_VERSIONS,
-    NGINX_SERVER_NAME,
-    NGINX_UPSTREAM_NAME,
+from otel_nginx_ebpf.traces.attributes import NGINX_SERVER_NAME, NGINX_UPSTREAM_NAME, known_method
+from otel_nginx_ebpf.traces.phases import (
+    REQUEST,
+    UPSTREAM_EXCHANGE,
+    Phase,
     exchange_error,
-    exchange_times,
     is_answered,
-    known_method,
-    server_error,
+    request_error,
 )
+from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, METHODS, OUTCOMES, Request, http_status
+from otel_nginx_ebpf.traces.sockaddr import parse_peer
 
 _HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "metrics.h").read_text(encoding="utf-8")
 
@@ -45,18 +44,6 @@ BOUNDS_S = tuple(bound / 1e9 for bound in _BOUNDS_NS)
 """Upper bounds of the buckets but the last."""
 COUNTS = struct.Struct(f"<{len(_BOUNDS_NS) + 2}Q")
 
-# ngx_http_request.h
-_METHODS = {
-    0x2: "GET",
-    0x4: "HEAD",
-    0x8: "POST",
-    0x10: "PUT",
-    0x20: "DELETE",
-    0x200: "OPTIONS",
-    0x4000: "PATCH",
-    0x8000: "TRACE",
-    **{bit: name.removeprefix("METHOD_") for name, bit in c_enum("unknown_method", _HEADER_TEXT).items()},
-}
 _OTHER_METHOD = "_OTHER"
 
 NameOf = Callable[[int, int], str | None]
@@ -76,9 +63,9 @@ def _server(
     route: str | None,
     server_name: str | None,
     status: int,
-    ending: str | None,
     http_version: int,
     tls: bool,
+    error: str | None,
 ) -> Series:
     return _series(
         HTTP_SERVER_REQUEST_DURATION,
@@ -90,7 +77,7 @@ def _server(
             network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version)
             if method is not None
             else None,
-            error_attributes.ERROR_TYPE: server_error(status, ending),
+            error_attributes.ERROR_TYPE: error,
             NGINX_SERVER_NAME: server_name or None,
         },
     )
@@ -102,8 +89,7 @@ def _client(
     peer: str | None,
     answered: bool,
     status: int | None,
-    connect_errno: int,
-    outcome: str | None,
+    error: str | None,
 ) -> Series:
     address = parse_peer(peer) if peer else None
     return _series(
@@ -114,13 +100,13 @@ def _client(
             server_attributes.SERVER_ADDRESS: address.host if address else None,
             server_attributes.SERVER_PORT: (address.port or None) if address else None,
             NGINX_UPSTREAM_NAME: upstream or None,
-            error_attributes.ERROR_TYPE: exchange_error(answered, connect_errno, status, outcome),
+            error_attributes.ERROR_TYPE: error,
         },
     )
 
 
 def _method(bit: int) -> str | None:
-    return _METHODS.get(bit, _OTHER_METHOD) if bit else None
+    return METHODS.get(bit, _OTHER_METHOD) if bit else None
 
 
 def of_server_key(key: bytes, name_of: NameOf) -> Series:
@@ -129,7 +115,8 @@ def of_server_key(key: bytes, name_of: NameOf) -> Series:
     if overflow:
         return Series(HTTP_SERVER_REQUEST_DURATION, OVERFLOW)
     names = name_of(tgid, location), name_of(tgid, server)
-    return _server(_method(method), *names, status, ENDINGS.get(ending), http_version, tls != 0)
+    error = request_error(status, ENDINGS.get(ending))
+    return _server(_method(method), *names, status, http_version, tls != 0, error)
 
 
 def of_client_key(key: bytes, name_of: NameOf) -> Series:
@@ -141,40 +128,32 @@ def of_client_key(key: bytes, name_of: NameOf) -> Series:
     if overflow:
         return Series(HTTP_CLIENT_REQUEST_DURATION, OVERFLOW)
     peer = key[head : head + peer_bytes].decode("utf-8", "backslashreplace")
-    return _client(
-        _method(method),
-        name_of(tgid, upstream),
-        peer,
-        not no_header and status != 0,
-        status or None,
-        connect_errno,
-        OUTCOMES.get(outcome),
-    )
+    answered = not no_header and status != 0
+    error = exchange_error(answered, connect_errno, status or None, OUTCOMES.get(outcome))
+    return _client(_method(method), name_of(tgid, upstream), peer, answered, status or None, error)
 
 
-def of_request(request: Request) -> Series:
-    """That its SERVER span's duration counts in."""
-    return _server(
-        request.method,
-        request.location,
-        request.server_name,
-        request.status,
-        request.ending,
-        request.http_version,
-        request.tls,
-    )
-
-
-def of_exchanges(request: Request) -> Iterator[tuple[Series, int, int]]:
-    """Those that its CLIENT spans' durations count in; their starts and ends, CLOCK_MONOTONIC nanoseconds."""
-    for attempt, start_mono_ns, end_mono_ns in exchange_times(request):
-        series = _client(
-            None if attempt.subrequest else request.method,
-            attempt.upstream,
-            attempt.peer,
-            is_answered(attempt),
-            attempt.status,
-            attempt.connect_errno,
-            attempt.outcome,
+def of_phase(request: Request, phase: Phase) -> Series | None:
+    """Returns the series that the duration of a request or an exchange counts in; None: of no other phase."""
+    _, _, kind, number, error = phase
+    if kind == REQUEST:
+        return _server(
+            request.method,
+            request.location,
+            request.server_name,
+            request.status,
+            request.http_version,
+            request.tls,
+            error,
         )
-        yield series, start_mono_ns, end_mono_ns
+    if kind != UPSTREAM_EXCHANGE:
+        return None
+    attempt = request.attempts[number - 1]
+    return _client(
+        None if attempt.subrequest else request.method,
+        attempt.upstream,
+        attempt.peer,
+        is_answered(attempt),
+        attempt.status,
+        error,
+    )

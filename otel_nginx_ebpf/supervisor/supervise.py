@@ -231,7 +231,7 @@ class _Run:
         Args:
             process: The emitter's process.
             stop: The times of signals; more may come.
-            serve: Called repeatedly, with the seconds that it may take. Raises `EmitterGoneError` if it has no more use.
+            serve: Called repeatedly, with the seconds that it may take. Raises `EmitterGoneError` if it has no use.
         """
         deadline_s = time.monotonic() + self._settings.grace_seconds + _STOPPING_S
         hurried = False

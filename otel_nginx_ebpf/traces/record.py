@@ -48,6 +48,11 @@ _KEPT_SECTION_BYTES_MAX = 1024
 
 ENDINGS = {value: name.removeprefix("ENDED_").lower() for name, value in c_enum("ending").items() if value}
 OUTCOMES = {value: name.removeprefix("OUTCOME_").lower() for name, value in c_enum("outcome").items() if value}
+METHODS = {bit: name.removeprefix("METHOD_") for name, bit in c_enum("method").items()}
+"""By nginx's bit, the methods that the semantic conventions know: RFC 9110, PATCH (RFC 5789) and QUERY."""
+HTTP_VERSIONS = {
+    number: name.removeprefix("HTTP_VERSION_").replace("_", ".") for name, number in c_enum("http_version").items()
+}
 _KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("kept").items() if value}
 
 _WORKER_PID = struct.Struct("<I")
@@ -57,9 +62,6 @@ _NONE = 2**64 - 1
 
 # nginx's clock counts from the machine's start.
 _MS_MAX = 2**40
-
-_STATUSES = range(100, 600)
-
 
 # Not frozen: it would take ten times as long to make one, and one is made of each request.
 
@@ -170,8 +172,8 @@ class Request:
 
 
 def http_status(status: int | None) -> int | None:
-    """The status, if HTTP has it: nginx notes 0 and 9 where it has none, and a module what it likes."""
-    return status if status in _STATUSES else None
+    """Returns the status, if HTTP has it: nginx notes 0 and 9 where it has none, and a module what it likes."""
+    return status if status is not None and 100 <= status < 600 else None
 
 
 def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int) -> int:
@@ -245,7 +247,7 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
     ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
     times = connect_msec, header_msec, response_msec
     impossible = sum([_MS_MAX <= msec < _NONE for msec in times]) if max(times) >= _MS_MAX else 0
-    impossible += (bytes_sent < -1) + (bytes_received < 0) + (status != 0 and status not in _STATUSES)
+    impossible += (bytes_sent < -1) + (bytes_received < 0) + (status != 0 and http_status(status) is None)
     return Attempt(
         connect_start_ns or None,
         connected_ns or None,
@@ -344,7 +346,7 @@ def decode(raw: bytes) -> Request:
             created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in attempts)
         )
     status = _status(rc, err_status, out_status, bytes_sent, http_version)
-    impossible = (request_length < 0) + (bytes_sent < 0) + (status not in _STATUSES)
+    impossible = (request_length < 0) + (bytes_sent < 0) + (http_status(status) is None)
     if attempts:
         impossible += sum([attempt.impossible for attempt in attempts])
     return Request(

@@ -6,7 +6,7 @@ the others' functions through pointers, or from several places. Pure.
 
 import struct
 
-from otel_nginx_ebpf.traces.abi import REQUEST_RECORD
+from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, c_enum
 
 BOUNDARY = "HTTP/2 response begins"
 
@@ -18,7 +18,7 @@ _FIRST_WRITE_NS = REQUEST_RECORD.offset("first_write_ns")
 _BYTES_SENT = REQUEST_RECORD.offset("bytes_sent")
 _COARSE_START = REQUEST_RECORD.offset("coarse_start")
 _HTTP_VERSION = REQUEST_RECORD.offset("http_version")
-_HTTP_2 = 2000
+_HTTP_2 = c_enum("http_version")["HTTP_VERSION_2"]
 
 
 class SilenceWatch:

@@ -101,12 +101,12 @@ def check_record(data: bytes) -> None:
     assert text.isascii()
     assert len(json.loads(text)["spans"]) == len(trace.spans)
     try:
-        encoded, sketches = Encoder(_Ids().generate_span_id).encode(request, unix_offset_ns)
+        encoded, spans = Encoder(_Ids().generate_span_id).encode(request, unix_offset_ns)
     except RecordError:
         with pytest.raises(RecordError):
             Encoder(_Ids().generate_span_id).encode_trace(trace)
         return
-    assert len(sketches) == len(trace.spans) == len(_otlp(encoded))
+    assert len(spans) == len(trace.spans) == len(_otlp(encoded))
     assert _otlp(encoded) == _otlp(Encoder(_Ids().generate_span_id).encode_trace(trace))
 
 

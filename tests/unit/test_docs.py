@@ -10,7 +10,7 @@ import yaml
 
 from otel_nginx_ebpf import cli
 from otel_nginx_ebpf.settings import document, sources
-from otel_nginx_ebpf.traces import spans
+from otel_nginx_ebpf.traces import attributes
 from otel_nginx_ebpf.traces.abi import c_enum
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_the_table_of_settings_is_that_of_the_program() -> None:
     assert document.table() in _read(DOCS / "configuration.md"), "python -m otel_nginx_ebpf.settings.document prints it"
 
 
-@pytest.mark.parametrize("name", sorted(value for key, value in vars(spans).items() if key.startswith("NGINX_")))
+@pytest.mark.parametrize("name", sorted(value for key, value in vars(attributes).items() if key.startswith("NGINX_")))
 def test_attributes(name: str) -> None:
     assert f"`{name}`" in _read(DOCS / "spans-and-attributes.md")
 

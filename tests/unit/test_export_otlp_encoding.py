@@ -36,7 +36,7 @@ def ours(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
     encoder = Encoder(CountingIds().generate_span_id, query=query)
     encoded = [encoder.encode(request, UNIX_OFFSET_NS) for request in requests]
     message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [spans for spans, _ in encoded]))
-    assert sum(len(sketches) for _, sketches in encoded) == len(message.resource_spans[0].scope_spans[0].spans)
+    assert sum(len(spans) for _, spans in encoded) == len(message.resource_spans[0].scope_spans[0].spans)
     return message
 
 

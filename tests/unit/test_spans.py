@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
+from otel_nginx_ebpf.traces.attributes import redact_query
 from otel_nginx_ebpf.traces.model import Span, Trace
 from otel_nginx_ebpf.traces.record import Attempt, Request
-from otel_nginx_ebpf.traces.spans import RandomIds, build_trace, redact_query
+from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 OFFSET_NS = 10**18
 CLIENT = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 51234) + bytes([192, 0, 2, 7]) + bytes(8)

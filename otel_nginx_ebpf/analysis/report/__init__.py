@@ -26,18 +26,11 @@ from otel_nginx_ebpf.export.console import duration
 from otel_nginx_ebpf.export.interface import Completed
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.traces.attributes import NGINX_UPSTREAM_PEER, NGINX_UPSTREAM_TTFB
 from otel_nginx_ebpf.traces.model import Span, Trace
+from otel_nginx_ebpf.traces.phases import DOWNSTREAM_READ, DOWNSTREAM_WRITE, UPSTREAM_CONNECT, UPSTREAM_EXCHANGE
 from otel_nginx_ebpf.traces.record import Request
-from otel_nginx_ebpf.traces.spans import (
-    DOWNSTREAM_READ,
-    DOWNSTREAM_WRITE,
-    NGINX_UPSTREAM_PEER,
-    NGINX_UPSTREAM_TTFB,
-    UPSTREAM_CONNECT,
-    UPSTREAM_EXCHANGE,
-    RandomIds,
-    build_trace,
-)
+from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 SLOWEST = 20
 """The number of requests that are shown as waterfalls."""

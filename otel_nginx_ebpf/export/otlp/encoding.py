@@ -1,8 +1,8 @@
 """Spans as OTLP protobuf (opentelemetry-proto, trace/v1/trace.proto), without an object for each of them.
 
-A span's parts are encoded once (`Sketcher`); its ids, times and numbers are written around them. A protobuf message is
-a sequence of fields in any order, so parts need only be put one behind the other. What comes out is what the SDK's
-encoder makes of the same spans: tests hold it to that.
+Fields that spans have in common are encoded once (`SpanBuilder`); a span's ids, times and numbers are written around
+them. A protobuf message is a sequence of fields in any order, so they need only be put one behind the other. The result
+is what the SDK's encoder makes of the same spans: tests hold it to that.
 """
 
 import struct
@@ -13,9 +13,10 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request
-from otel_nginx_ebpf.traces.spans import Part, Sketch, Sketcher
+from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder
 from otel_nginx_ebpf.traces.trace_state import canonical
 
 # Field numbers are the proto files'; a key is the number and the wire type (0 varint, 1 fixed64, 2 length, 5 fixed32).
@@ -114,13 +115,13 @@ def _attributes(number: int, attributes: Mapping[str, object]) -> bytes:
     return b"".join(encoded)
 
 
-def encode_part(part: Part) -> bytes:
-    """Fields of trace.proto's Span."""
-    encoded = _attributes(9, part.attributes)
-    if part.name is None:
+def encode_fields(fields: SpanFields) -> bytes:
+    """Encodes fields of trace.proto's Span."""
+    encoded = _attributes(9, fields.attributes)
+    if fields.name is None:
         return encoded
-    status = b"" if part.error is None else _text(2, part.error) + _int_field(3, _STATUS_ERROR)
-    return _text(5, part.name) + _int_field(6, _KINDS[part.kind]) + encoded + _field(15, status)
+    status = b"" if fields.error is None else _text(2, fields.error) + _int_field(3, _STATUS_ERROR)
+    return _text(5, fields.name) + _int_field(6, _KINDS[fields.kind]) + encoded + _field(15, status)
 
 
 _SPAN = _LENGTH_KEYS[2]
@@ -161,23 +162,23 @@ class Encoder:
     def __init__(self, new_id: Callable[[], int], *, query: bool = True) -> None:
         """`new_id` makes span ids; without `query` the query strings of URIs are left out."""
         self._new_id = new_id
-        sketcher = Sketcher(encode_part, lambda name: _NumberAttribute(name).__getitem__, query=query)
-        self._sketch = sketcher.sketch
+        builder = SpanBuilder(encode_fields, lambda name: _NumberAttribute(name).__getitem__, query=query)
+        self._build = builder.build
 
-    def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[Sketch[bytes]]]:
-        """The spans of one request, and what they were made of.
+    def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[BuiltSpan[bytes]]]:
+        """Returns the encoded spans of one request, and what they were made of.
 
         Raises:
             RecordError: A time of the request is not one of the next 500 years.
         """
-        sketches = self._sketch(request, self._new_id)
+        spans = self._build(request, self._new_id)
         trace = _TRACE_ID + request.trace_id.to_bytes(16, "big")
         if request.trace_state is not None:
             trace += _text(3, canonical(request.trace_state))
         common = trace + _parent(request.parent_span_id, remote=True)
         encoded: list[bytes] = []
         try:
-            for start_mono_ns, end_mono_ns, span_id, parts in sketches:
+            for (start_mono_ns, end_mono_ns, _, _, _), span_id, fields in spans:
                 own_id = span_id.to_bytes(8, "big")
                 times = _TIMES.pack(
                     _SPAN_ID,
@@ -187,7 +188,7 @@ class Encoder:
                     _END,
                     end_mono_ns + unix_offset_ns,
                 )
-                span = b"".join((common, times, *parts))
+                span = b"".join((common, times, *fields))
                 length = len(span)
                 header = _SPAN_HEADERS[length] if length < _SPAN_HEADERS_COUNT else _SPAN + _varint(length)
                 if not encoded:  # The first is the parent of the others.
@@ -195,7 +196,7 @@ class Encoder:
                 encoded += (header, span)
         except struct.error as error:
             raise RecordError("a time is out of range") from error
-        return b"".join(encoded), sketches
+        return b"".join(encoded), spans
 
     def encode_trace(self, trace: Trace) -> bytes:
         """The spans of a readable trace. Raises `RecordError` as `encode` does."""
@@ -209,7 +210,7 @@ class Encoder:
                     + _TIMES.pack(
                         _SPAN_ID, span.span_id.to_bytes(8, "big"), _START, span.start_unix_ns, _END, span.end_unix_ns
                     )
-                    + encode_part(Part(span.attributes, span.name, span.kind, span.error)),
+                    + encode_fields(SpanFields(span.attributes, span.name, span.kind, span.error)),
                 )
                 for span in trace.spans
             )

@@ -118,12 +118,12 @@ class OtlpExporter:
     def take(self, completed: Sequence[tuple[Request, int, Mapping[str, AttributeValue]]]) -> None:
         for request, unix_offset_ns, resource in completed:
             try:
-                encoded, sketches = self._encoder.encode(request, unix_offset_ns)
+                encoded, spans = self._encoder.encode(request, unix_offset_ns)
             except RecordError as error:
                 self._lose_damaged(error)
             else:
-                if self._add(resource, encoded, len(sketches)) and self._exemplars:
-                    self._exemplars.offer(request, unix_offset_ns, resource, sketches)
+                if self._add(resource, encoded, len(spans)) and self._exemplars:
+                    self._exemplars.offer(request, unix_offset_ns, resource, spans)
 
     def export(self, trace: Trace) -> None:
         """Takes a trace that was built to be read."""

@@ -1,0 +1,239 @@
+"""The attributes of spans: their names, and what a request's facts make of them. Pure."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from opentelemetry.semconv.attributes import (
+    client_attributes,
+    error_attributes,
+    http_attributes,
+    network_attributes,
+    server_attributes,
+    url_attributes,
+    user_agent_attributes,
+)
+from opentelemetry.trace import SpanKind
+
+from otel_nginx_ebpf.traces.model import AttributeValue
+from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT, UPSTREAM_EXCHANGE
+from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, METHODS, http_status
+from otel_nginx_ebpf.traces.sockaddr import Address, parse, parse_peer
+
+NGINX_ATTEMPTS = "nginx.upstream.attempts"
+NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
+NGINX_CONNECTION_ID = "nginx.connection.id"
+NGINX_CONNECTION_REQUESTS = "nginx.connection.requests"
+NGINX_NO_LIVE_PEERS = "nginx.upstream.no_live_peers"
+NGINX_SAMPLING_KEPT_FOR = "nginx.sampling.kept_for"
+NGINX_SERVER_NAME = "nginx.server_name"
+NGINX_TERMINATION = "nginx.termination"
+NGINX_TRUNCATED = "nginx.truncated_attributes"
+NGINX_UPSTREAM_ATTEMPT = "nginx.upstream.attempt"
+NGINX_UPSTREAM_NAME = "nginx.upstream.name"
+NGINX_UPSTREAM_PEER = "nginx.upstream.peer"
+NGINX_UPSTREAM_REUSED = "nginx.upstream.connection.reused"
+NGINX_UPSTREAM_STATUS = "nginx.upstream.status"
+NGINX_UPSTREAM_TTFB = "nginx.upstream.time_to_first_byte_ns"
+NGINX_SUBREQUEST_URI = "nginx.subrequest.uri"
+NGINX_WORKER_PID = "nginx.worker.pid"
+
+_KNOWN_METHODS = frozenset(METHODS.values())
+
+# Semantic conventions, url.query: values to redact by default.
+_SENSITIVE = re.compile(
+    r"((?:^|(?<=&))(?:AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token))"
+    r"=[^&]*"
+)
+
+# Which attribute lacks its end if the kernel program cut a string.
+_ATTRIBUTE_OF = {
+    "STRING_METHOD": http_attributes.HTTP_REQUEST_METHOD,
+    "STRING_URI": url_attributes.URL_PATH,
+    "STRING_HOST": server_attributes.SERVER_ADDRESS,
+    "STRING_USER_AGENT": user_agent_attributes.USER_AGENT_ORIGINAL,
+    "STRING_LOCATION": http_attributes.HTTP_ROUTE,
+    "STRING_SERVER_NAME": NGINX_SERVER_NAME,
+    "STRING_CLIENT_SOCKADDR": client_attributes.CLIENT_ADDRESS,
+    "STRING_LOCAL_SOCKADDR": server_attributes.SERVER_ADDRESS,
+    "STRING_PEER": NGINX_UPSTREAM_PEER,
+    "STRING_UPSTREAM": NGINX_UPSTREAM_NAME,
+    "STRING_SUBREQUEST_URI": NGINX_SUBREQUEST_URI,
+}
+
+
+@dataclass(slots=True)
+class SpanFields:
+    """Some of a span's fields. The first of a span's has its name, kind and error."""
+
+    attributes: Mapping[str, AttributeValue]
+    name: str | None = None
+    kind: SpanKind = SpanKind.INTERNAL
+    error: str | None = None
+
+
+def _peer_attributes(
+    number: int, peer: str | None, upstream: str | None, status: int | None, subrequest_uri: str | None
+) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {NGINX_UPSTREAM_ATTEMPT: number}
+    if peer is not None:
+        attributes[NGINX_UPSTREAM_PEER] = peer
+        _add_address(attributes, parse_peer(peer), server_attributes.SERVER_ADDRESS, server_attributes.SERVER_PORT)
+    if upstream is not None:
+        attributes[NGINX_UPSTREAM_NAME] = upstream
+    if status is not None:
+        attributes[NGINX_UPSTREAM_STATUS] = status
+    if subrequest_uri is not None:
+        attributes[NGINX_SUBREQUEST_URI] = subrequest_uri
+    return attributes
+
+
+def connect_fields(
+    number: int,
+    peer: str | None,
+    upstream: str | None,
+    status: int | None,
+    subrequest_uri: str | None,
+    error: str | None,
+) -> SpanFields:
+    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
+    if error is not None:
+        attributes[error_attributes.ERROR_TYPE] = error
+    return SpanFields(attributes, UPSTREAM_CONNECT, error=error)
+
+
+def exchange_fields(
+    number: int,
+    peer: str | None,
+    upstream: str | None,
+    status: int | None,
+    subrequest_uri: str | None,
+    reused: bool | None,
+    method: str | None,
+    answered: bool,
+    error: str | None,
+) -> SpanFields:
+    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
+    if reused is not None:
+        attributes[NGINX_UPSTREAM_REUSED] = reused
+    if method is not None:
+        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
+    if answered and (code := http_status(status)) is not None:
+        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
+    if error is not None:
+        attributes[error_attributes.ERROR_TYPE] = error
+    return SpanFields(attributes, UPSTREAM_EXCHANGE, SpanKind.CLIENT, error)
+
+
+def _add_address(attributes: dict[str, AttributeValue], address: Address | None, host_key: str, port_key: str) -> None:
+    if address is None:
+        return
+    attributes[host_key] = address.host
+    if address.port:  # a client that a header names (realip) has port 0, which nginx prints as none
+        attributes[port_key] = address.port
+
+
+def known_method(method: str) -> str:
+    """Returns http.request.method."""
+    return method if method in _KNOWN_METHODS else "_OTHER"
+
+
+def redact_query(query: str) -> str:
+    """Returns the query string with the values of sensitive parameters replaced, as the semantic conventions say."""
+    return _SENSITIVE.sub(r"\1=REDACTED", query)
+
+
+def _host_and_port(host: str | None, local: Address | None) -> tuple[str | None, int | None]:
+    """Returns server.address and server.port: of the Host header, and of the listening socket what that lacks."""
+    port = local.port if local else None
+    if host is None:
+        return (local.host if local else None), port
+    bare, colon, digits = host.rpartition(":")
+    if colon and digits.isascii() and digits.isdigit() and len(digits) <= 5 and not bare.endswith(":"):
+        host, port = bare, int(digits)
+    return host.removeprefix("[").removesuffix("]"), port
+
+
+def server_fields(
+    method: str | None,
+    location: str | None,
+    host: str | None,
+    local_sockaddr: bytes | None,
+    server_name: str | None,
+    tls: bool,
+    http_version: int,
+    status: int,
+    worker_pid: int,
+    ending: str | None,
+    attempts: int,
+    attempts_lost: int,
+    no_live_peers: int,
+    kept: str | None,
+    error: str | None,
+) -> SpanFields:
+    """Makes what requests of one kind have in common."""
+    attributes: dict[str, AttributeValue] = {
+        url_attributes.URL_SCHEME: "https" if tls else "http",
+        NGINX_WORKER_PID: worker_pid,
+    }
+    if (code := http_status(status)) is not None:
+        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
+    name = "HTTP"
+    if method is not None:
+        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
+        if method in _KNOWN_METHODS:
+            name = method
+        else:
+            attributes[http_attributes.HTTP_REQUEST_METHOD_ORIGINAL] = method
+        # Without a method nginx could not parse the request line, and the version is its default.
+        if http_version in HTTP_VERSIONS:
+            attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = HTTP_VERSIONS[http_version]
+    if location:
+        attributes[http_attributes.HTTP_ROUTE] = location
+        name = f"{name} {location}"
+    if server_name:
+        attributes[NGINX_SERVER_NAME] = server_name
+    if error is not None:
+        attributes[error_attributes.ERROR_TYPE] = error
+    if ending is not None:
+        attributes[NGINX_TERMINATION] = ending
+    if kept is not None:
+        attributes[NGINX_SAMPLING_KEPT_FOR] = kept
+
+    address, port = _host_and_port(host, parse(local_sockaddr) if local_sockaddr else None)
+    if address is not None:
+        attributes[server_attributes.SERVER_ADDRESS] = address
+    if port is not None:
+        attributes[server_attributes.SERVER_PORT] = port
+
+    if attempts:
+        attributes[NGINX_ATTEMPTS] = attempts
+    if attempts_lost:
+        attributes[NGINX_ATTEMPTS_LOST] = attempts_lost
+    if no_live_peers > 0:
+        attributes[NGINX_NO_LIVE_PEERS] = no_live_peers
+    return SpanFields(attributes, name, SpanKind.SERVER, error)
+
+
+def uri_fields(uri: str, query: bool) -> SpanFields:
+    path, question, arguments = uri.partition("?")
+    attributes: dict[str, AttributeValue] = {url_attributes.URL_PATH: path}
+    if question and query:
+        attributes[url_attributes.URL_QUERY] = redact_query(arguments)
+    return SpanFields(attributes)
+
+
+def client_fields(sockaddr: bytes) -> SpanFields:
+    attributes: dict[str, AttributeValue] = {}
+    _add_address(attributes, parse(sockaddr), client_attributes.CLIENT_ADDRESS, client_attributes.CLIENT_PORT)
+    return SpanFields(attributes)
+
+
+def user_agent_fields(user_agent: str) -> SpanFields:
+    return SpanFields({user_agent_attributes.USER_AGENT_ORIGINAL: user_agent})
+
+
+def cut_fields(cut: tuple[str, ...], has_query: bool) -> SpanFields:
+    attribute_of = _ATTRIBUTE_OF | ({"STRING_URI": url_attributes.URL_QUERY} if has_query else {})
+    names = tuple(attribute_of[string] for string in cut if string in attribute_of)
+    return SpanFields({NGINX_TRUNCATED: names})
