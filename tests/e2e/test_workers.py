@@ -128,5 +128,5 @@ def test_worker_that_dies(stage: Stage, tmp_path: Path, beginnings_are: str) -> 
     agent.stop()
     assert "lost 1 (lost_worker_gone 1)" in agent.stderr()
     stage.exchanges(22)
-    stage.site.expected_problems.append(f"worker process {worker} exited on signal 9")
+    stage.site.expected_problems.append(f"{worker} exited on signal 9")
     stage.site.losses_max += 1  # the request that was in flight, once the agent has noticed
