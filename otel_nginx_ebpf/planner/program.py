@@ -4,15 +4,15 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
-_HEADERS = ("record.h", "metrics.h", "x86_64.h", "context.h", "layout.h", "layout_upstream.h")
+_HEADERS = ("record.h", "metrics.h", "x86_64.h", "trace_context.h", "layout.h", "layout_upstream.h")
 _SOURCES = (
-    "state.c",
+    "maps.c",
     "processes.c",
     "layout.c",
     "beginnings.c",
     "attempts.c",
     "sockets.c",
-    "contexts.c",
+    "trace_headers.c",
     "propagation.c",
     "adoption.c",
     "endings.c",

@@ -1,4 +1,4 @@
-"""`probes/context.h`, the text that the kernel program compiles, compiled by gcc and callable."""
+"""`probes/trace_context.h`, the text that the kernel program compiles, compiled by gcc and callable."""
 
 import ctypes
 import mmap
@@ -9,7 +9,7 @@ from otel_nginx_ebpf.traces.abi import c_enum
 from tests.unit.c_compiler import compile_library
 
 PROBES = Path(__file__).parents[2] / "probes"
-HEADER_TEXT = (PROBES / "context.h").read_text(encoding="utf-8")
+HEADER_TEXT = (PROBES / "trace_context.h").read_text(encoding="utf-8")
 DECISIONS = {value: name.removeprefix("DECISION_").lower() for name, value in c_enum("decision", HEADER_TEXT).items()}
 
 _SOURCE = r"""
@@ -19,7 +19,7 @@ u64 sample_ratio_bound;
 #define SAMPLE_BY_PARENT sample_by_parent
 #define SAMPLE_ALWAYS sample_always
 #define SAMPLE_RATIO_BOUND sample_ratio_bound
-#include "context.h"
+#include "trace_context.h"
 
 u64 value_bytes = CONTEXT_VALUE_BYTES;
 u64 context_bytes = sizeof(struct trace_context);

@@ -1,6 +1,6 @@
 /*
  * Decides which trace a request belongs to and whether it is sampled, by its headers and by what nginx sent to the upstream.
- * state.c lists the constants.
+ * maps.c lists the constants.
  */
 
 #define HEADER_PARTS_MAX 8

@@ -1,7 +1,7 @@
 /*
  * What the probes remember between their hits: processes, sockets, running requests, finished upstream attempts.
  *
- * planner/program.py puts in front of this text record.h, metrics.h, x86_64.h, context.h, layout.h, layout_upstream.h, and before
+ * planner/program.py puts in front of this text record.h, metrics.h, x86_64.h, trace_context.h, layout.h, layout_upstream.h, and before
  * them these constants:
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    the layout, in bytes
  *     SITE_ngx_http_free_request, ADDRESS_<symbol>    virtual addresses in the binary
