@@ -18,6 +18,7 @@ _SOURCES = (
     "endings.c",
     "metrics.c",
     "progress.c",
+    "http2.c",
     "strings.c",
     "taken_attempts.c",
     "requests.c",
