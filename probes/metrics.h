@@ -67,7 +67,7 @@ struct duration_name_key {
 };
 
 /* How long a request and its exchanges took: the rules of otel_nginx_ebpf/traces/phases.py, where a phase has a length. The test
- * tests/unit/test_phases.py holds one to the other. */
+ * tests/unit/traces/test_phases.py holds one to the other. */
 
 static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt)
 {

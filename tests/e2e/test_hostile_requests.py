@@ -200,7 +200,7 @@ def test_a_request_is_one_line(recorded: Recorded) -> None:
 
 
 def test_a_page_of_it_has_one_script(recorded: Recorded, tmp_path: Path) -> None:
-    """The page's own; tests/unit/test_report.py says more."""
+    """The page's own; tests/unit/analysis/test_report.py says more."""
     page = recorded.report(tmp_path / "report.html").decode()
     assert SCRIPT.decode() not in page
     assert html.escape(SCRIPT.decode()) in page

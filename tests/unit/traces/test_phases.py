@@ -13,7 +13,7 @@ from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 from unit.c_compiler import compile_library
 from unit.sample_traces import RETRIED, STATIC, record
 
-PROBES = Path(__file__).parents[2] / "probes"
+PROBES = Path(__file__).parents[3] / "probes"
 NONE = 2**64 - 1
 
 # The calls of probes/requests.c.
