@@ -27,21 +27,22 @@ No nginx module, no configuration change, no restart.
 
 Examples:
 
-    otel-nginx-ebpf run                      every nginx here, to a collector
+    otel-nginx-ebpf doctor                   check this machine and each nginx
 
-    otel-nginx-ebpf run --exporter console   waterfalls in the terminal
+    otel-nginx-ebpf run                      trace every nginx, to a collector
 
-    otel-nginx-ebpf doctor                   what is in the way of that
+    otel-nginx-ebpf run --exporter console   show each request as a waterfall
 
-    otel-nginx-ebpf record -o day.capture    keep what the kernel reports …
+    otel-nginx-ebpf top                      show where the time goes, live
 
-    otel-nginx-ebpf replay day.capture --exporter json     … for later
+    otel-nginx-ebpf record -o day.capture    keep the kernel's records
 
-    otel-nginx-ebpf top                      where the time goes, live
+    otel-nginx-ebpf replay day.capture --exporter json     export them later
 
-    otel-nginx-ebpf report day.capture -o day.html     the same as a page
+    otel-nginx-ebpf report day.capture -o day.html         show them as a page
 
-A flag wins over the environment, that over a TOML file (--config FILE).
+A flag wins over the environment; the environment wins over a TOML file
+(--config FILE).
 The standard variables mean what they mean everywhere: OTEL_SERVICE_NAME
 (default: nginx), OTEL_RESOURCE_ATTRIBUTES, OTEL_EXPORTER_OTLP_ENDPOINT
 (default: http://localhost:4317), OTEL_EXPORTER_OTLP_HEADERS, ….
@@ -148,9 +149,9 @@ def run(
 ) -> None:
     """Trace running nginx processes until SIGINT or SIGTERM. Needs root.
 
-    Without --pid and --binary: every nginx of this machine.
-    When the probes are live a line that starts with "ready" appears on stderr,
-    at the end the counts of what was received, exported and lost.
+    Without --pid and --binary it traces every nginx on this machine. When the
+    probes are live, a line that starts with "ready" appears on stderr. At the
+    end the program prints how many traces it received, exported and lost.
 
     Examples:
 
@@ -173,7 +174,7 @@ def top(
     *,
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="A capture file, instead of what happens now.", show_default=False),
+        typer.Argument(metavar="[FILE]", help="A capture file to read instead of live requests.", show_default=False),
     ] = None,
     # `--help` shows these before --sort.
     pid: None = None,
@@ -188,11 +189,11 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="Print the tables of one interval, and end.")] = False,
     settings: Settings,
 ) -> int:
-    """Show where requests' time goes, by location and by upstream, as it happens. Needs root; no collector.
+    """Show live where the time of requests goes, by location and by upstream. Needs root, but no collector.
 
-    Whatever the sampler takes, all requests count. Of each location and
-    upstream: requests/s, those with a status of 4xx and 5xx, and how long they
-    took, as p50, p95 or p99 (all three where the terminal has 178 columns):
+    All requests count, whatever the sampler takes. Each row shows requests per
+    second, how many had a status of 4xx and 5xx, and how long they took, as
+    p50, p95 or p99 (all three if the terminal has 178 columns):
 
         TOTAL  from the first byte to the last
 
@@ -202,12 +203,12 @@ def top(
 
         WRITE  the response to the client        NGINX  none of these
 
-    Keys: q or Ctrl-C quits, ← → (or < >) change the column that is sorted by,
-    p the percentile, u shows each peer of an upstream, a all time since the
-    start, space pauses, / shows only rows that contain what is typed.
+    Keys: q or Ctrl-C quits. ← and → (or < and >) change the column to sort by,
+    p changes the percentile. u shows each peer of an upstream, a the time since
+    the start. Space pauses. / shows only rows that contain the typed text.
 
-    Without a terminal, with --once and of a capture file (which needs no root)
-    the tables are printed as text.
+    The tables are printed as text without a terminal, with --once, and for a
+    capture file. A capture file needs no root.
 
     Examples:
 
@@ -254,9 +255,10 @@ def replay(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A capture file.", show_default=False)],
     settings: Settings,
 ) -> int:
-    """Export what a capture file holds. Needs no root, no nginx and no BCC.
+    """Export the requests in a capture file. Needs no root, no nginx and no BCC.
 
-    Where the file is damaged it exits with 1, after it exported all before that.
+    If the file is damaged, the program exports the requests before the damage
+    and exits with 1.
 
     Example:
 
@@ -273,13 +275,15 @@ def report(
     output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The page to write.")],
     settings: Settings,
 ) -> int:
-    """Write what a capture file holds as one HTML page: where the time goes. Needs no root, no nginx and no BCC.
+    """Write an HTML page that shows where the time of a capture file's requests went. Needs no root, nginx or BCC.
 
-    Latency by phase over time, tables by location and upstream, the slowest
-    requests as waterfalls. The page fetches nothing and can be sent to others,
-    who then see what clients sent: addresses, URIs, user agents.
+    The page has latency by phase over time, tables by location and upstream,
+    and the slowest requests as waterfalls. It loads nothing from elsewhere, so
+    you can send it to others. They then see what clients sent: addresses, URIs
+    and user agents.
 
-    Where the file is damaged it exits with 1, and the page is of all before that.
+    If the file is damaged, the page shows the requests before the damage, and
+    the program exits with 1.
 
     Example:
 
@@ -293,11 +297,11 @@ def report(
 def doctor(
     *,
     settings: Settings,
-    json_: Annotated[bool, typer.Option("--json", help="Print the same as one JSON object.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Tell what is in the way of tracing, here and in every nginx found. Attaches nothing.
+    """Check this machine and every nginx for what is in the way of tracing. Attaches nothing.
 
-    Exits with 1 where something is, FAIL, and with 0 where nothing is. Without root it tells what it can.
+    Exits with 1 if a check says FAIL, else with 0. Without root some checks are not possible.
 
     Examples:
 
@@ -324,7 +328,7 @@ def doctor(
 
 
 layouts = typer.Typer(
-    help="Struct layouts of nginx releases: where nginx keeps what traces are made of.", no_args_is_help=True
+    help="Struct layouts of nginx releases: where nginx keeps the facts that traces need.", no_args_is_help=True
 )
 app.add_typer(layouts, name="layouts")
 
@@ -345,10 +349,10 @@ def add_layouts(
 ) -> None:
     """Add the release of a binary with debug information to your own catalogue.
 
-    It is looked for where `run` looks for it: in the binary, in its debug
-    file, on the servers of $DEBUGINFOD_URLS. Afterwards `run` knows every
-    build of that release that was configured --with-compat. Your own
-    catalogue is that of the user you are: of root, for a `run` by root.
+    The program looks for debug information where `run` does: in the binary, in
+    its debug file, and on the servers of $DEBUGINFOD_URLS. Afterwards `run`
+    knows every build of that release that was configured --with-compat.
+    Each user has a catalogue: add as root what root's `run` is to know.
 
     Example:
 
@@ -375,7 +379,7 @@ def _command() -> int:
     try:
         return app(prog_name=PROGRAM, standalone_mode=False) or 0
     except typer.TyperException as error:
-        # Empty where no command was given: the help is out already.
+        # The message is empty if no command was given; typer has printed the help.
         if message := error.format_message():
             complain(message)
         return 2
@@ -384,5 +388,5 @@ def _command() -> int:
 
 
 def main() -> None:
-    """The program: exits with 0, with 1 for damaged input or what `doctor` finds, with 2 for what the user can mend."""
+    """Runs the program. Exits with 0; 1 for damaged input or a failed check of `doctor`; 2 for an error of the user."""
     sys.exit(entry.exit_code(_command))

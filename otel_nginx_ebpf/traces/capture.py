@@ -69,7 +69,7 @@ def _told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to the capture file: {error.strerror}; it ends here") from error
+        raise UserError(f"cannot write to the capture file: {error.strerror}; stopping") from error
 
 
 class CaptureWriter:

@@ -131,4 +131,4 @@ def test_a_capture_file_without_space(
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
-    assert "cannot write to the capture file: No space left on device; it ends here" in ended.stderr
+    assert "cannot write to the capture file: No space left on device; stopping" in ended.stderr
