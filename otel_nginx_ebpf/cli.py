@@ -16,7 +16,7 @@ from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.process import entry
 from otel_nginx_ebpf.process.stdio import PROGRAM, complain, forget_stdout
 from otel_nginx_ebpf.settings import sources
-from otel_nginx_ebpf.settings.model import DECLARATIONS, Settings, Sort, Top
+from otel_nginx_ebpf.settings.model import DECLARATIONS, Settings, Sort, TopView
 
 Result = TypeVar("Result")
 
@@ -220,7 +220,7 @@ def top(
     """
     settings = replace(
         settings,
-        top=Top(sort, interval, once, of_file=file is not None),
+        top=TopView(sort, interval, once, of_file=file is not None),
         sampler="always_on",
         propagate=False,
         adopt_upstream_context=False,

@@ -8,9 +8,9 @@ from collections import deque
 from otel_nginx_ebpf.process.messages import (
     REPORT_BYTES,
     Belongs,
+    EmitterReport,
     Kind,
     Order,
-    Report,
     decode_order,
     decode_report,
     encode_order,
@@ -56,18 +56,18 @@ class SupervisorEnd:
         except OSError:
             raise EmitterGoneError from None
 
-    def reports(self, timeout_s: float) -> list[Report]:
+    def reports(self, timeout_s: float) -> list[EmitterReport]:
         """Returns the reports that have come; waits up to `timeout_s` seconds for the first.
 
         Raises:
             EmitterGoneError: The emitter has ended, or sent something else.
         """
-        found: list[Report] = []
+        found: list[EmitterReport] = []
         while len(found) < _REPORTS_AT_ONCE and select.select([self._socket], [], [], 0 if found else timeout_s)[0]:
             found.append(self._report())
         return found
 
-    def _report(self) -> Report:
+    def _report(self) -> EmitterReport:
         try:
             raw = self._socket.recv(REPORT_BYTES + 1)
         except OSError:
@@ -95,7 +95,7 @@ class EmitterEnd:
     def report(self, kind: Kind, number: int = 0, pid: int = 0) -> None:
         """Sends a report to the supervisor. Does nothing if the supervisor is gone."""
         try:
-            self._socket.send(encode_report(Report(kind, number, pid)))
+            self._socket.send(encode_report(EmitterReport(kind, number, pid)))
         except OSError:
             self.ended = True
 

@@ -126,7 +126,7 @@ class Kind(IntEnum):
     """The emitter asks which nginx a process belongs to."""
 
 
-class Report(NamedTuple):
+class EmitterReport(NamedTuple):
     """A message from the emitter."""
 
     kind: Kind
@@ -139,12 +139,12 @@ _REPORT = struct.Struct("=III")
 REPORT_BYTES = _REPORT.size
 
 
-def encode_report(report: Report) -> bytes:
+def encode_report(report: EmitterReport) -> bytes:
     """Returns a report's twelve bytes."""
     return _REPORT.pack(*report)
 
 
-def decode_report(raw: bytes) -> Report:
+def decode_report(raw: bytes) -> EmitterReport:
     """Returns the report in `raw`.
 
     Raises:
@@ -154,4 +154,4 @@ def decode_report(raw: bytes) -> Report:
         kind, number, pid = _REPORT.unpack(raw)
     except struct.error as error:
         raise ValueError(str(error)) from error
-    return Report(Kind(kind), number, pid)
+    return EmitterReport(Kind(kind), number, pid)

@@ -25,7 +25,7 @@ Sort = Literal["rate", "errors", "total", "read", "connect", "wait", "transfer",
 
 
 @dataclass(frozen=True, slots=True)
-class Top:
+class TopView:
     """How `top` shows the requests."""
 
     sort: Sort
@@ -321,7 +321,7 @@ class Settings:
         commands=(),
         standard=("OTEL_SDK_DISABLED",),
     )
-    top: Top | None = None
+    top: TopView | None = None
     """How to show requests instead of exporting them; `None`: export them."""
 
     @property

@@ -107,10 +107,10 @@ def _make_source(path: Path | None) -> type[BaseSettings]:
         model_config = SettingsConfigDict(toml_file=path)
 
     model_fields: dict[str, Any] = {name: (_checked_type(name), _field(name)) for name in DECLARATIONS}
-    return create_model("Source", __base__=FileSources, **model_fields)
+    return create_model("SettingsSource", __base__=FileSources, **model_fields)
 
 
-Source = _make_source(None)
+SettingsSource = _make_source(None)
 
 _NEED_PHASES = ("adopt_upstream_context", "propagate")
 

@@ -276,10 +276,10 @@ def check_nginx(data: bytes) -> None:
 # Settings.
 
 _VARIABLES = (
-    *(variable for name in sources.Source.model_fields for variable in sources.variables(name)),
+    *(variable for name in sources.SettingsSource.model_fields for variable in sources.variables(name)),
     *("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_EXPERIMENTAL_RESOURCE_DETECTORS"),
 )
-_FLAGS = tuple(sources.Source.model_fields)
+_FLAGS = tuple(sources.SettingsSource.model_fields)
 
 
 def check_config(data: bytes) -> None:

@@ -59,7 +59,7 @@ def test_help_names_every_option_s_variable(command: str) -> None:
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
     # record's --output is its own: the capture file.
-    names = [name for name in sources.Source.model_fields if (command, name) != ("record", "output")]
+    names = [name for name in sources.SettingsSource.model_fields if (command, name) != ("record", "output")]
     shown = [name for name in names if f" {sources.flag(name)} " in out]
     assert len(shown) >= 4
     for name in shown:
@@ -68,7 +68,7 @@ def test_help_names_every_option_s_variable(command: str) -> None:
 
 def test_help_of_run_has_every_setting() -> None:
     _, out, _ = run("run", "--help")
-    missing = [name for name in sources.Source.model_fields if sources.flag(name) not in out]
+    missing = [name for name in sources.SettingsSource.model_fields if sources.flag(name) not in out]
     assert missing == ["sdk_disabled"], "OTEL_SDK_DISABLED is a variable only"
 
 

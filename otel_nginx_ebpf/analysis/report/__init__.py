@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.analysis.report.charts import HEIGHT, WIDTH, kind_of, latency_chart, rate_chart, time_chart
-from otel_nginx_ebpf.analysis.report.series import Series
+from otel_nginx_ebpf.analysis.report.timeline import Timeline
 from otel_nginx_ebpf.analysis.tables import PERCENTILES, View, rows_of, share
 from otel_nginx_ebpf.analysis.tally import CONNECT, PHASES, READ, TRANSFER, WAIT, WRITE, Row, Tally
 from otel_nginx_ebpf.errors import UserError
@@ -50,7 +50,7 @@ class Report:
         self._stats = stats
         self._query = query
         self._tally = Tally()
-        self._series = Series()
+        self._timeline = Timeline()
         self._slowest: list[tuple[int, int, Request, int]] = []
         """A heap of length in nanoseconds, a unique number, the request and its offset to Unix time in nanoseconds."""
         self._start_unix_ns, self._end_unix_ns = 2**63, 0
@@ -58,7 +58,7 @@ class Report:
     def take(self, completed: Sequence[Completed]) -> None:
         for request, unix_offset_ns, _ in completed:
             end_unix_ns = request.ended_mono_ns + unix_offset_ns
-            length_ns = self._tally.add(request, self._series.at(end_unix_ns))
+            length_ns = self._tally.add(request, self._timeline.at(end_unix_ns))
             self._end_unix_ns = max(self._end_unix_ns, end_unix_ns)
             self._start_unix_ns = min(self._start_unix_ns, end_unix_ns - length_ns)
             self._stats.exported += 1
@@ -101,10 +101,10 @@ class Report:
                 location_columns=["total", *PHASES],
                 peers=[_cells(name, row, _OF_PEERS) for name, row in peers],
                 peer_columns=["total", *(PHASES[phase] for phase in _OF_PEERS)],
-                latency=[(value, latency_chart(self._series, index)) for index, value in enumerate(PERCENTILES)],
-                times=time_chart(self._series),
-                rates=rate_chart(self._series),
-                slot=duration(self._series.width_ns),
+                latency=[(value, latency_chart(self._timeline, index)) for index, value in enumerate(PERCENTILES)],
+                times=time_chart(self._timeline),
+                rates=rate_chart(self._timeline),
+                slot=duration(self._timeline.width_ns),
                 width=WIDTH,
                 height=HEIGHT,
                 slowest=[_waterfall(trace) for trace in slowest],

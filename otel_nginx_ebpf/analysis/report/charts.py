@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from otel_nginx_ebpf.analysis.report.series import Series
+from otel_nginx_ebpf.analysis.report.timeline import Timeline
 from otel_nginx_ebpf.analysis.tables import PERCENTILES
 from otel_nginx_ebpf.analysis.tally import PHASES, Row
 from otel_nginx_ebpf.export.console import duration
@@ -49,16 +49,16 @@ def kind_of(phase: int | None) -> str:
 
 
 class _Axes:
-    def __init__(self, series: Series) -> None:
-        self._series = series
-        self.slots = max(series.rows, default=0) + 1
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self.slots = max(timeline.rows, default=0) + 1
 
     def x(self, slot: float) -> float:
         return round(_LEFT + slot / self.slots * (WIDTH - _LEFT - _RIGHT), 1)
 
     def time(self, slot: int) -> str:
-        then = datetime.fromtimestamp((self._series.start_unix_ns + slot * self._series.width_ns) / 1e9, UTC)
-        return f"{then:%H:%M:%S}" + (f".{then.microsecond // 100_000}" if self._series.width_ns < 1e9 else "")
+        then = datetime.fromtimestamp((self._timeline.start_unix_ns + slot * self._timeline.width_ns) / 1e9, UTC)
+        return f"{then:%H:%M:%S}" + (f".{then.microsecond // 100_000}" if self._timeline.width_ns < 1e9 else "")
 
     def x_ticks(self) -> list[Tick]:
         step = max(math.ceil(self.slots / 6), 1)
@@ -116,14 +116,14 @@ def _linear(top: float, text: Callable[[float], str]) -> tuple[float, list[Tick]
     return steps[-1], [Tick(_y(step / steps[-1]), text(step)) for step in steps]
 
 
-def latency_chart(series: Series, percentile: int) -> Chart:
+def latency_chart(timeline: Timeline, percentile: int) -> Chart:
     """Draws a percentile of each phase and of the whole request on a logarithmic scale.
 
     `percentile` is an index of `PERCENTILES`.
     """
-    axes = _Axes(series)
+    axes = _Axes(timeline)
     values: dict[int | None, dict[int, int]] = {phase: {} for phase in (None, *range(len(PHASES)))}
-    for slot, row in series.rows.items():
+    for slot, row in timeline.rows.items():
         for phase, of_phase in values.items():
             histogram = row.length if phase is None else row.phases[phase]
             if found := histogram.percentiles([PERCENTILES[percentile] / 100]):
@@ -137,7 +137,7 @@ def latency_chart(series: Series, percentile: int) -> Chart:
 
     names: dict[int | None, str] = {None: "whole request", **dict(enumerate(PHASES))}
     columns = []
-    for slot in sorted(series.rows):
+    for slot in sorted(timeline.rows):
         texts = [f"{names[phase]}: {duration(values[phase][slot])}" for phase in values if slot in values[phase]]
         columns.append((axes.x(slot + 0.5), [axes.time(slot), *texts]))
     return Chart(
@@ -162,10 +162,10 @@ def duration_tick(nanoseconds: float) -> str:
     return f"{value:g} {unit}"
 
 
-def time_chart(series: Series) -> Chart:
+def time_chart(timeline: Timeline) -> Chart:
     """Draws the mean time of a request, with the phases stacked."""
-    axes = _Axes(series)
-    means = {slot: [time_ns / row.count for time_ns in row.time_ns] for slot, row in series.rows.items()}
+    axes = _Axes(timeline)
+    means = {slot: [time_ns / row.count for time_ns in row.time_ns] for slot, row in timeline.rows.items()}
     top, y_ticks = _linear(max(map(sum, means.values()), default=0), duration_tick)
     lines = []
     low = dict.fromkeys(means, 0.0)
@@ -184,13 +184,13 @@ def time_chart(series: Series) -> Chart:
     return Chart(lines, axes.x_ticks(), y_ticks, columns)
 
 
-def rate_chart(series: Series) -> Chart:
+def rate_chart(timeline: Timeline) -> Chart:
     """Draws requests per second, and how many of them had a status of 4xx and 5xx."""
-    axes = _Axes(series)
-    seconds = series.width_ns / 1e9
+    axes = _Axes(timeline)
+    seconds = timeline.width_ns / 1e9
 
     def rates(of: Callable[[Row], int]) -> dict[int, float]:
-        return {slot: of(row) / seconds for slot, row in series.rows.items()}
+        return {slot: of(row) / seconds for slot, row in timeline.rows.items()}
 
     found = {
         "5xx": rates(lambda row: row.failed),
@@ -199,7 +199,7 @@ def rate_chart(series: Series) -> Chart:
     }
     top, y_ticks = _linear(max(found["other"].values(), default=0), lambda rate: f"{rate:g}/s")
     lines = []
-    low = dict.fromkeys(series.rows, 0.0)
+    low = dict.fromkeys(timeline.rows, 0.0)
     for kind, rate in found.items():
         high = {slot: value / top for slot, value in rate.items()}
         lines.append(Line(f"status-{kind}", kind, _band(axes, low, high), area=True))
@@ -214,6 +214,6 @@ def rate_chart(series: Series) -> Chart:
                 f"5xx: {row.failed}",
             ],
         )
-        for slot, row in sorted(series.rows.items())
+        for slot, row in sorted(timeline.rows.items())
     ]
     return Chart(lines, axes.x_ticks(), y_ticks, columns)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from otel_nginx_ebpf.analysis.report import SLOWEST, Report
 from otel_nginx_ebpf.analysis.report.charts import latency_chart, rate_chart, time_chart
-from otel_nginx_ebpf.analysis.report.series import SLOTS_MAX, Series
+from otel_nginx_ebpf.analysis.report.timeline import SLOTS_MAX, Timeline
 from otel_nginx_ebpf.analysis.tally import Row, Tally
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.record import Request, decode
@@ -110,7 +110,7 @@ def test_numbers_are_the_tally_s() -> None:
 
 @given(st.lists(st.integers(0, 10**14), min_size=1, max_size=60))
 def test_a_series_has_room_for_any_time_and_loses_nothing(times_ns: list[int]) -> None:
-    series = Series()
+    series = Timeline()
     for time_ns in times_ns:
         series.at(UNIX_OFFSET_NS + time_ns).count += 1
     assert sum(row.count for row in series.rows.values()) == len(times_ns)
@@ -120,14 +120,14 @@ def test_a_series_has_room_for_any_time_and_loses_nothing(times_ns: list[int]) -
         assert series.rows[max(time_ns - first, 0) // series.width_ns].count
 
 
-def paths(series: Series) -> list[str]:
+def paths(series: Timeline) -> list[str]:
     charts = [time_chart(series), rate_chart(series), *(latency_chart(series, index) for index in range(3))]
     return [line.path for chart in charts for line in chart.lines]
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**13), st.integers(200, 599)), max_size=20))
 def test_paths_stay_inside_the_picture(found: list[tuple[int, int]]) -> None:
-    series, tally = Series(), Tally()
+    series, tally = Timeline(), Tally()
     for time_ns, status in found:
         tally.add(replace(decode(RETRIED), status=status), series.at(UNIX_OFFSET_NS + time_ns))
     for path in paths(series):
@@ -139,7 +139,7 @@ def test_paths_stay_inside_the_picture(found: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_charts_of_next_to_nothing(count: int) -> None:
-    series = Series()
+    series = Timeline()
     for _ in range(count):
         Tally().add(decode(STATIC), series.at(UNIX_OFFSET_NS))
     assert len(rate_chart(series).columns) == count

@@ -11,12 +11,12 @@ from otel_nginx_ebpf.process.messages import (
     Alive,
     Attached,
     Belongs,
+    EmitterReport,
     End,
     Kind,
     Lost,
     Measured,
     Order,
-    Report,
     Retired,
 )
 
@@ -68,7 +68,7 @@ def test_an_answer_overtakes_what_came_before_it(ends: tuple[SupervisorEnd, Emit
         supervisor.tell(Retired(2))
         supervisor.tell(Belongs(1, 7, {"process.pid": 6}))
         assert emitter.ask_whose(1, 7) == Belongs(1, 7, {"process.pid": 6})
-        assert supervisor.reports(5) == [Report(Kind.WHOSE, 1, 7)]
+        assert supervisor.reports(5) == [EmitterReport(Kind.WHOSE, 1, 7)]
         assert emitter.orders(5) == [Retired(2)]
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.settings import sources
-from otel_nginx_ebpf.settings.sources import Source, load
+from otel_nginx_ebpf.settings.sources import SettingsSource, load
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_the_file_may_be_named_in_the_environment(tmp_path: Path, monkeypatch: p
 def test_standard_variables_count_and_the_more_special_one_wins(
     name: str, own: str, standard: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    default = Source.model_fields[name].default
+    default = SettingsSource.model_fields[name].default
     path = toml(tmp_path, f"{name} = {default!r}")
     monkeypatch.setenv(standard, text)
     assert getattr(load({}, path), name) == value
@@ -92,7 +92,7 @@ def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.Monk
         load({})
 
 
-@pytest.mark.parametrize("name", Source.model_fields)
+@pytest.mark.parametrize("name", SettingsSource.model_fields)
 def test_a_variable_of_another_program_is_not_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = load({})
     monkeypatch.setenv(name.upper(), "7")
@@ -116,7 +116,7 @@ def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in Source.model_fields if name not in ("output", "binary", "queue_dir")]
+    "name", [name for name in SettingsSource.model_fields if name not in ("output", "binary", "queue_dir")]
 )
 def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -128,7 +128,7 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     message = str(caught.value)
     assert sources.flag(name) in message
     assert variable in message
-    assert str(Source.model_fields[name].examples[0]) in message  # type: ignore[index]
+    assert str(SettingsSource.model_fields[name].examples[0]) in message  # type: ignore[index]
     assert message.endswith("it is '-7.x'")
     assert "\n" not in message
 
@@ -180,6 +180,6 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_every_setting_explains_itself() -> None:
-    for name, field in Source.model_fields.items():
+    for name, field in SettingsSource.model_fields.items():
         assert field.description, name
         assert field.examples, name

@@ -6,7 +6,7 @@ SLOTS_MAX = 120
 _FIRST_WIDTH_NS = 100_000_000
 
 
-class Series:
+class Timeline:
     """Rows of equal length in time. A time without requests has no row."""
 
     def __init__(self) -> None:
