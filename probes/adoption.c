@@ -25,7 +25,8 @@ int enter_ngx_http_upstream_free_round_robin_peer(struct pt_regs *ctx)
     return 0;
 }
 
-/* Returns the span id that nginx sent to an attempt's peer, if it belongs to the request's trace. 0: none. */
+/* Returns the span id that nginx sent to an attempt's peer, if it belongs to the request's trace. 0: there is no such
+ * id. */
 static __always_inline u64 told_span_of(struct process *process, u32 tgid, u64 state)
 {
     struct told_key key = {.tgid = tgid, .state = state};

@@ -1,11 +1,11 @@
-/* How a request ended: whole, or given up, by whom, and with its last byte or later. */
+/* How a request ended: whole or abandoned, who abandoned it, and whether it ended with its last byte or later. */
 
 #define SWITCHING_PROTOCOLS 101
 #define REQUEST_TIME_OUT 408
 #define NO_RESPONSE 444 /* NGX_HTTP_CLOSE */
 #define CLIENT_CLOSED_REQUEST 499
 
-/* $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
+/* Returns $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
 static __always_inline u64 final_status(const struct request_record *record)
 {
     if (record->err_status)
@@ -20,7 +20,7 @@ static __always_inline bool is_handler(u64 handler, u64 load_address, u64 functi
     return function && handler == load_address + function;
 }
 
-/* Whether nginx finalized the request as it should (ngx_http_finalize_request), and did not terminate it. */
+/* Tells whether nginx finalized the request normally (ngx_http_finalize_request), and did not terminate it. */
 static __always_inline bool was_finalized(struct process *process, u64 load_address)
 {
     return !ADDRESS_ngx_http_request_empty_handler
@@ -28,7 +28,8 @@ static __always_inline bool was_finalized(struct process *process, u64 load_addr
                       ADDRESS_ngx_http_request_empty_handler);
 }
 
-/* Whether nginx waited, after the response, for the client to end its request (lingering_close, ngx_http_discard_request_body). */
+/* Tells whether nginx waited after the response until the client ended its request (lingering_close,
+ * ngx_http_discard_request_body). */
 static __always_inline bool has_lingered(struct process *process, struct socket *socket, u64 load_address)
 {
     return socket->lingers
@@ -36,7 +37,7 @@ static __always_inline bool has_lingered(struct process *process, struct socket 
                       ADDRESS_ngx_http_discarded_request_body_handler);
 }
 
-#define EVENT_TIMEDOUT (1 << 10) /* of the bit-fields behind ngx_event_s.data: write, accept, instance, … */
+#define EVENT_TIMEDOUT (1 << 10) /* one of the bit-fields after ngx_event_s.data: write, accept, instance, … */
 
 static __always_inline bool write_timed_out(struct process *process)
 {
@@ -52,10 +53,11 @@ static __always_inline bool is_exiting(u64 load_address)
         && exiting;
 }
 
-#define STREAM_OUT_CLOSED (1 << 4) /* of the bit-fields that end ngx_http_v2_stream_s: waiting, blocked, exhausted, … */
+#define STREAM_OUT_CLOSED (1 << 4) /* one of the bit-fields at the end of ngx_http_v2_stream_s: waiting, blocked, exhausted, … */
 #define STREAM_RST_SENT (1 << 5)
 
-/* Whether an HTTP/2 stream is closed on nginx's side, not by nginx: the client has reset it. (Or its response is out.) */
+/* Tells whether an HTTP/2 stream is closed on nginx's side, but nginx did not reset it. Then the client has reset the
+ * stream, or the whole response was sent. */
 static __always_inline bool is_out_closed(struct process *process)
 {
 #ifndef SIZEOF_ngx_http_v2_stream_s
@@ -68,7 +70,8 @@ static __always_inline bool is_out_closed(struct process *process)
 #endif
 }
 
-/* Whether nginx gave up as the client left. An HTTP/3 stream does not say: there it ends while nginx reads. */
+/* Tells whether nginx gave up because the client left. An HTTP/3 stream does not note this, but such a request ends
+ * while nginx reads. */
 static __always_inline bool did_client_leave(struct process *process, struct socket *socket, const struct request_record *record)
 {
     if (record->http_version == HTTP_VERSION_3)
@@ -79,7 +82,8 @@ static __always_inline bool did_client_leave(struct process *process, struct soc
 
 #define HEADER_SIZE (OFFSET_ngx_http_request_s__request_length - 8) /* header_size, request_length */
 
-/* Whether the response was out before nginx gave up: it waited for the rest of the request, or a mirror. */
+/* Tells whether the whole response was sent before nginx gave up. nginx then waited for the rest of the request, or for
+ * a mirror. */
 static __always_inline bool had_answered(struct process *process, const struct request_record *record, u64 status)
 {
     s64 length = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, s64, ngx_http_headers_out_t, content_length_n);
@@ -89,7 +93,7 @@ static __always_inline bool had_answered(struct process *process, const struct r
     return record->bytes_sent > 0 && length >= 0 && record->bytes_sent - header_size >= length;
 }
 
-/* `outcome`: of the main request's last attempt. */
+/* Returns how a request ended. `outcome`: the outcome of the main request's last attempt. */
 static __always_inline u8 ending_of(
     struct process *process, struct socket *socket, const struct request_record *record, u8 outcome, u64 load_address)
 {
@@ -118,11 +122,11 @@ static __always_inline u8 ending_of(
     if (!record->bytes_sent && (record->rc || status == NO_RESPONSE))
         return ENDED_WHOLE;
     if (record->bytes_sent && outcome == OUTCOME_WHOLE && has_lingered(process, socket, load_address))
-        return ENDED_WHOLE; /* it waited for the rest of the request */
+        return ENDED_WHOLE; /* nginx waited for the rest of the request */
     return is_exiting(load_address) ? ENDED_SHUTDOWN : ENDED_ABORTED;
 }
 
-/* Whether the request ended with its last response byte: nothing kept nginx busy with it afterwards. */
+/* Tells whether the request ended with its last response byte: nginx had no more work with the request afterwards. */
 static __always_inline bool ends_with_write(
     struct process *process, struct socket *socket, const struct request_record *record, u64 load_address)
 {
@@ -136,8 +140,9 @@ static __always_inline struct upstream_attempt *attempt_of(struct process *proce
     return (struct upstream_attempt *)(process->record + sizeof(struct request_record) + index * sizeof(struct upstream_attempt));
 }
 
-/* An attempt's outcome, where it was the last that its request made. OUTCOME_ABANDONED: only the request's end tells more. At
- * the detail of requests no socket tells whether the peer has closed the connection; nor over TLS, where nginx does not buffer. */
+/* Returns an attempt's outcome, if the attempt was the last of its request. OUTCOME_ABANDONED: only the request's end
+ * tells more. With `--detail request`, no socket tells whether the peer closed the connection. Over TLS, no socket
+ * tells it either, if nginx does not buffer. */
 static __always_inline u8 outcome_of(const struct attempt_state *ended, const struct upstream_attempt *attempt)
 {
     u64 state = 0;
@@ -153,7 +158,7 @@ static __always_inline u8 outcome_of(const struct attempt_state *ended, const st
     return response == RESPONSE_FAILED ? OUTCOME_TIMEOUT : OUTCOME_ABANDONED;
 }
 
-/* What the request's end says of an attempt's: whose fault it was, and when its exchange ended. */
+/* Sets what the request's end tells about an attempt's end: whose fault it was, and when the exchange ended. */
 static __always_inline void conclude(struct process *process, const struct request_record *record, struct upstream_attempt *attempt)
 {
     bool answered = attempt->header_msec != -1ULL && attempt->status;

@@ -57,7 +57,7 @@ int enter_ngx_http_v2_send_output_queue(struct pt_regs *ctx)
         if (!active)
             continue;
         active->last_flush_ns = now;
-        /* If the socket was full, the call before wrote nothing, and the frame waited for this call. */
+        /* If the socket was full, the previous call wrote nothing, and the frame waited for this call. */
         if (!active->first_write_ns || active->first_write_ns >= last_write_ns)
             active->first_write_ns = now;
     }

@@ -1,8 +1,9 @@
 /*
- * Durations of all requests and upstream exchanges, counted by series when a request ends, whatever is sampled.
+ * Counts the durations of all requests and upstream exchanges by series, when a request ends. Requests that are not
+ * sampled count, too.
  *
- * A program of its own, by tail call from the one that made the record: together they would be more than the verifiers of
- * older kernels follow. That one also found out how long the request and its exchanges took (metrics.h).
+ * This is a separate BPF program. The program that makes the record calls it by tail call, because the verifiers of
+ * older kernels reject one program that does both. The first program also measures the durations (metrics.h).
  */
 
 #if REQUEST_METRICS
@@ -13,19 +14,21 @@ struct durations {
     u64 counts[DURATION_BUCKETS];
 };
 
-/* No atomic additions, and no copy for each processor: only the one thread of its worker writes an entry. */
+/* The additions are not atomic, and there is no copy for each processor: an entry has one writer, the thread of its
+ * worker. */
 BPF_TABLE("hash", struct server_series, struct durations, server_durations, SERIES_MAX);
 BPF_TABLE("hash", struct client_key, struct durations, client_durations, SERIES_MAX);
 BPF_TABLE("hash", struct duration_name_key, struct duration_name, duration_names, NAMES_MAX);
 BPF_PROG_ARRAY(measuring, 1);
 
-/* Does not return, unless nothing measures. */
+/* Continues with the program that counts durations. Returns only if that program is not loaded. */
 static __always_inline void measure(struct pt_regs *ctx)
 {
     measuring.call(ctx, 0);
 }
 
-/* 1 where a duration is above a bound: by its sign, as a comparison is a branch, and 14 branches 15 ways to verify. */
+/* 1: the duration is above the bound. Computed from the sign of a difference. A comparison would be a branch, and 14
+ * branches are 15 paths to verify. */
 #define ABOVE(ns, bound_ms) (((bound_ms) * 1000000ULL - (ns)) >> 63)
 
 static __always_inline void add_duration(struct durations *durations, u64 ns)
@@ -39,7 +42,8 @@ static __always_inline void add_duration(struct durations *durations, u64 ns)
     durations->counts[bucket]++;
 }
 
-/* Whether the name of a configuration is there for user space to read, for as long as the worker's series are. */
+/* Stores the name of a configuration for user space, unless it is stored already. It stays as long as the worker's
+ * series. Returns whether the name is stored. */
 static __always_inline bool keep_name(struct process *process, u32 tgid, u64 configuration, u64 name_offset)
 {
     struct duration_name_key key = {.tgid = tgid, .configuration = configuration};
@@ -50,7 +54,7 @@ static __always_inline bool keep_name(struct process *process, u32 tgid, u64 con
     if (bpf_probe_read_user(&str, sizeof(str), (void *)(configuration + name_offset)) != 0)
         return false;
     name->bytes = str.len > NAME_BYTES_MAX ? NAME_BYTES_MAX : str.len;
-    asm volatile("" ::: "memory"); /* read back: any number */
+    asm volatile("" ::: "memory"); /* read back from memory: any number, to the verifier */
     u64 bytes = name->bytes;
     if (bytes > NAME_BYTES_MAX || bpf_probe_read_user(name->text, bytes, (void *)str.data) != 0)
         return false;
@@ -68,7 +72,7 @@ static __always_inline struct durations *server_durations_of(struct process *pro
     __builtin_memset(client, 0, sizeof(*client));
     client->series.tgid = series->tgid;
     client->series.overflow = 1;
-    server_durations.insert(&overflow, &none); /* both before the maps are full */
+    server_durations.insert(&overflow, &none); /* insert both overflow entries before the maps are full */
     client_durations.insert(client, &none);
     if (keep_name(process, series->tgid, series->location, OFFSET_ngx_http_core_loc_conf_s__name)
         && keep_name(process, series->tgid, series->server, OFFSET_ngx_http_core_srv_conf_t__server_name)
@@ -96,7 +100,8 @@ static __always_inline struct durations *client_durations_of(struct process *pro
     return client_durations.lookup(key);
 }
 
-/* r->method, 0 where the request line was not parsed. */
+/* Returns r->method, and the bits of QUERY and CONNECT even if nginx does not know them. 0: the request line was not
+ * parsed. */
 static __always_inline u32 measured_method(struct process *process, u32 method)
 {
     struct ngx_str *name = &process->method_name;
@@ -123,7 +128,7 @@ static __always_inline u64 core_conf(struct process *process, u64 confs)
 static __always_inline void measure_exchange(
     struct process *process, const struct upstream_attempt *attempt, u32 index, u64 ns)
 {
-    struct client_key *key = &process->client_key; /* not on the stack, whose contents the verifier tells apart */
+    struct client_key *key = &process->client_key; /* not on the stack, because the verifier tracks the stack's contents */
     struct ngx_str peer = {};
     u64 peer_name = 0;
     __builtin_memset(key, 0, sizeof(*key));
@@ -133,7 +138,7 @@ static __always_inline void measure_exchange(
     key->series.status = attempt->status;
     key->series.connect_errno = attempt->connect_errno;
     key->series.outcome = attempt->outcome;
-    key->series.no_header = attempt->header_msec >> 63; /* all ones */
+    key->series.no_header = attempt->header_msec >> 63; /* all ones: not set */
     bpf_probe_read_user(&peer_name, sizeof(u64), (void *)(process->attempt_states[index] + OFFSET_ngx_http_upstream_state_t__peer));
     bpf_probe_read_user(&peer, sizeof(peer), (void *)peer_name);
     u64 bytes = peer.len > PEER_BYTES_MAX ? 0 : peer.len;
@@ -147,7 +152,7 @@ static __always_inline void measure_exchange(
         count_loss(NOT_MEASURED);
 }
 
-/* The request whose record was just made. */
+/* Counts the durations of the request whose record was just made. */
 int measure_request(struct pt_regs *ctx)
 {
     u32 tgid = current_tgid();

@@ -1,10 +1,10 @@
 /*
- * How long a request and its exchanges took; and the keys and values of the maps of metrics.c, which count the durations of all
- * requests in the kernel, sampled or not.
+ * How long a request and its exchanges took. Also the keys and values of the maps of metrics.c. These maps count the
+ * durations of all requests in the kernel, sampled or not.
  *
- * This file is the maps' only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py parses record.h.
- * A value is the sum of the durations in nanoseconds (u64), then a count (u64) for each bucket of `duration_bound_ms`, then a
- * count for durations above all bounds.
+ * This file is the maps' only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py parses
+ * record.h. A value is the sum of the durations in nanoseconds (u64), then a count (u64) for each bucket of
+ * `duration_bound_ms`, then a count for durations above all bounds.
  */
 
 /* The semantic conventions' buckets of http.server.request.duration and http.client.request.duration. Each number is the upper
@@ -50,7 +50,7 @@ struct server_series {
 struct client_series {
     __u32 tgid;
     __u32 method;             /* the method of the client's request; 0: a subrequest's attempt */
-    __u64 upstream;           /* ngx_http_upstream_srv_conf_t *; 0: none */
+    __u64 upstream;           /* ngx_http_upstream_srv_conf_t *; 0: no upstream */
     __u16 status;             /* as in the record's attempt */
     __u16 connect_errno;
     __u8 no_header;           /* 1: nginx has no $upstream_header_time, because the peer sent no response */
@@ -66,8 +66,8 @@ struct duration_name_key {
     __u64 configuration;      /* one of the pointers above */
 };
 
-/* How long a request and its exchanges took: the rules of otel_nginx_ebpf/traces/phases.py, where a phase has a length. The test
- * tests/unit/traces/test_phases.py holds one to the other. */
+/* How long a request and its exchanges took, by the rules of otel_nginx_ebpf/traces/phases.py. A phase counts only if
+ * it has a length. tests/unit/traces/test_phases.py checks that both files agree. */
 
 static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt)
 {
@@ -77,7 +77,7 @@ static __always_inline u64 connect_end_ns(const struct upstream_attempt *attempt
     return end_ns ? end_ns : attempt->ended_ns;
 }
 
-/* 0: there was no exchange. */
+/* Returns when an attempt's exchange ended. 0: there was no exchange. */
 static __always_inline u64 exchange_end_ns(const struct upstream_attempt *attempt)
 {
     if (attempt->connect_msec == -1ULL || !attempt->first_write_ns)
@@ -91,13 +91,14 @@ static __always_inline void ends_at(u64 *last_end_ns, u64 start_ns, u64 end_ns)
         *last_end_ns = end_ns;
 }
 
-/* When a request's phases ended so far, without an attempt. */
+/* Returns when a request was read completely: the end of its phases before any attempt. */
 static __always_inline u64 read_end_ns(const struct request_record *record)
 {
     return record->last_read_ns > record->created_ns ? record->last_read_ns : record->created_ns;
 }
 
-/* How long an attempt's exchange took; 0: there was none. Moves `last_end_ns` to the end of its phases, if that is later. */
+/* Returns how long an attempt's exchange took. 0: there was no exchange. If a phase of the attempt ended after
+ * `last_end_ns`, moves `last_end_ns` to that end. */
 static __always_inline u64 exchange_ns(const struct upstream_attempt *attempt, u64 *last_end_ns)
 {
     u64 end_ns = exchange_end_ns(attempt);
@@ -107,7 +108,7 @@ static __always_inline u64 exchange_ns(const struct upstream_attempt *attempt, u
     return end_ns > attempt->first_write_ns ? end_ns - attempt->first_write_ns : 0;
 }
 
-/* How long a request took. `last_end_ns`: when its last phase ended, not looking at the downstream write. */
+/* Returns how long a request took. `last_end_ns`: when the last of its phases ended, except the downstream write. */
 static __always_inline u64 request_ns(const struct request_record *record, u64 last_end_ns)
 {
     u64 start_ns = record->first_read_ns ? record->first_read_ns : record->created_ns;

@@ -1,4 +1,4 @@
-/* The end of a client's request, and the record of it. */
+/* The end of a client's request, and its record. */
 
 static __always_inline void learn_core_module_index(struct process *process, u64 load_address)
 {
@@ -7,18 +7,18 @@ static __always_inline void learn_core_module_index(struct process *process, u64
         process->core_module_index_known = 1;
 }
 
-/* Why a request that the sampler left out is sent all the same. KEPT_SAMPLED: it is not. */
+/* Returns the reason to send a request that the sampler left out. KEPT_SAMPLED: there is no reason. */
 static __always_inline u8 keep(const struct process *process, const struct request_record *record)
 {
     u64 status = final_status(record);
-    if (KEEP_ERRORS && status >= 500 && status < 600) /* beyond it is what modules make up */
+    if (KEEP_ERRORS && status >= 500 && status < 600) /* modules make up higher numbers */
         return KEPT_ERROR;
     return KEEP_SLOWER_THAN_NS && process->request_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
 }
 
-#define METHOD_BYTES_MAX 16 /* with the space behind it; a longer one is as nginx has it */
+#define METHOD_BYTES_MAX 16 /* including the space after the method; a longer method stays as nginx has it */
 
-/* By the method's text as a little-endian number; 1: another. */
+/* Returns the bit of a method. `text` is its text as a little-endian number. 1: another method. */
 static __always_inline u32 method_of_text(u64 text)
 {
     switch (text) {
@@ -42,15 +42,16 @@ static __always_inline u32 method_of_text(u64 text)
     return 1;
 }
 
-/* The method that the client sent: an internal redirect makes GET of r->method and r->method_name, but not of the request line.
- * nginx's own name begins there, unless it was redirected or came over HTTP/2. */
+/* Finds the method that the client sent. An internal redirect sets r->method and r->method_name to GET, but does not
+ * change the request line. r->method_name points to the start of the request line, unless the request was redirected or
+ * came over HTTP/2. */
 static __always_inline void find_method(struct process *process, struct request_record *record)
 {
     struct ngx_str *name = REQUEST_STR(method_name), *line = REQUEST_STR(request_line);
     u8 text[METHOD_BYTES_MAX] = {};
     process->method_name = *name;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
-    if (!line->len && !record->multiplexed) { /* nginx could not read it: a method is its own, for error_page */
+    if (!line->len && !record->multiplexed) { /* nginx could not parse it; nginx itself sets a method for error_page */
         process->method_name.len = 0;
         record->method = 0;
         return;
@@ -76,7 +77,8 @@ static __always_inline void find_method(struct process *process, struct request_
     record->method = method;
 }
 
-/* What the client said, where nginx has overwritten it: with HTTP/0.9, behind post_action and a peer that sent no header. */
+/* Returns the HTTP version that the client sent. nginx overwrites it with HTTP/0.9 for post_action, and if a peer sent
+ * no header. */
 static __always_inline u64 asked_version(struct process *process, u64 http_version)
 {
     struct ngx_str *protocol = (struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__http_protocol);
@@ -87,15 +89,17 @@ static __always_inline u64 asked_version(struct process *process, u64 http_versi
     return ((text >> 40 & 0xff) - '0') * 1000 + ((text >> 56) - '0');
 }
 
-/* nginx makes a request for itself in a TLS handshake, for a certificate whose name has variables (ngx_http_ssl_certificate).
- * A client's is counted when it is created. */
+/* Tells whether nginx made the request for itself during a TLS handshake, for a certificate whose name has variables
+ * (ngx_http_ssl_certificate). nginx counts a client's request when it creates the request. It does not count its own
+ * request. */
 static __always_inline bool is_of_a_handshake(struct process *process)
 {
     return !MEMBER(process->connection, u64, ngx_connection_s, requests) && !REQUEST_STR(method_name)->len
         && !REQUEST_STR(request_line)->len && !REQUEST_STR(unparsed_uri)->len;
 }
 
-/* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): once a request, before it is logged */
+/* ngx_http_free_request(ngx_http_request_t *r, ngx_int_t rc): called once for each request, before nginx logs the
+ * request */
 int enter_ngx_http_free_request(struct pt_regs *ctx)
 {
     u64 now;
@@ -208,14 +212,14 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         }
         record->attempts = i + 1;
     }
-    asm volatile("" ::: "memory"); /* like record_bytes: read back, the count is one unknown number and not 33 known ones */
+    asm volatile("" ::: "memory"); /* as with record_bytes: read back, it is one unknown number, not 33 known numbers */
     u32 taken = record->attempts;
     find_unseen(process, record);
     record->ending = ending_of(process, socket, record, process->main_outcome, load_address);
     record->ends_with_write = ends_with_write(process, socket, record, load_address);
     if (TIMES_REQUESTS)
         process->last_end_ns = read_end_ns(record);
-    EACH(i, taken, ATTEMPTS_TAKEN_MAX) { /* one loop: of two, the verifier would not see the end */
+    EACH(i, taken, ATTEMPTS_TAKEN_MAX) { /* one loop: two loops are too much for the verifier */
         conclude(process, record, attempt_of(process, i));
         if (TIMES_REQUESTS)
             process->exchange_ns[i] = exchange_ns(attempt_of(process, i), &process->last_end_ns);

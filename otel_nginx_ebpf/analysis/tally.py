@@ -1,6 +1,6 @@
-"""Requests added up by location and by upstream peer: how many, how many failed, and how long each phase took.
+"""Adds up requests by location and by upstream peer: how many, how many failed, and how long each phase took.
 
-They are those of `traces.phases`, with an exchange divided in two, and nginx's own time.
+The phases come from `traces.phases`. Here an exchange is divided in two, and nginx's own time is one more phase.
 """
 
 from collections.abc import Iterable
@@ -19,9 +19,12 @@ from otel_nginx_ebpf.traces.phases import (
 from otel_nginx_ebpf.traces.record import Attempt, Request
 
 PHASES = ("client read", "connect", "upstream wait", "upstream transfer", "client write", "nginx")
-"""`upstream wait` is from the first byte sent to the first received, or to the end of an attempt without a response;
-`upstream transfer` the rest of the exchange. `nginx` is the time in none of the others: its own work, and what it waits
-for by itself (a limit, a resolver, a disk, another request for the same cache entry)."""
+"""The names of the phases.
+
+`upstream wait` lasts from the first byte sent to the first byte received, or to the end of an attempt without a
+response. `upstream transfer` is the rest of the exchange. `nginx` is the time outside all other phases: nginx's own
+work, and its own waits (for a limit, a resolver, a disk, another request for the same cache entry).
+"""
 
 READ, CONNECT, WAIT, TRANSFER, WRITE, NGINX = range(len(PHASES))
 _INTERVAL_OF = {DOWNSTREAM_READ: READ, UPSTREAM_CONNECT: CONNECT, DOWNSTREAM_WRITE: WRITE}
@@ -29,32 +32,32 @@ _INTERVAL_OF = {DOWNSTREAM_READ: READ, UPSTREAM_CONNECT: CONNECT, DOWNSTREAM_WRI
 ROWS_MAX = 200
 
 OTHERS = ("", "(others)")
-"""The row of what came when there were `ROWS_MAX` already."""
+"""The row for keys that came when there were `ROWS_MAX` rows already."""
 
 _CLIENT_CLOSED_REQUEST = 499
 
 Interval = tuple[int, int, int]
-"""Start and end, CLOCK_MONOTONIC nanoseconds, and which of the phases it is."""
+"""Start and end in CLOCK_MONOTONIC nanoseconds, and the index of the phase in `PHASES`."""
 
 
 @dataclass(slots=True)
 class Row:
-    """Of some requests, or of some attempts of a peer."""
+    """The sums of some requests, or of some attempts of a peer."""
 
     count: int = 0
     refused: int = 0
     """How many had a status of 4xx."""
     failed: int = 0
-    """How many had a status of 5xx. Attempts that got no status count here, or where the client left as 4xx."""
+    """How many had a status of 5xx. An attempt without a status counts here, or as 4xx if the client left."""
     length: Histogram = field(default_factory=Histogram)
-    """How long each was; an attempt from the begin of its connect to the end of its exchange."""
+    """The durations. An attempt lasts from the beginning of its connect to the end of its exchange."""
     phases: tuple[Histogram, ...] = field(default_factory=lambda: tuple(Histogram() for _ in PHASES))
-    """How long each phase was, where it was."""
+    """The durations of each phase. A phase that did not happen adds no duration."""
     time_ns: list[int] = field(default_factory=lambda: [0] * len(PHASES))
-    """How the requests' time divides among the phases; where several were under way, the first in `PHASES` has it."""
+    """How the requests' time divides among the phases. If phases overlap, the first in `PHASES` has the time."""
 
     def merge(self, other: "Row") -> None:
-        """Adds all that `other` has."""
+        """Adds the sums of another row."""
         self.count += other.count
         self.refused += other.refused
         self.failed += other.failed
@@ -64,7 +67,7 @@ class Row:
         self.add_time(other.time_ns)
 
     def add(self, refused: bool, failed: bool, length_ns: int | None, intervals: Iterable[Interval]) -> None:
-        """Counts one; None: it has no phases."""
+        """Counts a request or an attempt. `length_ns` is `None` if it has no phases."""
         self.count += 1
         self.refused += refused
         self.failed += failed
@@ -78,16 +81,19 @@ class Row:
 
 
 class Tally:
-    """The requests of some time, in bounded memory."""
+    """The sums of a period's requests, in bounded memory."""
 
     def __init__(self) -> None:
         self.locations: dict[tuple[str, str], Row] = {}
-        """By the server block's first name and the location's; empty: none."""
+        """By the first name of the server block and the name of the location; empty: no name."""
         self.peers: dict[tuple[str, str], Row] = {}
-        """Attempts, by the upstream block's name, or the host of a `proxy_pass` without one, and the peer's address."""
+        """Attempts, by upstream and by the peer's address.
+
+        The upstream is the name of the upstream block, or the host of a `proxy_pass` that uses no upstream block.
+        """
 
     def add(self, request: Request, *also: Row) -> int:
-        """Counts a request, in rows of the caller's, too. Returns how long it took, nanoseconds."""
+        """Counts a request, also in the caller's rows. Returns how long the request took, in nanoseconds."""
         (start_ns, end_ns, *_), *phases = phases_of(request)
         intervals, of_attempts = _intervals(request, phases)
         time_ns = _divide(start_ns, end_ns, intervals)
@@ -102,13 +108,13 @@ class Tally:
         return end_ns - start_ns
 
     def merge(self, other: "Tally") -> None:
-        """Adds all that `other` has."""
+        """Adds the sums of another tally."""
         for mine, others in ((self.locations, other.locations), (self.peers, other.peers)):
             for key, row in others.items():
                 _row(mine, key).merge(row)
 
     def total(self) -> Row:
-        """All requests."""
+        """Returns the sums of all requests."""
         total = Row()
         for row in self.locations.values():
             total.merge(row)
@@ -123,7 +129,7 @@ def _row(rows: dict[tuple[str, str], Row], key: tuple[str, str]) -> Row:
 
 
 def _intervals(request: Request, phases: Iterable[Phase]) -> tuple[list[Interval], list[list[Interval]]]:
-    """Returns the intervals of a request's phases, and those of each of its attempts."""
+    """Returns the intervals of a request's phases, and the intervals of each attempt."""
     whole: list[Interval] = []
     of_attempts: list[list[Interval]] = [[] for _ in request.attempts]
     for start_ns, end_ns, kind, number, _ in phases:
@@ -141,7 +147,7 @@ def _exchange(attempt: Attempt, start_ns: int, end_ns: int) -> list[Interval]:
     if first_byte_ns := time_to_first_byte_ns(attempt):
         middle_ns = start_ns + first_byte_ns
     elif attempt.header_ms is not None:
-        # Where the first byte is not to be told, nginx's own clock tells when the header was there.
+        # If the time of the first byte is not known, nginx's own clock tells when the header was complete.
         middle_ns = (attempt.connect_start_mono_ns or start_ns) + attempt.header_ms * 1_000_000
     else:
         middle_ns = end_ns
@@ -151,7 +157,7 @@ def _exchange(attempt: Attempt, start_ns: int, end_ns: int) -> list[Interval]:
 
 
 def _divide(start_ns: int, end_ns: int, intervals: Iterable[Interval]) -> list[int]:
-    """How much of the time from start to end each phase has; of several at once the first in `PHASES`."""
+    """Returns how much of the time each phase has. If phases overlap, the first in `PHASES` has the time."""
     time_ns = [0] * len(PHASES)
     last_ns = start_ns
     for begin_ns, stop_ns, phase in sorted(intervals):

@@ -23,7 +23,7 @@ class _Readable:
     """Builds traces and gives each of them to all exporters."""
 
     at_once = 1
-    """One at a time, so that no request is lost when the reader of stdout goes."""
+    """One request at a time, so that no request is lost when the reader of stdout exits."""
 
     def __init__(
         self, exporters: Sequence[TraceExporter], *, query: bool, exemplars: "Exemplars | None" = None
@@ -50,7 +50,7 @@ class _Readable:
 
 
 class _Measured:
-    """An exporter whose metrics are sent until it has delivered everything."""
+    """An exporter with metrics. The metrics are sent until the exporter has delivered everything."""
 
     def __init__(self, exporter: Exporter, metrics: "Metrics") -> None:
         self._exporter = exporter
@@ -67,14 +67,14 @@ class _Measured:
 def make_exporter(
     settings: Settings, stats: Stats, resource: Resource, output: int | None = None, *, wait_for_room: bool = False
 ) -> Exporter:
-    """Makes one exporter of all that `settings` ask for.
+    """Makes one exporter of all exporters that `settings` ask for.
 
-    A trace counts as exported once: when the collector has it or, without a collector, when the first of the other
-    exporters has written it.
+    A trace counts as exported once: when the collector has it. Without a collector, it counts when the first exporter
+    in the settings has written it.
 
     Args:
         settings: Names the exporters.
-        stats: Where they count.
+        stats: The counters that the exporters update.
         resource: The resource of the spans, before the attributes of each nginx.
         output: Descriptor of the text exporter's file; `None` is stdout.
         wait_for_room: Whether to wait when the queue is full, instead of dropping.

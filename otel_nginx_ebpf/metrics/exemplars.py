@@ -1,4 +1,4 @@
-"""Traces that were kept, as examples of the requests' durations."""
+"""Traces that were kept, as examples of request durations."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.phases import Phase
 from otel_nginx_ebpf.traces.record import Request
 
-# Of requests of one kind one is an example, once in so many seconds.
+# Of all requests of one kind, one request in about this many seconds becomes an example.
 _EVERY_S = 1.0
 _KEPT = 4096
 
 
 class Example(NamedTuple):
-    """One of a bucket's durations, and the span whose it is."""
+    """One duration in a bucket, and the span that has this duration."""
 
     duration_ns: int
     end_unix_ns: int
@@ -25,11 +25,11 @@ class Example(NamedTuple):
 
 
 Spans = Sequence[tuple[Phase, int, Any]]
-"""Phases and their spans' ids, the request's first; what follows is not looked at."""
+"""Phases and the ids of their spans, the request's phase first. The third element of a tuple is not used."""
 
 
 class Exemplars:
-    """Of each series and bucket a trace that was kept, not older than need be. One thread offers, any reads."""
+    """For each series and bucket, a recent trace that was kept. One thread offers traces; any thread may read them."""
 
     def __init__(self) -> None:
         self._examples: dict[tuple[int, Series], dict[int, Example]] = {}
@@ -39,7 +39,7 @@ class Exemplars:
     def offer(
         self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue], spans: Spans
     ) -> None:
-        """Takes note of a trace that is on its way to the collector."""
+        """Makes examples of a trace that is on its way to the collector, unless its kind had one recently."""
         start_mono_ns, end_mono_ns, *_ = spans[0][0]
         peer = request.attempts[-1].peer if request.attempts else None
         kind = (
@@ -70,5 +70,5 @@ class Exemplars:
             )
 
     def of(self, measured: Measured) -> Mapping[int, Example]:
-        """By bucket."""
+        """Returns the examples of a series by bucket."""
         return self._examples.get((id(measured.resource), measured.series), {}).copy()

@@ -1,7 +1,8 @@
-"""Which series of http.server.request.duration and http.client.request.duration a request and its exchanges count in.
+"""The series of http.server.request.duration and http.client.request.duration that count a request and its exchanges.
 
-What the kernel counts under pointers and numbers (probes/metrics.c) gets the attributes that spans of the same requests
-have, as far as the conventions have them on these metrics: those whose values clients do not choose.
+The kernel counts durations under pointers and numbers (probes/metrics.c). This module replaces them with the attributes
+that the spans of the same requests have. As in the conventions for these metrics, it leaves out attributes whose values
+clients choose.
 """
 
 import struct
@@ -41,13 +42,13 @@ LIMITS = c_enum("metrics_limit", _HEADER_TEXT)
 
 _BOUNDS_NS = [bound * 1_000_000 for bound in c_enum("duration_bound_ms", _HEADER_TEXT).values()]
 BOUNDS_S = tuple(bound / 1e9 for bound in _BOUNDS_NS)
-"""Upper bounds of the buckets but the last."""
+"""Upper bounds of all buckets except the last, in seconds."""
 COUNTS = struct.Struct(f"<{len(_BOUNDS_NS) + 2}Q")
 
 _OTHER_METHOD = "_OTHER"
 
 NameOf = Callable[[int, int], str | None]
-"""The name of a configuration of a worker's, by its pid and the configuration's address; None: it has none."""
+"""Returns the name of a worker's configuration, by the pid and the configuration's address. `None`: no name."""
 
 
 def bucket(duration_ns: int) -> int:
@@ -110,7 +111,7 @@ def _method(bit: int) -> str | None:
 
 
 def of_server_key(key: bytes, name_of: NameOf) -> Series:
-    """Of a key of the kernel's map `server_durations`."""
+    """Returns the series of a key of the kernel's map `server_durations`."""
     tgid, method, location, server, http_version, ending, _, status, tls, overflow = SERVER_KEY.struct.unpack(key)
     if overflow:
         return Series(HTTP_SERVER_REQUEST_DURATION, OVERFLOW)
@@ -120,7 +121,7 @@ def of_server_key(key: bytes, name_of: NameOf) -> Series:
 
 
 def of_client_key(key: bytes, name_of: NameOf) -> Series:
-    """Of a key of the kernel's map `client_durations`."""
+    """Returns the series of a key of the kernel's map `client_durations`."""
     head = CLIENT_KEY.size
     tgid, method, upstream, status, connect_errno, no_header, overflow, peer_bytes, outcome = CLIENT_KEY.struct.unpack(
         key[:head]
@@ -134,7 +135,7 @@ def of_client_key(key: bytes, name_of: NameOf) -> Series:
 
 
 def of_phase(request: Request, phase: Phase) -> Series | None:
-    """Returns the series that the duration of a request or an exchange counts in; None: of no other phase."""
+    """Returns the series that counts the duration of a request or an exchange. `None`: no series counts the phase."""
     _, _, kind, number, error = phase
     if kind == REQUEST:
         return _server(

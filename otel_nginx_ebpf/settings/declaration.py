@@ -20,15 +20,15 @@ class Declaration:
     description: str
     """The help text."""
     commands: tuple[str, ...]
-    """The commands that have its option. If there are none, only its standard variables set it."""
+    """The commands that have its option. If no command has it, only its standard variables set it."""
     allowed: str = "true or false"
     """The valid values, as an error message names them after "must be"."""
     metavar: str | None = None
-    """The name of the option's value in `--help`. None: the option is a switch, without a value."""
+    """The name of the option's value in `--help`. `None`: the option is a switch, without a value."""
     standard: tuple[str, ...] = ()
     """The standard OpenTelemetry variables that set it too, the strongest first."""
     remark: str = ""
-    """The documentation's note on the default. If the default is None or empty, the note stands alone."""
+    """The documentation's note on the default. If the default is `None` or empty, the note stands alone."""
     read: Callable[[object], object] | None = None
     """Converts the given value, or each item of a list, before the checks."""
     limits: Mapping[str, Any] = field(default_factory=dict)
@@ -67,7 +67,7 @@ _NANOSECONDS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 
 
 def nanoseconds(value: object) -> int:
-    """Converts a duration such as `500ms`, `1.5s` or `800us`; raises ValueError for anything else."""
+    """Converts a duration such as `500ms`, `1.5s` or `800us` to nanoseconds; raises ValueError for anything else."""
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)(us|ms|s)", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("not a duration")
@@ -82,7 +82,7 @@ def power_of_two(value: int) -> int:
 
 
 def openable(value: Path) -> Path:
-    """Returns the path; raises ValueError if it has a zero byte, which TOML allows and no path has."""
+    """Returns the path; raises ValueError if it has a zero byte. TOML allows a zero byte, but no path can have it."""
     if "\0" in str(value):
         raise ValueError("a zero byte")
     return value

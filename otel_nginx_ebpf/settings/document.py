@@ -30,7 +30,7 @@ def _row(name: str) -> str:
     declaration = DECLARATIONS[name]
     flag = f"{sources.flag(name)} {declaration.metavar or ''}".strip().replace("|", "\\|")
     flag = f"`{flag}`, repeatable" if declaration.is_list else f"`{flag}`"
-    # The value that does what a switch does.
+    # The value with the effect of the switch.
     value = "" if not declaration.is_switch else "false" if declaration.turns_off else "true"
     variables = [f"`{variable}={value}`" if value else f"`{variable}`" for variable in sources.variables(name)]
     key = f"`{name} = {value}`" if value else f"`{name}`"
@@ -38,7 +38,7 @@ def _row(name: str) -> str:
 
 
 def table() -> str:
-    """Returns the table in Markdown: a row for each setting that a command has an option for."""
+    """Returns the table in Markdown, with a row for each setting that has a command-line option."""
     rows = [_row(name) for name, declaration in DECLARATIONS.items() if declaration.commands]
     return "".join([_HEAD, *rows, _CONFIG])
 

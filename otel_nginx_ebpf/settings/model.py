@@ -1,4 +1,4 @@
-"""The table of settings, and what the user chose as plain values; `sources` reads, checks and explains them."""
+"""The table of settings, and the user's choices as plain values. `sources` reads, checks and explains settings."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,11 +39,11 @@ class TopView:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The table of settings, and the value of each. `sources.load` makes valid ones.
+    """The table of settings, and the value of each setting. `sources.load` makes objects with valid values.
 
     A setting has one name everywhere: `ring_buffer_mib` in the TOML file, `--ring-buffer-mib` on the command line,
-    `OTEL_NGINX_EBPF_RING_BUFFER_MIB` in the environment. The command line, `--help`, what is read from the environment
-    and the file, error messages and the documentation's table are all made of these fields, in this order.
+    `OTEL_NGINX_EBPF_RING_BUFFER_MIB` in the environment. These fields, in this order, define the command line,
+    `--help`, the variables, the keys of the file, the error messages, and the documentation's table.
     """
 
     pid: tuple[int, ...] = setting(
@@ -326,7 +326,7 @@ class Settings:
 
     @property
     def measures_requests(self) -> bool:
-        """Whether the durations of all requests go to the collector or to Prometheus."""
+        """Tells whether the durations of all requests go to the collector or to Prometheus."""
         return self.request_metrics and (self.metrics or self.metrics_listen is not None)
 
 

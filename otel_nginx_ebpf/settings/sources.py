@@ -1,7 +1,7 @@
-"""Reads settings: flags over environment over an optional TOML file over defaults.
+"""Reads settings. Flags win over the environment, the environment over an optional TOML file, the file over defaults.
 
-The standard `OTEL_*` variables keep their standard meaning; the OpenTelemetry SDK and its exporters read those that are
-not in the table.
+The standard `OTEL_*` variables keep their standard meaning. The OpenTelemetry SDK and its exporters read the standard
+variables that are not in the table.
 """
 
 import os
@@ -49,7 +49,7 @@ def _checked_type(name: str) -> Any:
     """Returns the type of a setting for pydantic, with the checks of its declaration."""
     declaration, annotation = DECLARATIONS[name], TYPES[name]
     optional = declaration.default is None
-    # The checks are the int's, in `int | None` and in `tuple[int, ...]`.
+    # In `int | None` and in `tuple[int, ...]`, the checks apply to the int.
     value = get_args(annotation)[0] if optional or declaration.is_list else annotation
     if declaration.limits:
         value = Annotated[value, Field(**declaration.limits)]
@@ -101,7 +101,7 @@ class _Sources(BaseSettings):
 
 
 def _make_source(path: Path | None) -> type[BaseSettings]:
-    """Makes the pydantic model of the table of settings; it reads the TOML file `path`, too."""
+    """Makes the pydantic model of the table of settings. The model also reads the TOML file `path`."""
 
     class FileSources(_Sources):
         model_config = SettingsConfigDict(toml_file=path)
@@ -116,7 +116,7 @@ _NEED_PHASES = ("adopt_upstream_context", "propagate")
 
 
 def _setting(location: str) -> str:
-    """Returns the setting that a validation error is about: pydantic names it by the alias that had the value."""
+    """Returns the setting that a validation error is about. pydantic names it by the alias that had the value."""
     return next((name for name in DECLARATIONS if location == name or location in variables(name)), location)
 
 
@@ -137,11 +137,11 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
     """Reads the settings.
 
     Args:
-        flags: What was given on the command line, by setting; None: not given.
-        config: The TOML file; without it $OTEL_NGINX_EBPF_CONFIG.
+        flags: The values from the command line, by setting; `None`: not given.
+        config: The TOML file. Without it, $OTEL_NGINX_EBPF_CONFIG names the file.
 
     Raises:
-        UserError: A value that is not allowed, an unknown setting, a file that cannot be read.
+        UserError: A value is not allowed, a setting is unknown, or the file cannot be read.
     """
     path = config or (Path(os.environ[CONFIG_VARIABLE]) if os.environ.get(CONFIG_VARIABLE) else None)
     if path is not None and not path.is_file():

@@ -1,4 +1,4 @@
-"""The kernel program's structs, enums and limits, from the text of `probes/record.h`, which declares them."""
+"""The kernel program's structs, enums and limits, parsed from the text of `probes/record.h`, which declares them."""
 
 import re
 import struct
@@ -17,7 +17,7 @@ _FORMATS = {
 
 
 class CStruct:
-    """A struct of `probes/record.h`: its fields in order, and their packed little-endian format."""
+    """A struct of `probes/record.h`: its fields in order, and its packed little-endian format."""
 
     def __init__(self, name: str, header_text: str = HEADER_TEXT) -> None:
         body = re.search(rf"^struct {name} {{(.*?)^}};", header_text, re.DOTALL | re.MULTILINE)
@@ -29,13 +29,13 @@ class CStruct:
         self.size = self.struct.size
 
     def offset(self, field: str) -> int:
-        """Where a field begins, bytes."""
+        """Returns where a field begins, in bytes."""
         names = [name for _, name in self.fields]
         return struct.calcsize("<" + "".join(_FORMATS[kind] for kind, _ in self.fields[: names.index(field)]))
 
 
 def c_enum(name: str, header_text: str = HEADER_TEXT) -> dict[str, int]:
-    """The members of an enum of `probes/record.h` and their values."""
+    """Returns the members of an enum of `probes/record.h`, and their values."""
     body = re.search(rf"^enum {name} {{(.*?)^}};", header_text, re.DOTALL | re.MULTILINE)
     if body is None:
         raise ValueError(f"record.h declares no enum {name}")

@@ -1,4 +1,4 @@
-"""The attributes of spans: their names, and what a request's facts make of them. Pure."""
+"""The attributes of spans: their names, and their values from the facts of a request. Pure."""
 
 import re
 from collections.abc import Mapping
@@ -40,13 +40,13 @@ NGINX_WORKER_PID = "nginx.worker.pid"
 
 _KNOWN_METHODS = frozenset(METHODS.values())
 
-# Semantic conventions, url.query: values to redact by default.
+# The parameters whose values are redacted by default (semantic conventions, url.query).
 _SENSITIVE = re.compile(
     r"((?:^|(?<=&))(?:AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token))"
     r"=[^&]*"
 )
 
-# Which attribute lacks its end if the kernel program cut a string.
+# The attribute that is incomplete if the kernel program cut the string.
 _ATTRIBUTE_OF = {
     "STRING_METHOD": http_attributes.HTTP_REQUEST_METHOD,
     "STRING_URI": url_attributes.URL_PATH,
@@ -64,7 +64,7 @@ _ATTRIBUTE_OF = {
 
 @dataclass(slots=True)
 class SpanFields:
-    """Some of a span's fields. The first of a span's has its name, kind and error."""
+    """A part of a span's fields. A span has several parts. The first part has the span's name, kind and error."""
 
     attributes: Mapping[str, AttributeValue]
     name: str | None = None
@@ -129,12 +129,12 @@ def _add_address(attributes: dict[str, AttributeValue], address: Address | None,
     if address is None:
         return
     attributes[host_key] = address.host
-    if address.port:  # a client that a header names (realip) has port 0, which nginx prints as none
+    if address.port:  # 0: realip took the client's address from a header, and nginx prints no port
         attributes[port_key] = address.port
 
 
 def known_method(method: str) -> str:
-    """Returns http.request.method."""
+    """Returns http.request.method: the method, or `_OTHER` if the semantic conventions do not know the method."""
     return method if method in _KNOWN_METHODS else "_OTHER"
 
 
@@ -144,7 +144,7 @@ def redact_query(query: str) -> str:
 
 
 def _host_and_port(host: str | None, local: Address | None) -> tuple[str | None, int | None]:
-    """Returns server.address and server.port: of the Host header, and of the listening socket what that lacks."""
+    """Returns server.address and server.port. What the Host header does not tell comes from the listening socket."""
     port = local.port if local else None
     if host is None:
         return (local.host if local else None), port
@@ -171,7 +171,7 @@ def server_fields(
     kept: str | None,
     error: str | None,
 ) -> SpanFields:
-    """Makes what requests of one kind have in common."""
+    """Makes the fields that the SERVER spans of many requests share."""
     attributes: dict[str, AttributeValue] = {
         url_attributes.URL_SCHEME: "https" if tls else "http",
         NGINX_WORKER_PID: worker_pid,
@@ -185,7 +185,7 @@ def server_fields(
             name = method
         else:
             attributes[http_attributes.HTTP_REQUEST_METHOD_ORIGINAL] = method
-        # Without a method nginx could not parse the request line, and the version is its default.
+        # If there is no method, nginx could not parse the request line, and the version is only nginx's default.
         if http_version in HTTP_VERSIONS:
             attributes[network_attributes.NETWORK_PROTOCOL_VERSION] = HTTP_VERSIONS[http_version]
     if location:

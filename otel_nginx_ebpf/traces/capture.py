@@ -1,10 +1,10 @@
-"""Capture files: kernel records as they came, to be replayed on any machine.
+"""Capture files: unchanged kernel records, for replay on any machine.
 
     MAGIC, u32 bytes of the header, u32 CRC-32 of the header, the header as JSON
     u32 bytes of the record, s64 Unix time minus monotonic time in ns, u32 CRC-32 of both, the record   * n
 
-Little-endian. The header says how the records are laid out; a file whose layout is not this program's is
-refused rather than misread.
+Numbers are little-endian. The header describes the layout of the records. If the layout is not this program's, reading
+the file raises an error, because the program would misread the records.
 """
 
 import json
@@ -27,17 +27,17 @@ MAGIC = b"otel-nginx-ebpf capture 1\n"
 _HEADER_PREFIX = struct.Struct("<II")
 _FRAME_PREFIX = struct.Struct("<IqI")
 FRAME_BYTES = _FRAME_PREFIX.size
-"""Of each record's frame, besides the record."""
+"""The size of a frame without its record."""
 _OFFSET = struct.Struct("<q")
 _HEADER_BYTES_MAX = 1 << 20
 
 
 class CaptureError(Exception):
-    """The file is damaged or cut short; says at which byte."""
+    """The file is damaged or cut short. The message says at which byte."""
 
 
 def record_layout() -> dict[str, Any]:
-    """What both sides must agree on to read each other's records."""
+    """Returns the layout of records. The writer and the reader of a file must have equal layouts."""
     structs = (REQUEST_RECORD, UPSTREAM_ATTEMPT, STRING_HEADER)
     return {
         "structs": {layout.name: [list(field) for field in layout.fields] for layout in structs},
@@ -46,14 +46,16 @@ def record_layout() -> dict[str, Any]:
 
 
 class Frame(NamedTuple):
-    """One record, and Unix time minus monotonic time when it was taken."""
+    """One record, and Unix time minus monotonic time when the record was taken."""
 
     unix_offset_ns: int
     raw: bytes
 
 
 def create(path: Path) -> int:
-    """The descriptor of an empty file, readable by its owner only: it will hold what clients sent.
+    """Creates a file, or empties an existing file. Returns its descriptor.
+
+    Only the owner can read a new file, because it will hold what clients sent.
 
     Raises:
         UserError: The file cannot be created.
@@ -76,12 +78,14 @@ class CaptureWriter:
     """Writes a capture file.
 
     Raises:
-        UserError: The file cannot be created, or written: no space is left.
+        UserError: The file cannot be created or written, for example because no space is left.
     """
 
     def __init__(self, file: Path | int, about: Mapping[str, str]) -> None:
-        """Replaces the file, or writes to a descriptor, which it owns. `about` says where the records come from, for
-        whoever reads the header."""
+        """Creates or replaces the file. If `file` is a descriptor, writes to it and owns it.
+
+        `about` goes into the header. It tells readers where the records come from.
+        """
         self._file: BinaryIO = open(create(file) if isinstance(file, Path) else file, "wb")  # noqa: SIM115
         self.records = 0
         self.bytes = 0
@@ -141,10 +145,10 @@ def _header(file: BinaryIO, path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a capture file: when, where and by which version it was written.
+    """Returns the header of a capture file: when, where and by which version the file was written.
 
     Raises:
-        UserError: Not a capture file, or one that cannot be opened.
+        UserError: The file is not a capture file, or cannot be opened.
         CaptureError: The header is damaged.
     """
     with _open(path) as file:
@@ -152,11 +156,11 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_capture(path: Path) -> Iterator[Frame]:
-    """The records of a capture file, in order; holds one of them in memory at a time.
+    """Yields the records of a capture file in order. Holds one record in memory at a time.
 
     Raises:
-        UserError: Not a capture file, one whose records are laid out in another way, or not readable.
-        CaptureError: After everything before the damage was yielded.
+        UserError: The file is not a capture file, its records have another layout, or it cannot be opened.
+        CaptureError: The file is damaged. All records before the damage have been yielded.
     """
     with _open(path) as file:
         header = _header(file, path)

@@ -1,6 +1,6 @@
-"""What a loss cause means: a trace that is lost, one that is left out on purpose, or one that comes incomplete.
+"""The kinds of loss causes: a trace is lost, is left out on purpose, or is incomplete.
 
-A cause says so by how its name begins.
+The beginning of a cause's name tells its kind.
 """
 
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ INCOMPLETE = ("partial_",)
 
 
 def of_kind(counts: Mapping[str, int], kind: tuple[str, ...]) -> dict[str, int]:
-    """Returns the counts of a kind of cause: `LOST`, `LEFT_OUT` or `INCOMPLETE`."""
+    """Returns the counts of all causes of one kind: `LOST`, `LEFT_OUT` or `INCOMPLETE`."""
     return {cause: count for cause, count in counts.items() if cause.startswith(kind)}
 
 
 def lost_traces(counts: Mapping[str, int]) -> int:
-    """Returns how many traces are lost, of the counts by cause."""
+    """Returns how many traces are lost. `counts` has the counts by cause."""
     return sum(of_kind(counts, LOST).values())

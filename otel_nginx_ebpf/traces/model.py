@@ -1,4 +1,4 @@
-"""The neutral trace model: what span building returns and every exporter takes."""
+"""The neutral trace model. Span building returns it, and every exporter accepts it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,10 +12,10 @@ AttributeValue = str | bool | int | float | tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One span. Times are Unix nanoseconds; ids are the integers OpenTelemetry uses.
+    """One span. Times are Unix nanoseconds. Ids are integers, as in OpenTelemetry.
 
-    `error` is the status description of a span with status ERROR, None where the status is unset. The parent of the
-    SERVER span is in another process: the one that called nginx.
+    `error` is the status description of a span with status ERROR; `None`: the status is unset. The parent of the SERVER
+    span is in another process, which called nginx.
     """
 
     name: str
@@ -30,16 +30,16 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One completed request: its SERVER span first, then its children by start time."""
+    """One completed request. Its SERVER span comes first, then the children by start time."""
 
     trace_id: int
     spans: tuple[Span, ...]
     request: Request
     unix_offset_ns: int
-    """Unix time minus monotonic time, as used for every time of this trace."""
+    """Unix time minus monotonic time. All times of this trace use this value."""
     resource: Mapping[str, AttributeValue] = field(default_factory=dict)
-    """Resource attributes of the nginx the request is from; one object for all requests of an instance."""
+    """Resource attributes of the nginx that served the request. All requests of an instance share one object."""
     trace_flags: int = 0
-    """W3C trace-flags: bit 0, sampled, bit 1, random, as the client's context had it."""
+    """W3C trace-flags: bit 0 is sampled; bit 1 is random, as in the client's context."""
     trace_state: str = ""
     """The client's `tracestate`."""

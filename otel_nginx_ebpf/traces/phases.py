@@ -1,7 +1,7 @@
 """The phases of a request: when each began and ended, and why it failed. Pure.
 
-Spans, tables, `top` and exemplars all begin here. The kernel program has the same rules (`probes/metrics.h`) for the
-durations that it counts and for `--keep-slower-than`; a unit test holds the two to each other.
+Spans, tables, `top` and exemplars are all made from these phases. The kernel program applies the same rules
+(`probes/metrics.h`) to the durations that it counts and to `--keep-slower-than`. A unit test checks that both agree.
 """
 
 import errno
@@ -17,23 +17,23 @@ UPSTREAM_EXCHANGE = "upstream exchange"
 
 _GATEWAY_TIMEOUT = 504
 
-# Endings that are the server side's fault: a response that was not whole is an error, whatever its status (semantic
+# Endings that are the server side's fault. An incomplete response is an error, whatever its status (semantic
 # conventions, HTTP spans, Status).
 _FAULTS = frozenset({"upstream_incomplete", "upstream_timeout", "shutdown", "aborted"})
 
-# error.type of an exchange whose response had begun.
+# error.type, by outcome, of an exchange whose response had begun.
 _INCOMPLETE = {"incomplete": "incomplete_response", "timeout": "timeout"}
 
-# How far nginx's cached clock can lie behind when it notes that a response's header is complete.
+# How far nginx's cached clock can be behind when nginx notes that a response's header is complete.
 _HEADER_CLOCK_SLACK_NS = 10_000_000
 
 Phase = tuple[int, int, str, int, str | None]
-"""A request, or one of its phases; a plain tuple, as others take several times as long to make:
+"""A request, or one of its phases. A plain tuple, because other types take several times as long to make:
 
 - start and end, CLOCK_MONOTONIC nanoseconds
 - kind: `REQUEST`, `DOWNSTREAM_READ`, `UPSTREAM_CONNECT`, `UPSTREAM_EXCHANGE` or `DOWNSTREAM_WRITE`
-- number of the upstream attempt, from 1; 0: the phase has none
-- error.type; None: the phase did not fail
+- number of the upstream attempt, from 1; 0: the phase belongs to no attempt
+- error.type; `None`: the phase did not fail
 """
 
 _by_start = itemgetter(0)
@@ -47,8 +47,8 @@ def phases_of(request: Request) -> list[Phase]:
     phases: list[Phase] = []
     start_mono_ns, end_mono_ns = request.first_read_mono_ns, request.created_mono_ns
     last_read_mono_ns = request.last_read_mono_ns
-    # A request that one read brought whole is complete where nginx begins to work on it. One whose bytes had all come
-    # before (pipelining) has no read.
+    # If one read brought the whole request, the request is complete when nginx begins to work on it. If all its bytes
+    # came earlier (pipelining), it has no read.
     if last_read_mono_ns is not None:
         if start_mono_ns is None:
             start_mono_ns = end_mono_ns
@@ -79,8 +79,9 @@ def phases_of(request: Request) -> list[Phase]:
         phases.append((start_mono_ns, last_write_mono_ns, DOWNSTREAM_WRITE, 0, None))
     phases.sort(key=_by_start)
 
-    # The request ends with its last response byte, or with a phase that ends later. It ends when nginx ends it if nginx
-    # went on afterwards (a mirror's exchange, post_action), gave the response up, opened a tunnel, or wrote nothing.
+    # Usually a request ends with its last response byte, or with a phase that ends later. In four cases it ends when
+    # nginx ends it: nginx continued after the response (a mirror's exchange, post_action), abandoned the response,
+    # opened a tunnel, or wrote nothing.
     if request.ends_with_write and last_write_mono_ns is not None:
         end_mono_ns = last_write_mono_ns
         for phase in phases:
@@ -94,26 +95,27 @@ def phases_of(request: Request) -> list[Phase]:
 
 
 def has_exchange(attempt: Attempt) -> bool:
-    """Returns whether a request was sent to the peer."""
-    # nginx notes a connect time when it is about to send: with TLS not before the handshake has succeeded.
+    """Tells whether a request was sent to the peer."""
+    # nginx notes a connect time when it is about to send. With TLS, it does so only after a successful handshake.
     return attempt.connect_ms is not None and attempt.first_write_mono_ns is not None
 
 
 def is_answered(attempt: Attempt) -> bool:
-    """Returns whether the peer sent a response."""
+    """Tells whether the peer sent a response."""
     return attempt.header_ms is not None and attempt.status is not None
 
 
 def time_to_first_byte_ns(attempt: Attempt) -> int | None:
-    """Returns the time from the first byte sent to the first byte of the response; None: not known, or no response.
+    """Returns the time from the first byte sent to the first byte of the response; `None`: not known, or no response.
 
-    With TLS the first bytes read may be session tickets (RFC 8446, 4.6.1) or a gRPC server's settings and pings, and
-    not the response's. They are believed only where nginx's own, coarser clock saw the header at the same time.
+    With TLS, the first bytes read may not belong to the response. They may be session tickets (RFC 8446, 4.6.1), or a
+    gRPC server's settings and pings. The time of their read counts only if nginx's own, coarser clock saw the header at
+    the same time.
     """
     start_mono_ns, first_mono_ns = attempt.first_write_mono_ns, attempt.first_read_mono_ns
     if start_mono_ns is None or first_mono_ns is None or attempt.header_ms is None or attempt.status is None:
         return None
-    if first_mono_ns < start_mono_ns:  # what a peer says before it is asked is no response
+    if first_mono_ns < start_mono_ns:  # bytes that the peer sent before the request are no response
         return None
     if attempt.tls:
         header_mono_ns = (attempt.connect_start_mono_ns or start_mono_ns) + attempt.header_ms * 1_000_000
@@ -123,7 +125,7 @@ def time_to_first_byte_ns(attempt: Attempt) -> int | None:
 
 
 def _failure(connect_errno: int, status: int | None, outcome: str | None) -> str | None:
-    """Returns error.type of an attempt without a response; None: nginx gave it up for no fault of the peer."""
+    """Returns error.type of an attempt without a response. `None`: nginx abandoned it; the peer did nothing wrong."""
     if connect_errno:
         return errno.errorcode.get(connect_errno, "_OTHER")
     if outcome == "abandoned":
@@ -132,7 +134,7 @@ def _failure(connect_errno: int, status: int | None, outcome: str | None) -> str
 
 
 def exchange_error(answered: bool, connect_errno: int, status: int | None, outcome: str | None) -> str | None:
-    """Returns error.type of an exchange: no response, a status from 400 on, or a response that did not come whole."""
+    """Returns error.type of an exchange. Errors are: no response, a status of 400 or more, an incomplete response."""
     if not answered:
         return _failure(connect_errno, status, outcome)
     code = http_status(status)
@@ -142,7 +144,10 @@ def exchange_error(answered: bool, connect_errno: int, status: int | None, outco
 
 
 def request_error(status: int, ending: str | None) -> str | None:
-    """Returns error.type of a request: a status from 500 on, or a response cut short by the server side's fault."""
+    """Returns error.type of a request. A status of 500 or more is an error.
+
+    A response that was cut short by the server side's fault is an error, too.
+    """
     code = http_status(status)
     if code is not None and code >= 500:
         return str(code)

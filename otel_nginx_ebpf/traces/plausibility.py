@@ -1,4 +1,4 @@
-"""What the kernel program (`probes/layout.h`) finds that contradicts a layout. Pure."""
+"""The kernel program's reports of requests that contradict the layout (`probes/layout.h`). Pure."""
 
 from typing import NamedTuple
 
@@ -7,22 +7,23 @@ from otel_nginx_ebpf.traces.abi import CStruct, c_enum
 LAYOUT_DOUBT = CStruct("layout_doubt")
 _FACTS = {value: name.removeprefix("FACT_").lower().replace("_", " ") for name, value in c_enum("layout_fact").items()}
 
-# A layout is wrong when so many connections in a row had requests that contradict it, and none agreed in between.
+# The layout is wrong when this many connections in a row had a contradicting request, without an agreeing request
+# between them.
 _CONNECTIONS = 3
 
 
 class Doubt(NamedTuple):
-    """One request that contradicts the layout, and has no record."""
+    """One request that contradicts the layout. Such a request has no record."""
 
     what: str
-    """Which facts do not hold, in words."""
+    """The facts that do not hold, in words."""
     worker_pid: int
     refutes: bool
-    """Whether it is one too many: the layout is not this nginx's."""
+    """Whether enough connections contradicted the layout: it is not the layout of this nginx."""
 
 
 def doubt(raw: bytes) -> Doubt | None:
-    """What the kernel handed over instead of a record; None where it is a record, by its length."""
+    """Returns the doubt that the kernel sent instead of a record. `None`: the bytes are a record, by their length."""
     if len(raw) != LAYOUT_DOUBT.size:
         return None
     facts, worker_pid, connections = LAYOUT_DOUBT.struct.unpack(raw)

@@ -1,6 +1,6 @@
-"""The kernel's record of one completed request, decoded.
+"""Decodes the kernel's record of one completed request.
 
-Turns the bytes that `traces.abi` describes into a `Request`.
+Turns the bytes, whose layout `traces.abi` describes, into a `Request`.
 """
 
 import struct
@@ -13,7 +13,7 @@ from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_HEADER, STRING_KIN
 
 
 class RecordError(Exception):
-    """The bytes are not a record: truncated, or counts and lengths that contradict each other."""
+    """The bytes are not a record: they are truncated, or their counts and lengths contradict each other."""
 
 
 _METHOD = STRING_KINDS["STRING_METHOD"]
@@ -30,7 +30,7 @@ _SUBREQUEST_URI = STRING_KINDS["STRING_SUBREQUEST_URI"]
 _TRACESTATE = STRING_KINDS["STRING_TRACESTATE"]
 _UNSEEN_PEER = STRING_KINDS["STRING_UNSEEN_PEER"]
 
-# `decode` below takes the structs apart in the order of their declaration; a test holds it to that.
+# `decode` below unpacks the structs in the order of their declaration. A test checks the order.
 _unpack_request = REQUEST_RECORD.struct.unpack_from
 _unpack_attempt = UPSTREAM_ATTEMPT.struct.unpack_from
 _unpack_string_header = STRING_HEADER.struct.unpack_from
@@ -40,8 +40,8 @@ _STRING_HEADER_BYTES = STRING_HEADER.size
 
 _SOCKADDRS = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR})
 
-# Strings that differ from request to request. What follows those of them that come first is mostly the same as in other
-# records, and kept decoded.
+# Kinds of strings that differ from request to request. A record's strings begin with such strings. The section after
+# them is mostly equal to the section of another record, so decoded sections are cached.
 _VARYING = frozenset({_URI, _USER_AGENT, _CLIENT_SOCKADDR, _TRACESTATE})
 _KEPT_SECTIONS = 1024
 _KEPT_SECTION_BYTES_MAX = 1024
@@ -49,7 +49,7 @@ _KEPT_SECTION_BYTES_MAX = 1024
 ENDINGS = {value: name.removeprefix("ENDED_").lower() for name, value in c_enum("ending").items() if value}
 OUTCOMES = {value: name.removeprefix("OUTCOME_").lower() for name, value in c_enum("outcome").items() if value}
 METHODS = {bit: name.removeprefix("METHOD_") for name, bit in c_enum("method").items()}
-"""By nginx's bit, the methods that the semantic conventions know: RFC 9110, PATCH (RFC 5789) and QUERY."""
+"""The methods that the semantic conventions know, by nginx's bit: RFC 9110, PATCH (RFC 5789) and QUERY."""
 HTTP_VERSIONS = {
     number: name.removeprefix("HTTP_VERSION_").replace("_", ".") for name, number in c_enum("http_version").items()
 }
@@ -60,18 +60,18 @@ _WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
 
 _NONE = 2**64 - 1
 
-# nginx's clock counts from the machine's start.
+# Times of nginx from this value on are impossible: nginx's clock counts from the machine's start.
 _MS_MAX = 2**40
 
-# Not frozen: it would take ten times as long to make one, and one is made of each request.
+# The classes are not frozen: a frozen object takes ten times as long to make, and each request needs one.
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One try of one upstream peer. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds, None: did not happen."""
+    """One attempt at one upstream peer. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds; `None`: did not happen."""
 
     connect_start_mono_ns: int | None
-    """None on a connection that was open already."""
+    """`None`: the connection was open already, or only `connected_mono_ns` is known."""
     connected_mono_ns: int | None
     connect_failed_mono_ns: int | None
     first_write_mono_ns: int | None
@@ -80,75 +80,84 @@ class Attempt:
     last_read_mono_ns: int | None
     ended_mono_ns: int
     connect_ms: int | None
-    """nginx's own $upstream_connect_time, $upstream_header_time and $upstream_response_time, milliseconds."""
+    """The three `_ms` times are nginx's own, in milliseconds.
+
+    They are $upstream_connect_time, $upstream_header_time and $upstream_response_time.
+    """
     header_ms: int | None
     response_ms: int | None
     sent_bytes: int | None
-    """None where this nginx does not count them (before 1.15.8)."""
+    """`None`: this nginx does not count sent bytes (before 1.15.8)."""
     received_bytes: int | None
     status: int | None
-    """None when the peer gave no response."""
+    """`None`: the peer sent no response."""
     connect_errno: int
     tls: bool
     subrequest: bool
     peer: str | None
     """The peer as nginx names it in $upstream_addr: `127.0.0.1:80`, `[::1]:80`, `unix:/path`."""
     upstream: str | None
-    """The upstream block's name, or the host of a `proxy_pass` without one."""
+    """The name of the upstream block, or the host of a `proxy_pass` that uses no upstream block."""
     subrequest_uri: str | None
     span_id: int | None
-    """Of the exchange, as the peer was told; several attempts may have been told the same. None: it was told none."""
+    """The id of the exchange's span that the peer received. Attempts may share an id. `None`: it received no id."""
     outcome: str | None
-    """`incomplete`, `timeout`: the rest of the response did not come; `abandoned`: no fault of the peer."""
+    """`incomplete`, `timeout`: the rest of the response did not come. `abandoned`: the peer did nothing wrong."""
     ends_with_read: bool
-    """The exchange ended with `last_read_mono_ns`, else with `ended_mono_ns`."""
+    """Whether the exchange ended with `last_read_mono_ns`. Otherwise it ended with `ended_mono_ns`."""
     impossible: int = 0
-    """As of a request."""
+    """How many of nginx's numbers for the attempt are impossible. An impossible time or size is `None`."""
 
 
 @dataclass(slots=True)
 class Request:
-    """One completed request. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds, None: did not happen or not seen."""
+    """One completed request. `_mono_ns` times are CLOCK_MONOTONIC nanoseconds; `None`: did not happen or not seen."""
 
     accepted_mono_ns: int | None
     first_read_mono_ns: int | None
-    """None where the first byte had been read together with an earlier request's (pipelining)."""
+    """`None`: the first byte was read together with an earlier request's bytes (pipelining)."""
     created_mono_ns: int
     last_read_mono_ns: int | None
     first_write_mono_ns: int | None
     last_write_mono_ns: int | None
     ended_mono_ns: int
     rc: int
-    """0 where nginx ended the request in the normal way, else the reason it closed it with (408, 499, …)."""
+    """0: nginx ended the request normally. Otherwise the status with which nginx closed the request (408, 499, …)."""
     connection: int
     connection_requests: int
     request_bytes: int | None
-    """$request_length; None where nginx's own number is below 0."""
+    """$request_length. `None`: nginx's own number is below 0."""
     sent_bytes: int | None
-    """$bytes_sent; the same."""
+    """$bytes_sent. `None`: nginx's own number is below 0."""
     nginx_start_unix_ms: int
     http_version: int
     status: int
-    """$status: what nginx noted, be it HTTP's or not."""
+    """$status: the number that nginx noted, even if HTTP has no such status."""
     worker_pid: int
     upstream_states: int
     tls: bool
     multiplexed: bool
     attempts: tuple[Attempt, ...]
-    """In the order in which they began."""
+    """The upstream attempts, in the order in which they began."""
     attempts_lost: int
-    """How many of the main request's are not among them for lack of room."""
+    """How many of the main request's attempts are missing in `attempts`, because the record had no room for them."""
     unseen_peers: tuple[str, ...]
-    """Elements of $upstream_addr that are no attempts: not seen, or the upstream's name, as no peer was live."""
+    """Elements of $upstream_addr without an attempt: peers that were not seen, or the upstream's name.
+
+    nginx notes the upstream's name if no peer was live.
+    """
     method_bit: int
-    """nginx's number of the method (ngx_http_request.h, NGX_HTTP_GET and so on)."""
+    """nginx's number for the method (ngx_http_request.h: NGX_HTTP_GET and so on)."""
     requests_seen: int | None
-    """How many requests the kernel program saw begin on the connection, this one included; None: not from the first."""
+    """How many requests the kernel program saw begin on the connection, including this one.
+
+    `None`: it did not see the connection's first request.
+    """
     method: str | None
     uri: str | None
     """The original request target with its query, as in $request_uri."""
     cut: tuple[str, ...]
-    """The kinds of strings (`STRING_URI`, …) whose end the kernel program left out."""
+    """The kinds of the strings (`STRING_URI`, …) that the kernel program cut short."""
     host: str | None
     user_agent: str | None
     location: str | None
@@ -157,39 +166,42 @@ class Request:
     local_sockaddr: bytes | None
     trace_id: int
     parent_span_id: int | None
-    """The span of the incoming trace context; None: the trace begins here."""
+    """The span of the incoming trace context. `None`: the trace begins here."""
     trace_flags: int
-    """W3C trace-flags of the spans: bit 0, sampled, is the kernel program's decision."""
+    """W3C trace-flags of the spans. Bit 0, sampled, is the kernel program's decision."""
     kept: str | None
-    """Why a request that the sampler left out came all the same: `error`, `slow`."""
+    """Why the request has a record although the sampler left it out: `error`, `slow`. `None`: it was sampled."""
     trace_state: str | None
     ending: str | None
-    """Why nginx gave the request or its response up: `timeout`, `client_closed_request`, … (`enum ending`)."""
+    """Why nginx abandoned the request or its response: `timeout`, `client_closed_request`, … (`enum ending`)."""
     ends_with_write: bool
-    """The request ended with `last_write_mono_ns`, else with `ended_mono_ns`."""
+    """Whether the request ended with `last_write_mono_ns`. Otherwise it ended with `ended_mono_ns`."""
     impossible: int = 0
-    """How many of nginx's numbers cannot be, and are left out."""
+    """How many of nginx's numbers are impossible, including the attempts'. An impossible time or size is `None`."""
 
 
 def http_status(status: int | None) -> int | None:
-    """Returns the status, if HTTP has it: nginx notes 0 and 9 where it has none, and a module what it likes."""
+    """Returns the status if it is an HTTP status, else `None`.
+
+    nginx notes 0 or 9 if there is no status, and a module may note any number.
+    """
     return status if status is not None and 100 <= status < 600 else None
 
 
 def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_version: int) -> int:
-    """$status as nginx decides it (ngx_http_free_request, ngx_http_variable_status)."""
+    """Returns $status as nginx decides it (ngx_http_free_request, ngx_http_variable_status)."""
     if rc > 0 and (out_status == 0 or sent_bytes == 0):
         out_status = rc
     return err_status or out_status or (9 if http_version == 9 else 0)
 
 
 def _strings(raw: bytes, offset: int = 0, kinds: frozenset[int] | None = None) -> tuple[dict[int, Any], int, int]:
-    """The strings from `offset` to the record's end or, with `kinds`, to the first that is of none of them.
+    """Decodes the strings from `offset` to the record's end. With `kinds`, stops at the first string of another kind.
 
     Returns:
-        The strings by kind + 256 * attempt, without empty ones: UTF-8 text, where bytes that are not UTF-8 appear as
-        `\\xNN`, and bytes of socket addresses. The kinds of those whose end the kernel program left out, as a set of
-        bits. Where the last of them ends.
+        Three values. First, the strings by kind + 256 * attempt, without empty strings. Socket addresses are bytes; all
+        others are text, decoded from UTF-8, in which other bytes appear as `\\xNN`. Second, the kinds of the strings
+        that the kernel program cut, as a set of bits. Third, the offset at which the last string ends.
     """
     values: dict[int, str | bytes] = {}
     cut = 0
@@ -216,7 +228,7 @@ _kept_strings = lru_cache(_KEPT_SECTIONS)(_strings)
 
 
 def _trace_state(strings: dict[int, Any]) -> str | None:
-    """The `tracestate` header lines as one (W3C Trace Context, 3.3.1: in order, joined with commas)."""
+    """Returns the `tracestate` header lines as one line (W3C Trace Context, 3.3.1: in order, joined with commas)."""
     lines = sorted(key for key in strings if key & 0xFF == _TRACESTATE)
     return ",".join(strings[key] for key in lines) if lines else None
 
@@ -277,7 +289,7 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
 
 
 def worker_pid(raw: bytes | memoryview) -> int:
-    """The process a record is from, without decoding the rest. Raises `RecordError` for truncated bytes."""
+    """Returns the pid of a record's worker, without decoding the rest. Raises `RecordError` for truncated bytes."""
     try:
         return int(_WORKER_PID.unpack_from(raw, _WORKER_PID_OFFSET)[0])
     except struct.error as error:
@@ -288,7 +300,7 @@ def decode(raw: bytes) -> Request:
     """Decodes one record.
 
     Raises:
-        RecordError: the bytes are truncated or contradict themselves.
+        RecordError: The bytes are truncated or contradict themselves.
     """
     try:
         (
@@ -341,7 +353,7 @@ def decode(raw: bytes) -> Request:
     cut |= common_cut
     string = strings.get
     attempts = tuple([_attempt(raw, index, string) for index in range(attempts_count)]) if attempts_count else ()
-    if coarse_start and attempts:  # nginx's clock may be a millisecond late: a request began before its attempts
+    if coarse_start and attempts:  # nginx's clock may be 1 ms late, but a request began before its attempts
         created_ns = min(
             created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in attempts)
         )

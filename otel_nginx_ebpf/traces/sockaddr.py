@@ -1,6 +1,6 @@
-"""Socket addresses: `struct sockaddr` bytes and nginx's own text, to host and port.
+"""Parses socket addresses into host and port: the bytes of a `struct sockaddr`, and nginx's own text.
 
-The text is what nginx prints (ngx_sock_ntop): `unix:/path`, and `unix:` for a unix socket without a path.
+The text is as nginx prints it (ngx_sock_ntop): `unix:/path`, and `unix:` for a unix socket without a path.
 """
 
 import re
@@ -15,21 +15,23 @@ _PEER = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<v4>[0-9.]+)):(?P<port>[0-
 
 @dataclass(slots=True)
 class Address:
-    """A socket's address. Unix sockets have `unix:/path` as host and no port."""
+    """A socket's address. A unix socket has `unix:/path` as its host, and no port."""
 
     host: str
     port: int | None
 
     def __str__(self) -> str:
-        """As nginx writes it: `127.0.0.1:80`, `[::1]:80`, `unix:/path`."""
+        """Returns the address as nginx writes it: `127.0.0.1:80`, `[::1]:80`, `unix:/path`."""
         if self.port is None:
             return self.host
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def parse(raw: bytes) -> Address | None:
-    """The address in a `struct sockaddr` of this machine's byte order; None for a family other than
-    AF_INET, AF_INET6 and AF_UNIX, or for bytes that end too early."""
+    """Returns the address in a `struct sockaddr` of this machine's byte order.
+
+    `None`: the family is not AF_INET, AF_INET6 or AF_UNIX, or the bytes end too early.
+    """
     if len(raw) < _FAMILY_BYTES:
         return None
     family = int.from_bytes(raw[:_FAMILY_BYTES], sys.byteorder)
@@ -46,9 +48,9 @@ def parse(raw: bytes) -> Address | None:
 
 
 def parse_peer(text: str) -> Address | None:
-    """The address in an element of $upstream_addr: `127.0.0.1:80`, `[::1]:80`, `unix:/path`.
+    """Returns the address in an element of $upstream_addr: `127.0.0.1:80`, `[::1]:80`, `unix:/path`.
 
-    None for anything else: where no peer was live, nginx puts the upstream block's name there.
+    `None`: the element is something else. If no peer is live, nginx puts the upstream block's name there.
     """
     if text.startswith("unix:"):
         return Address(text, None)

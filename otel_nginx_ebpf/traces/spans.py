@@ -1,4 +1,4 @@
-"""From the phases of a request to the spans of its trace: pure, so that a span's content is tested here.
+"""Builds the spans of a trace from the phases of a request. Pure, so that tests can check a span's content.
 
     SERVER    GET /api/            first request byte read → last response byte written
       INTERNAL  downstream read      first request byte → request and body complete
@@ -6,8 +6,8 @@
       CLIENT    upstream exchange    first byte sent upstream → last byte received from it
       INTERNAL  downstream write     first response byte → last response byte to the client
 
-Every phase has a span. Every span has a length: a boundary that the kernel sees only once (a response written by one
-system call) begins where the worker was last seen at something else.
+Every phase has a span, and every span has a length. The kernel sees some phases only once, such as a response that one
+system call writes. Such a phase begins when the worker was last seen doing something else.
 """
 
 import random
@@ -38,13 +38,13 @@ from otel_nginx_ebpf.traces.trace_state import canonical
 
 
 class IdGenerator(Protocol):
-    """Makes span ids; never 0. The SDK's own generators fit."""
+    """Makes span ids, which are never 0. The SDK's own generators fit."""
 
     def generate_span_id(self) -> int: ...
 
 
 class RandomIds:
-    """Random ids, as W3C Trace Context wants them."""
+    """Makes random ids, as W3C Trace Context asks for."""
 
     def __init__(self, source: random.Random | None = None) -> None:
         self._bits: Callable[[int], int] = (source or random.Random()).getrandbits
@@ -56,9 +56,9 @@ class RandomIds:
 F = TypeVar("F")
 
 BuiltSpan = tuple[Phase, int, tuple[F, ...]]
-"""A span: its phase, its id, its fields."""
+"""A span: its phase, its id and its fields."""
 
-# How many fields are kept of those made of the configuration's strings, and of those made of a request's own.
+# Cache sizes: for fields made of the configuration's strings, and for fields made of a request's own strings.
 _KEPT_FIELDS = 1024
 _KEPT_OWN_FIELDS = 256
 
@@ -66,15 +66,17 @@ _KEPT_OWN_FIELDS = 256
 class SpanBuilder(Generic[F]):
     """Builds the spans of requests.
 
-    Fields that requests have in common are made once, and kept as `make` returns them: for the readable model
-    `SpanFields` themselves, for an encoder bytes.
+    Fields that many requests share are made once, and cached as `make` returns them: as `SpanFields` for the readable
+    model, as bytes for an encoder.
     """
 
     def __init__(
         self, make: Callable[[SpanFields], F], number: Callable[[str], Callable[[int], F]], *, query: bool
     ) -> None:
-        """`number(name)` returns what makes an attribute whose value differs from request to request. Without `query`
-        the query strings of URIs are left out."""
+        """`number(name)` returns a function that makes an attribute whose value differs from request to request.
+
+        Without `query`, the query strings of URIs are left out.
+        """
 
         def kept(fields: Callable[..., SpanFields], count: int = _KEPT_FIELDS) -> Callable[..., F]:
             return lru_cache(count)(lambda *facts: make(fields(*facts)))
@@ -114,7 +116,7 @@ class SpanBuilder(Generic[F]):
     def _server_fields(self, request: Request, error: str | None) -> tuple[F, ...]:
         attempts_lost, no_live_peers = request.attempts_lost, 0
         for peer in request.unseen_peers:
-            if parse_peer(peer) is None:  # the upstream's own name
+            if parse_peer(peer) is None:  # the upstream's name: no peer was live
                 no_live_peers += 1
             else:
                 attempts_lost += 1
@@ -194,14 +196,14 @@ def build_trace(
     query: bool = True,
     resource: Mapping[str, AttributeValue] | None = None,
 ) -> Trace:
-    """Returns the trace of one request, to be read.
+    """Returns the trace of one request in the readable model.
 
     Args:
         request: The decoded record.
         unix_offset_ns: Unix time minus monotonic time, for all times of this request.
         ids: Makes the spans' ids.
-        query: Whether to keep the URI's query string; sensitive values in it are redacted.
-        resource: Resource attributes of the nginx it is from.
+        query: Whether to keep the URI's query string. Sensitive values in it are redacted.
+        resource: Resource attributes of the nginx that served the request.
     """
     server, *children = _readable(query).build(request, ids.generate_span_id)
 
@@ -230,10 +232,12 @@ def build_trace(
 
 
 def _told_id(attempts: tuple[Attempt, ...], number: int) -> int | None:
-    """Returns the id that the peer of an exchange was told, if this exchange is the one to have it.
+    """Returns the span id that the peer of an exchange received, if this exchange keeps the id; else `None`.
 
-    nginx writes one text for all attempts of a request and, with proxy_set_header, of its subrequests. The last attempt
-    has it, a subrequest's only where no other has: that is whose answer the client got."""
+    nginx sends one text in all attempts of a request and, with proxy_set_header, of its subrequests. If attempts share
+    an id, the last one keeps it, because the client got its peer's answer. A subrequest's attempt keeps the id only if
+    no attempt of the main request has it.
+    """
     own = attempts[number - 1]
     if own.span_id is None or len(attempts) == 1:
         return own.span_id
@@ -243,8 +247,11 @@ def _told_id(attempts: tuple[Attempt, ...], number: int) -> int | None:
 
 
 def _is_reused(attempt: Attempt) -> bool | None:
-    """Returns whether the connection was open already. None: nginx's clock was too coarse to see it connect, or there
-    was nothing to see (`--detail request`)."""
+    """Tells whether the connection was open already.
+
+    `None`: not known (`--detail request`). Either nginx's clock was too coarse to show that it connected, or it was
+    open.
+    """
     if attempt.connect_start_mono_ns is None and attempt.connected_mono_ns is not None:
         return None
     return attempt.connect_start_mono_ns is None

@@ -1,4 +1,4 @@
-"""The sdist and the wheel: what is in them, and whether it attaches to a real nginx from a clean environment."""
+"""The sdist and the wheel: what they contain, and that the wheel attaches to a real nginx from a clean environment."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Struct layouts: the catalogue, and where the layout of a real build is taken from."""
+"""Struct layouts: the catalogue, and from where the program takes the layout of a real build."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""What `configure`'s options do to the layout of a --with-compat build: our rule, and gcc on nginx's own headers."""
+"""How `configure`'s options change the layout of a --with-compat build: our rule against gcc on nginx's own headers."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Layouts of real builds that are not like their release: without PCRE, without the HTTP cache, and of a fork."""
+"""Layouts of real builds that differ from their release: without PCRE, without the HTTP cache, and a fork."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""More requests at once than `--max-active-requests` has room for: each is a trace all the same."""
+"""More requests at once than `--max-active-requests` has room for: each request still has a trace."""
 
 from pathlib import Path
 

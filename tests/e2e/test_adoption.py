@@ -1,6 +1,6 @@
-"""--adopt-upstream-context: the trace and span id that nginx itself sends upstream are those of our spans.
+"""--adopt-upstream-context: our spans have the trace id and span id that nginx itself sends upstream.
 
-By examples/traceparent.conf, whose own rules are tested here as well: what the upstream was told is in its answer.
+The tests use examples/traceparent.conf, and test its rules, too. The upstream's answer says what the upstream received.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The agent ends, is killed or stalls under load: nginx does not notice, and losses are counted to the request."""
+"""The agent ends, is killed or stalls under load: nginx does not notice, and every lost request is counted."""
 
 import signal
 import statistics

@@ -1,4 +1,4 @@
-"""Coming and going: a second agent on an nginx that works and is traced already."""
+"""Attaching and detaching: a second agent on a working nginx that is traced already."""
 
 import json
 import signal

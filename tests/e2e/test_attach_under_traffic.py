@@ -1,6 +1,6 @@
-"""Attaching to an nginx that works, and detaching from it, while clients of every kind go on.
+"""Attaching to a working nginx, and detaching from it, while clients of every kind continue.
 
-`make attach` makes twenty attempts each.
+`make attach` makes twenty attempts in each test.
 """
 
 import os

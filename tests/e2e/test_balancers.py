@@ -1,4 +1,4 @@
-"""How nginx chooses a peer, and how it keeps connections: whatever the balancer, each attempt has its spans."""
+"""How nginx chooses peers and keeps connections: with every balancer, each attempt has its spans."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""The probe that marks when a request begins is let go while no request needs it, and comes back when one does."""
+"""The probe that marks when a request begins: detached while no request needs it, attached again when needed."""
 
 import re
 from contextlib import suppress

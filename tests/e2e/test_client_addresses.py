@@ -1,4 +1,4 @@
-"""Clients behind a balancer: the trace names the client that nginx names, and times the request, not the preamble."""
+"""Clients behind a balancer: the trace names the client that nginx names, and times exclude the preamble."""
 
 import socket
 import struct

@@ -1,4 +1,4 @@
-"""Clients that send nonsense, stop in the middle, or leave."""
+"""Clients that send nonsense, stop in the middle of a request, or leave."""
 
 import time
 

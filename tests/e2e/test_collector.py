@@ -1,4 +1,7 @@
-"""Traces of a real nginx, through the standard variables, into real collectors: what those write out is read."""
+"""Traces of a real nginx in real collectors, configured by the standard variables.
+
+The tests read what the collectors write.
+"""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""A collector that goes away under load and comes back: every request is delivered."""
+"""A collector that stops under load and comes back: every request is delivered."""
 
 from pathlib import Path
 

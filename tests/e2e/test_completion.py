@@ -1,4 +1,4 @@
-"""Completion as a user has it: the shell's own, in a terminal."""
+"""Completion as a user sees it: by the shell itself, in a terminal."""
 
 from collections.abc import Iterator
 from pathlib import Path

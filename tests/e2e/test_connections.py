@@ -1,4 +1,4 @@
-"""Client connections: kept alive, pipelined, slow; IPv4, IPv6 and unix sockets on both sides."""
+"""Client connections: kept alive, pipelined, slow; with IPv4, IPv6 and unix sockets on both sides."""
 
 import time
 

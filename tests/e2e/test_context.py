@@ -1,4 +1,4 @@
-"""The trace context that a client sends: our spans continue its trace, or begin one, as the specification says."""
+"""The trace context that a client sends: our spans continue its trace or begin one, as the specification demands."""
 
 import re
 from pathlib import Path

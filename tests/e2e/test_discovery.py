@@ -1,4 +1,4 @@
-"""Any nginx on the host: several builds at once, started later, replaced, upgraded, in other pid namespaces."""
+"""Any nginx on the host: several builds at once, started later, replaced, upgraded, or in another pid namespace."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Two nginx of one binary, one of which no longer looks as its layout says: the other is traced on."""
+"""Two instances of one nginx binary. One stops matching its layout; the other is traced without a break."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""TLS 1.3 early data: a request that comes with the ClientHello, before the handshake is done."""
+"""TLS 1.3 early data: a request that arrives with the ClientHello, before the handshake is complete."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""What is attached to ends before it is: another process of its binary is traced, at once or when there is one."""
+"""A process that ends before the program has attached to it: another process of its binary is traced.
+
+That process may run already, or start later.
+"""
 
 import subprocess
 import time

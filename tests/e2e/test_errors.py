@@ -1,4 +1,4 @@
-"""What keeps the program from tracing: one clear line, exit code 2, and nginx as it was."""
+"""What keeps the program from tracing: one clear line, exit code 2, and an unchanged nginx."""
 
 import os
 import shutil

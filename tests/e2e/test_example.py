@@ -1,4 +1,4 @@
-"""examples/collector as it is: its nginx, application and collector run, and its dashboards find what they ask for."""
+"""examples/collector, unchanged: its nginx, application and collector run, and its dashboards find their metrics."""
 
 import json
 import re

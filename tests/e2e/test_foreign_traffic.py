@@ -1,4 +1,4 @@
-"""What else goes through the same worker, stream and mail: it has no trace, and the http traces beside it are right."""
+"""Stream and mail traffic in the same worker: it has no trace, and the traces of http requests beside it are right."""
 
 import poplib
 import re

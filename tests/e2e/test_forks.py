@@ -1,4 +1,4 @@
-"""Builds that are not what their release is: another product, or a --with-compat build that lacks an option."""
+"""Builds that differ from their release: another product, or a --with-compat build that lacks an option."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What `make truth` found, made small: requests whose traces told what did not happen."""
+"""Small versions of what `make truth` found: requests whose traces told what did not happen."""
 
 import shutil
 import time

@@ -1,4 +1,4 @@
-"""Requests made to harm whoever reads their traces, and secrets in requests: one capture of them, by every exporter."""
+"""Requests that try to harm readers of traces, and requests with secrets: one capture of them, in every exporter."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""HTTP/3. A QUIC socket is shared by all clients: what the trace says of the client side is right or absent."""
+"""HTTP/3. All clients share a QUIC socket: what a trace says about the client side is right, or is left out."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Ten thousand connections on which nothing happens, and clients that send a byte now and then."""
+"""Ten thousand idle connections, and clients that send a byte from time to time."""
 
 import resource
 import socket

@@ -1,4 +1,4 @@
-"""Responses that began well and were not completed: they end when nginx gives them up, and say whose fault it was."""
+"""Responses that began well but are incomplete: they end when nginx abandons them, and say whose fault it was."""
 
 import time
 

@@ -1,6 +1,6 @@
-"""A function that is exported, probed and never called, as where a compiler has inlined it: noticed, and replaced.
+"""A function that has a symbol and a probe but is never called, as if a compiler had inlined it: noticed and replaced.
 
-In a copy of nginx its exported symbol is made to lead to another function, which nobody calls.
+The test uses a copy of nginx whose symbol was changed. The symbol leads to another function, which is never called.
 """
 
 import shutil

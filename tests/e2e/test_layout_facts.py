@@ -1,5 +1,7 @@
-"""What speaks for each member of a layout, on requests of a real worker: all of it holds by the right layout, and each
-member that is moved contradicts."""
+"""The facts that confirm each member of a layout, on requests of a real worker.
+
+All facts hold with the right layout. Each member that is moved contradicts a fact.
+"""
 
 import re
 from collections.abc import Iterator

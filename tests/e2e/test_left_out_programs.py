@@ -1,7 +1,7 @@
-"""A kernel that leaves programs out of tracepoints (otel_nginx_ebpf/planner/tracepoints.py), which ours does not.
+"""A kernel that leaves programs out of tracepoints (otel_nginx_ebpf/planner/tracepoints.py). Our kernel does not.
 
-So the program that sees what the other one missed is attached alone, where it misses all, and behind one that misses
-nothing. `make vm` has the kernel that does it.
+So the tests attach the program that sees what the other program missed: alone, where the other one misses everything,
+and behind another program that misses nothing. `make vm` has a kernel that leaves programs out.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Layouts that lack what not every build has: the kernel program is compiled and attached all the same."""
+"""Layouts without the members that some builds lack: the kernel program still compiles and attaches."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Requests that nginx itself slows down or turns away: the wait is nginx's, and is in the SERVER span alone."""
+"""Requests that nginx itself delays or rejects: the wait is nginx's own, and only the SERVER span contains it."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""As in OpenResty, Kong and Kubernetes' ingress: modules choose peers, make subrequests and end responses."""
+"""Lua modules that choose peers, make subrequests and end responses, as in OpenResty, Kong and Kubernetes' ingress."""
 
 from pathlib import Path
 

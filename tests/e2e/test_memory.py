@@ -1,4 +1,4 @@
-"""What the two long-lived processes hold: the libraries of their work and of no other, and not much memory."""
+"""The memory of the two long-lived processes: only the libraries that their work needs, and not much memory."""
 
 import re
 from collections.abc import Iterator

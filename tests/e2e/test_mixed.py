@@ -1,4 +1,4 @@
-"""Many requests at once, of all kinds, through four workers: none lost, none wrong."""
+"""Many requests of all kinds at once, through four workers: no request is lost, and no trace is wrong."""
 
 import threading
 from collections import Counter

@@ -1,6 +1,6 @@
-"""Every odd request of the suite as a worker's first one, and as its first hundred: tracing goes on, with right values.
+"""Every odd request of the suite, as a worker's first request and as its first hundred: traces continue, and are right.
 
-Layouts are verified anew in each worker, and a reload gives new ones.
+Each worker verifies its layout again, and a reload starts new workers.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The oracle itself: it accepts a true trace, and objects to each way of being wrong."""
+"""The oracle itself: it accepts a true trace, and rejects each kind of wrong trace."""
 
 from dataclasses import replace
 from typing import Any

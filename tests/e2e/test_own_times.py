@@ -1,4 +1,4 @@
-"""Times that are a request's own: not its connection's, not another stream's, not an earlier attempt's."""
+"""A request has its own times, not the times of its connection, of another stream, or of an earlier attempt."""
 
 import socket
 import time

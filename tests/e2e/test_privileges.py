@@ -1,4 +1,4 @@
-"""Who may do what: requests are read, and traces sent, by a process that may do nothing else."""
+"""Privileges: the process that reads requests and sends traces may do nothing else."""
 
 import ctypes
 import json

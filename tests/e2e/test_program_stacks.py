@@ -1,8 +1,9 @@
 """Where the kernel keeps the stacks of the probes' programs: with the worker, never with its processor.
 
-From Linux 6.13 on a program with a large stack may get a private one, of its processor (bpf_enable_priv_stack() in
-kernel/bpf/verifier.c). Nothing keeps a uprobe's program from being preempted by another worker's, which has the same
-(bpf_prog_run_array_uprobe() in include/linux/bpf.h, unlike trace_call_bpf()); so none of ours may have one.
+Since Linux 6.13, a program with a large stack may get a private stack, one for each processor (bpf_enable_priv_stack()
+in kernel/bpf/verifier.c). Another worker can preempt a uprobe's program, and its program then uses the same stack
+(bpf_prog_run_array_uprobe() in include/linux/bpf.h, unlike trace_call_bpf()). So no program of ours may have a private
+stack.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Upstreams that speak something else than HTTP/1: gRPC, FastCGI, uwsgi, SCGI, memcached."""
+"""Upstreams that speak another protocol than HTTP/1: gRPC, FastCGI, uwsgi, SCGI, memcached."""
 
 import json
 import shutil

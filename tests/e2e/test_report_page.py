@@ -1,4 +1,4 @@
-"""The page of `report` in a browser: nothing but the page's own script runs, and its numbers are the capture's."""
+"""The page of `report` in a browser: only the page's own script runs, and the numbers agree with the capture."""
 
 import re
 import subprocess

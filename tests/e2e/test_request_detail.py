@@ -1,4 +1,4 @@
-"""`--detail request`: one probe a request; times by nginx's own clock of milliseconds, to which its log is held."""
+"""`--detail request`: one probe a request, and times from nginx's millisecond clock, which nginx's log must confirm."""
 
 import shutil
 import subprocess

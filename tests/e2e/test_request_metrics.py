@@ -1,4 +1,4 @@
-"""Metrics of all requests, as the official collector gets them: the spans' durations, whatever is sampled."""
+"""Metrics of all requests in the official collector: they agree with the spans' durations, whatever is sampled."""
 
 import os
 import signal

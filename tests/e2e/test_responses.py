@@ -1,4 +1,4 @@
-"""Responses that nginx makes itself: nothing is proxied."""
+"""Responses that nginx makes itself, without a proxied request."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Clients and upstreams that break off at any moment, many at once: descriptors are reused all the time."""
+"""Many clients and upstreams that break off at any moment: descriptors are reused all the time."""
 
 import random
 import threading

@@ -1,7 +1,7 @@
-"""OTEL_TRACES_SAMPLER, decided in the kernel: the SDK's own samplers say what must come of each request.
+"""OTEL_TRACES_SAMPLER, decided in the kernel. The SDK's own samplers say what must happen to each request.
 
-What is left out crosses no ring buffer: `received` counts what crossed, `not_sampled` the rest, and together they are
-all that nginx logged.
+A request that is left out does not cross the ring buffer: `received` counts the requests that crossed, `not_sampled`
+all others. Together they are all requests that nginx logged.
 """
 
 import re

@@ -1,8 +1,8 @@
-"""The proof of the whole: client → nginx → application, each traced by OpenTelemetry's own means, is one trace.
+"""The proof of the whole: client → nginx → application make one trace, each traced by OpenTelemetry's own means.
 
-The client and the application are instrumented by `opentelemetry-instrument`, as their users would; nginx by this
-program, and sends examples/traceparent.conf's header. All export to the official collector, which writes a file and
-sends on to Jaeger; both are asked for the tree, Jaeger for the service graph too.
+`opentelemetry-instrument` instruments the client and the application, as users would. This program traces nginx, which
+sends the header of examples/traceparent.conf. All three export to the official collector. The collector writes a file
+and forwards to Jaeger. The test reads the trace from both, and the service graph from Jaeger.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Requests that become many: slices, includes in includes, text before and after; each upstream call has its spans."""
+"""Requests that become many: slices, nested includes, text before and after. Each upstream call has its spans."""
 
 from collections import Counter
 from pathlib import Path

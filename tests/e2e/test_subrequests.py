@@ -1,4 +1,4 @@
-"""Requests that make others: their attempts belong to the same trace, marked with the subrequest's URI."""
+"""Requests that make subrequests: their attempts belong to the request's trace, marked with the subrequest's URI."""
 
 import pytest
 

@@ -1,6 +1,6 @@
-"""The end, with the default settings: whatever the collector does and however the end is asked for, all is counted.
+"""The end of the program, with default settings: every trace is counted, however the program ends.
 
-All cases run side by side, on one nginx.
+The collector may do anything. All cases run at once, on one nginx.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""TLS on either side: the times are of the socket, the sizes are nginx's own, of the clear text."""
+"""TLS on either side: times come from the socket, sizes are nginx's own, of the clear text."""
 
 import ssl
 

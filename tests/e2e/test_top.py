@@ -1,4 +1,4 @@
-"""`top` in a real terminal (tmux) and as text, beside nginx's access log."""
+"""`top` in a real terminal (tmux) and as text, compared with nginx's access log."""
 
 import re
 import shlex

@@ -1,6 +1,6 @@
-"""nginx as Angie is: it does not ask a kept-alive upstream connection for its error before it sends a request on it.
+"""nginx that behaves like Angie: it reuses an upstream connection without asking for the connection's error first.
 
-A library in front of libc's answers getsockopt(SO_ERROR) without a system call.
+A preloaded library answers getsockopt(SO_ERROR) without a system call.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""A limit that the user set is passed: the probes go, nginx goes on, and after a pause they are back."""
+"""Tracing exceeds a limit that the user set: the probes are detached, nginx continues, and the probes return later."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Workers that crash, are killed or replaced again and again under load: no false trace, no leak, losses counted."""
+"""Workers that crash, are killed or replaced repeatedly under load: no false trace, no leak, and losses are counted."""
 
 import os
 import random

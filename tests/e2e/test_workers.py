@@ -1,4 +1,4 @@
-"""Several workers at once, and workers that come and go."""
+"""Several workers at once, and workers that start and end."""
 
 import os
 import re

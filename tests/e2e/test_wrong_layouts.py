@@ -1,6 +1,6 @@
-"""A layout is verified on real requests before it is trusted.
+"""Real requests verify a layout before the program trusts it.
 
-The same nginx claims to be another release: its structs are then not where the program must believe them to be.
+The same nginx claims to be another release. Its structs are then not where the program expects them.
 """
 
 import shutil

@@ -1,4 +1,4 @@
-"""Describes a request and all that is known of it, for a person. Times are milliseconds since the trace's start."""
+"""Describes a request and everything known about it, for a person. Times are milliseconds since the trace's start."""
 
 from dataclasses import asdict
 from typing import Any

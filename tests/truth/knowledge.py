@@ -1,4 +1,4 @@
-"""Holds what a client knows of a request: when its first byte left, and what came back when."""
+"""Holds what a client knows about a request: when its first byte left, and which bytes came back when."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Makes random locations: what answers a request, and what else happens to it."""
+"""Makes random locations: what answers a request, and what else happens to the request."""
 
 from dataclasses import dataclass
 from random import Random

@@ -1,4 +1,4 @@
-"""`make truth`, in short: rounds of known seeds; that each configuration is one, and that each lie is found."""
+"""`make truth`, in short: rounds of known seeds. Each configuration must be valid, and each lie must be found."""
 
 import shutil
 import subprocess

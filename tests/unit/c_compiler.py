@@ -1,4 +1,4 @@
-"""gcc: how it lays structs out, by the debug information that it writes; and what C code does, by running it."""
+"""Runs gcc: to learn the layout of structs from its debug information, and to run C code."""
 
 import ctypes
 import subprocess

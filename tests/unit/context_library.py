@@ -1,4 +1,4 @@
-"""`probes/trace_context.h`, the text that the kernel program compiles, compiled by gcc and callable."""
+"""Makes the functions of `probes/trace_context.h` callable: gcc compiles the text that the kernel program compiles."""
 
 import ctypes
 import mmap

@@ -1,4 +1,4 @@
-"""What gcc makes of nginx's own headers: struct layouts and the module signature of a configured source tree."""
+"""Compiles nginx's own headers with gcc: gives struct layouts and the module signature of a configured source tree."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Real OTLP receivers on loopback, over gRPC and HTTP, that answer as a test wants."""
+"""Real OTLP receivers on loopback, over gRPC and HTTP, with the answers that a test chooses."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""Hand-made requests, packed as the kernel packs them and decoded again, and traces of them."""
+"""Hand-made requests, packed like the kernel's records and decoded again, and their traces."""
 
 import socket
 import struct

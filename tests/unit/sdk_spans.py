@@ -1,4 +1,4 @@
-"""The SDK's own encoding of a trace: what ours is held to."""
+"""Encodes a trace with the SDK's own encoder, for comparison with ours."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The arithmetic and the parsers of `make bench`."""
+"""The calculations and the parsers of `make bench`."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The pages have every setting, attribute, metric and loss cause, and what they point to exists."""
+"""The pages mention every setting, attribute, metric and loss cause, and everything they point to exists."""
 
 import re
 from collections.abc import Iterator

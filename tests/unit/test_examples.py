@@ -1,4 +1,7 @@
-"""The manifests of examples/ against their schemas and each other; tests/e2e/test_example.py runs what can be run."""
+"""Checks the manifests of examples/ against their schemas and each other.
+
+tests/e2e/test_example.py runs the examples that can run.
+"""
 
 import json
 from collections.abc import Iterator

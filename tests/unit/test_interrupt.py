@@ -1,4 +1,4 @@
-"""Ctrl-C at whatever moment of the start: the program ends at once and without a traceback."""
+"""Ctrl-C at any moment of the start: the program ends at once, without a traceback."""
 
 import fcntl
 import os

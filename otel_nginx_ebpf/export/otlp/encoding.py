@@ -1,8 +1,8 @@
-"""Spans as OTLP protobuf (opentelemetry-proto, trace/v1/trace.proto), without an object for each of them.
+"""Encodes spans as OTLP protobuf (opentelemetry-proto, trace/v1/trace.proto), without an object for each span.
 
-Fields that spans have in common are encoded once (`SpanBuilder`); a span's ids, times and numbers are written around
-them. A protobuf message is a sequence of fields in any order, so they need only be put one behind the other. The result
-is what the SDK's encoder makes of the same spans: tests hold it to that.
+Fields that many spans share are encoded once (`SpanBuilder`). A span's ids, times and numbers are written around these
+fields. A protobuf message is a sequence of fields in any order, so encoded fields can simply be joined. Tests check
+that the SDK's encoder makes an equal message of equal spans.
 """
 
 import struct
@@ -19,14 +19,15 @@ from otel_nginx_ebpf.traces.record import RecordError, Request
 from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder
 from otel_nginx_ebpf.traces.trace_state import canonical
 
-# Field numbers are the proto files'; a key is the number and the wire type (0 varint, 1 fixed64, 2 length, 5 fixed32).
+# Field numbers are as in the proto files. A key is a field number and a wire type (0 varint, 1 fixed64, 2 length,
+# 5 fixed32).
 _VARINT, _LENGTH = 0, 2
 _TIMES = struct.Struct("<2s8sBQBQ")
 _SPAN_ID = bytes([2 << 3 | _LENGTH, 8])
 _START, _END = 7 << 3 | 1, 8 << 3 | 1
 _TRACE_ID = bytes([1 << 3 | _LENGTH, 16])
 _PARENT_ID = bytes([4 << 3 | _LENGTH, 8])
-# Field 16, SpanFlags: whether the parent is remote is known (0x100); it is (0x200).
+# Field 16, SpanFlags. 0x100: it is known whether the parent is remote. 0x200: the parent is remote.
 _LOCAL_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x100)
 _REMOTE_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x300)
 
@@ -35,7 +36,7 @@ _STATUS_ERROR = 2
 
 
 def _varint(value: int) -> bytes:
-    """Base-128, of 64 bits: a negative number is its two's complement."""
+    """Encodes 64 bits in base 128. A negative number is encoded as its two's complement."""
     value &= 0xFFFF_FFFF_FFFF_FFFF
     encoded = bytearray()
     while value > 0x7F:
@@ -45,7 +46,7 @@ def _varint(value: int) -> bytes:
     return bytes(encoded)
 
 
-# Lengths and small numbers, ready.
+# Lengths and small numbers, encoded in advance.
 _VARINTS = [_varint(value) for value in range(1 << 14)]
 _LOW_VARINTS = [bytes([value & 0x7F | 0x80, value >> 7 | 0x80]) for value in range(1 << 14)]
 _LENGTH_KEYS = [_varint(number << 3 | _LENGTH) for number in range(32)]
@@ -65,7 +66,7 @@ def _int_field(number: int, value: int) -> bytes:
 
 
 def _any_value(value: object) -> bytes:
-    """common.proto, AnyValue. Raises `TypeError` for a value that no attribute has."""
+    """Encodes an AnyValue (common.proto). Raises `TypeError` for a value of a type that no attribute has."""
     if isinstance(value, str):
         return _field(1, value.encode())
     if isinstance(value, bool):
@@ -85,7 +86,7 @@ def _key(name: str) -> bytes:
 
 
 class _TextHeaders(dict[int, bytes]):
-    """All in front of an attribute's text, by the text's bytes; those of short texts are kept."""
+    """The bytes in front of an attribute's text, by the length of the text in bytes. Cached for short texts."""
 
     def __init__(self, number: int, name: str) -> None:
         self._number = number
@@ -104,7 +105,7 @@ _text_headers = lru_cache(256)(_TextHeaders)
 
 
 def _attributes(number: int, attributes: Mapping[str, object]) -> bytes:
-    """Each as a KeyValue in a repeated field; without integers beyond 64 bits."""
+    """Encodes each attribute as a KeyValue in a repeated field. Leaves out integers that do not fit into 64 bits."""
     encoded: list[bytes] = []
     for key, value in attributes.items():
         if isinstance(value, str):
@@ -116,7 +117,7 @@ def _attributes(number: int, attributes: Mapping[str, object]) -> bytes:
 
 
 def encode_fields(fields: SpanFields) -> bytes:
-    """Encodes fields of trace.proto's Span."""
+    """Encodes fields of a Span (trace.proto)."""
     encoded = _attributes(9, fields.attributes)
     if fields.name is None:
         return encoded
@@ -131,11 +132,13 @@ _KEPT_NUMBERS = 4096
 
 
 class _NumberAttribute(dict[int, bytes]):
-    """The encodings of an attribute by its value; those of the first so many values are kept. Of a value that does not
-    fit 64 bits nothing."""
+    """The encodings of an attribute by its value. The first `_KEPT_NUMBERS` of them are cached.
+
+    The encoding of a value that does not fit into 64 bits is empty.
+    """
 
     def __init__(self, name: str) -> None:
-        # All in front of a number, by how many bytes its varint has.
+        # The bytes in front of a number, by the length of its varint in bytes.
         self._prefixes = [
             _field(9, _text(1, name) + _field(2, bytes([3 << 3 | _VARINT]) + bytes(size)))[: -size or None]
             for size in range(11)
@@ -157,19 +160,19 @@ class _NumberAttribute(dict[int, bytes]):
 
 
 class Encoder:
-    """Encodes the spans of requests, or those of readable traces, as `spans` fields of ScopeSpans."""
+    """Encodes the spans of requests or of readable traces, as `spans` fields of ScopeSpans."""
 
     def __init__(self, new_id: Callable[[], int], *, query: bool = True) -> None:
-        """`new_id` makes span ids; without `query` the query strings of URIs are left out."""
+        """`new_id` makes span ids. Without `query`, the query strings of URIs are left out."""
         self._new_id = new_id
         builder = SpanBuilder(encode_fields, lambda name: _NumberAttribute(name).__getitem__, query=query)
         self._build = builder.build
 
     def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[BuiltSpan[bytes]]]:
-        """Returns the encoded spans of one request, and what they were made of.
+        """Returns the encoded spans of one request, and the built spans behind them.
 
         Raises:
-            RecordError: A time of the request is not one of the next 500 years.
+            RecordError: A time of the request is before 1970 or after 2554, and does not fit into 64 bits.
         """
         spans = self._build(request, self._new_id)
         trace = _TRACE_ID + request.trace_id.to_bytes(16, "big")
@@ -191,7 +194,7 @@ class Encoder:
                 span = b"".join((common, times, *fields))
                 length = len(span)
                 header = _SPAN_HEADERS[length] if length < _SPAN_HEADERS_COUNT else _SPAN + _varint(length)
-                if not encoded:  # The first is the parent of the others.
+                if not encoded:  # The first span is the parent of the others.
                     common = trace + _PARENT_ID + own_id + _LOCAL_PARENT
                 encoded += (header, span)
         except struct.error as error:
@@ -199,7 +202,7 @@ class Encoder:
         return b"".join(encoded), spans
 
     def encode_trace(self, trace: Trace) -> bytes:
-        """The spans of a readable trace. Raises `RecordError` as `encode` does."""
+        """Returns the encoded spans of a readable trace. Raises `RecordError` as `encode` does."""
         trace_fields = _TRACE_ID + trace.trace_id.to_bytes(16, "big") + _text(3, trace.trace_state)
         try:
             return b"".join(
@@ -219,7 +222,7 @@ class Encoder:
 
 
 def _parent(span_id: int | None, *, remote: bool) -> bytes:
-    """parent_span_id and flags, as the SDK sets them."""
+    """Returns the fields parent_span_id and flags, as the SDK sets them."""
     if span_id is None:
         return _LOCAL_PARENT
     return _PARENT_ID + span_id.to_bytes(8, "big") + (_REMOTE_PARENT if remote else _LOCAL_PARENT)
@@ -229,6 +232,6 @@ _SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__))
 
 
 def encode_resource_spans(resource: Resource, spans: Iterable[bytes | bytearray]) -> bytes:
-    """A ResourceSpans, as a field of ExportTraceServiceRequest, of spans that `Encoder` encoded."""
+    """Returns a ResourceSpans as a field of ExportTraceServiceRequest. `Encoder` has encoded the spans."""
     scope_spans = _field(2, b"".join((_SCOPE, *spans)))
     return _field(1, _field(1, _attributes(1, resource.attributes)) + scope_spans + _text(3, resource.schema_url))

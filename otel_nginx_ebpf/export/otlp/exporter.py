@@ -1,7 +1,8 @@
-"""Traces to a collector over OTLP: encoded when they come, queued as finished messages, sent by the official exporters.
+"""Sends traces to a collector over OTLP.
 
-The SDK's BatchSpanProcessor drops without counting what does not fit its queue and what one failed export
-held; here a message stays queued until the collector has it.
+Traces are encoded when they arrive and queued as finished messages. The official exporters send the messages. The SDK's
+BatchSpanProcessor drops spans without counting them when its queue is full or an export fails. Here a message stays in
+the queue until the collector has it.
 """
 
 import logging
@@ -31,37 +32,41 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MESSAGE_BYTES_MAX = 1 << 21
-"""A collector's gRPC server takes 4 MiB by default."""
+"""A collector's gRPC server accepts 4 MiB by default."""
 _RETRY_FIRST_S = 0.5
 _RETRY_MAX_S = 5.0
 _SIGNAL_S = 0.1
-"""How long the caller sleeps at most. The kernel may give a signal to one of gRPC's threads; Python's handler then
-runs only when the main thread wakes by itself."""
+"""The longest sleep of the calling thread. The kernel may deliver a signal to one of gRPC's threads. Python's handler
+then runs only when the main thread wakes up by itself."""
 _DISK_RETRY_S = 1.0
 _ABORT_S = 1.0
-"""How long the SDK's exporter gets to notice that its shutdown interrupts an export."""
+"""How long the SDK's exporter may take to notice that its shutdown interrupts an export."""
 
 
 @dataclass(slots=True, eq=False)
 class _Message:
-    """An ExportTraceServiceRequest: its bytes in memory, else on disk."""
+    """An ExportTraceServiceRequest. Its bytes are in memory or on disk."""
 
     size: Size
     data: bytes | None = None
     stored: Stored | None = None
     done: bool = False
-    """Delivered or refused."""
+    """Whether the message was delivered or refused."""
 
 
 class OtlpExporter:
-    """A bounded queue of messages, and a thread that brings them to the collector.
+    """A bounded queue of messages, and a thread that sends them to the collector.
 
-    A trace is kept whole or dropped whole, and stays in the queue until it is delivered or refused. With a `queue_dir`
-    messages wait there while the collector takes none, and what is left at the end waits for the next run.
+    A trace is kept whole or dropped whole. It stays in the queue until it is delivered or refused. With a `queue_dir`,
+    messages wait in this directory while the collector accepts no messages. Messages that are left at the end wait
+    there for the next run.
     """
 
     at_once = 64
-    """Decoding some and then encoding them is a fifth faster than each in turn: the processor's caches are small."""
+    """Decoding several requests and then encoding them is a fifth faster than handling each request in turn.
+
+    The reason is that the processor's caches are small.
+    """
 
     def __init__(
         self,
@@ -78,8 +83,10 @@ class OtlpExporter:
         queue_dir: QueueDir | None = None,
         exemplars: "Exemplars | None" = None,
     ) -> None:
-        """`queue_spans` and `queue_bytes` bound what waits in memory. With `wait_for_room` a full queue makes `take`
-        wait, else it drops the trace."""
+        """`queue_spans` and `queue_bytes` limit the queue in memory.
+
+        When the queue is full, `take` waits if `wait_for_room` is set. Otherwise it drops the trace.
+        """
         self._sender = sender
         sender.report = self._report
         self._encoder = Encoder(RandomIds().generate_span_id, query=query)
@@ -87,20 +94,23 @@ class OtlpExporter:
         self._stats = stats
         self._queue_spans = queue_spans
         self._queue_bytes = queue_bytes
-        # A quarter of the room, so that the others can wait on disk, or be sent, while one is filled.
+        # A message fills at most a quarter of the room, so that other messages can be stored or sent at the same time.
         self._batch_spans = min(batch_spans, queue_spans // 4)
         self._batch_bytes = min(_MESSAGE_BYTES_MAX, queue_bytes // 4)
         self._delay_s = delay_s
         self._wait_for_room = wait_for_room
         self._lock = threading.Lock()
-        """Guards all below."""
+        """Guards everything below."""
         self._changed = threading.Condition(self._lock)
         self._open: dict[int, tuple[Mapping[str, AttributeValue], bytearray]] = {}
-        """The message that is being filled: encoded spans by the identity of their nginx's attributes, 0: no such."""
+        """The message that is being filled: encoded spans, by the identity of their nginx's attributes.
+
+        0: there are no attributes.
+        """
         self._open_size = Size()
         self._queue: deque[_Message] = deque()
         self._held = stats.queued
-        """Of all that is in memory: messages of the queue, and the open one."""
+        """The size of all messages in memory: the queued messages and the open message."""
         self._closing = False
         self._abandoned = False
         self._failing = False
@@ -126,7 +136,7 @@ class OtlpExporter:
                     self._exemplars.offer(request, unix_offset_ns, resource, spans)
 
     def export(self, trace: Trace) -> None:
-        """Takes a trace that was built to be read."""
+        """Takes a trace in the readable model."""
         try:
             encoded = self._encoder.encode_trace(trace)
         except RecordError as error:
@@ -139,7 +149,7 @@ class OtlpExporter:
         logger.warning("a damaged record was left out: %s", error)
 
     def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> bool:
-        """False: there was no room."""
+        """Adds an encoded trace to the open message. Returns false if there was no room."""
         size = len(encoded)
         with self._lock:
             held = self._held
@@ -175,8 +185,8 @@ class OtlpExporter:
         return self._held.spans + spans <= self._queue_spans and self._held.bytes + size <= self._queue_bytes
 
     def _wait_for(self, spans: int, size: int) -> bool:
-        """Waits for room, if that is wanted. Returns whether there is any."""
-        if self._held.traces == self._open_size.traces:  # what is queued is on disk
+        """Waits for room, if `wait_for_room` is set. Returns whether there is room."""
+        if self._held.traces == self._open_size.traces:  # all queued messages are on disk
             self._close_message()
         while self._wait_for_room and self._held.traces and not self._has_room(spans, size):
             self._changed.wait(_SIGNAL_S)
@@ -210,11 +220,11 @@ class OtlpExporter:
             self._sender.shutdown()
             self._threads[0].join(_ABORT_S)
             for spilling in self._threads[1:]:
-                spilling.join()  # What it is writing must not be written twice.
+                spilling.join()  # The message that it is writing must not be written twice.
             self._keep_the_rest()
 
     def _keep_the_rest(self) -> None:
-        """On disk, where there is one; else it is lost."""
+        """Stores the messages that are left in the queue directory. Counts them as lost if that is not possible."""
         with self._changed:
             self._close_message()
             rest = list(self._queue)
@@ -228,7 +238,7 @@ class OtlpExporter:
             self._queue_dir.close()
 
     def _deliver(self) -> None:
-        """One thread's work."""
+        """Delivers messages until the end. Runs in a thread."""
         retry_s = _RETRY_FIRST_S
         while message := self._next_message():
             answer = self._send(message)
@@ -239,7 +249,7 @@ class OtlpExporter:
                 retry_s = min(retry_s * 2, _RETRY_MAX_S)
 
     def _pause(self, asked_s: float, retry_s: float) -> None:
-        """Before the next try. At the end it is short, so that a collector which comes back is noticed in time."""
+        """Waits before the next try. At the end the wait is short, to notice in time that a collector is back."""
         with self._changed:
             if asked_s:
                 self._changed.wait_for(lambda: self._abandoned, asked_s)
@@ -249,7 +259,10 @@ class OtlpExporter:
                     self._changed.wait_for(lambda: self._abandoned, _RETRY_FIRST_S)
 
     def _next_message(self) -> _Message | None:
-        """The oldest message, left in the queue; waits until one is full or has waited long enough. None at the end."""
+        """Returns the oldest message, which stays in the queue. `None`: the end.
+
+        Waits until a message is full or has waited for long enough.
+        """
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._open or self._closing)
             self._changed.wait_for(lambda: self._queue or self._closing, self._delay_s)
@@ -264,7 +277,7 @@ class OtlpExporter:
                 data = self._queue_dir.load(message.stored)
             except OSError:
                 with self._changed:
-                    self._queue.rotate(-1)  # The others need not wait for it.
+                    self._queue.rotate(-1)  # The other messages need not wait for this message.
                 return Answer(retry=True)
         if data is None:
             if self._take_out(message):
@@ -274,9 +287,9 @@ class OtlpExporter:
         try:
             answer = self._sender.send(data)
         except Exception:
-            if self._abandoned:  # gRPC raises ValueError when its channel is closed under it.
+            if self._abandoned:  # gRPC raises ValueError when its channel is closed during a call.
                 return Answer(retry=True)
-            # The thread must live: an exporter that raises loses this message, and says so.
+            # The thread must continue. If the exporter raises, the message is lost, and the log says so.
             logger.exception("collector: the exporter failed on a message of %d spans", message.size.spans)
             answer = Answer()
         self._stats.sent(time.monotonic() - began_s)
@@ -297,7 +310,7 @@ class OtlpExporter:
         return answer
 
     def _take_out(self, message: _Message) -> bool:
-        """Removes the oldest message from the queue. False where shutdown has given up on it, and counted it."""
+        """Removes the oldest message from the queue. Returns false if shutdown has already removed and counted it."""
         with self._changed:
             if not self._queue:
                 return False
@@ -309,7 +322,7 @@ class OtlpExporter:
             return True
 
     def _report(self, problem: str) -> None:
-        """The first problem goes to the log, the rest of an outage is silent."""
+        """Logs the first problem of an outage. The other problems of the outage are not logged."""
         if not self._failing:
             logger.warning("collector: %s", printable(" ".join(problem.split())))
             with self._changed:
@@ -317,8 +330,10 @@ class OtlpExporter:
                 self._changed.notify_all()
 
     def _spill(self) -> None:
-        """Another thread's work: messages go to disk while the collector does not answer, and when a quarter of the
-        room in memory is taken."""
+        """Moves messages to disk. Runs in a second thread.
+
+        Starts when the collector does not answer, or when a quarter of the room in memory is taken.
+        """
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._abandoned or self._to_spill())
@@ -330,7 +345,7 @@ class OtlpExporter:
                     self._changed.wait_for(lambda: self._abandoned, _DISK_RETRY_S)
 
     def _to_spill(self) -> _Message | None:
-        """The oldest message that is in memory and should be on disk."""
+        """Returns the oldest message that is in memory and should be on disk. `None`: there is no such message."""
         held = self._held
         if not self._failing and held.bytes <= self._queue_bytes // 4 and held.spans <= self._queue_spans // 4:
             return None
@@ -343,7 +358,7 @@ class OtlpExporter:
         if stored is None:
             return False
         with self._changed:
-            if message.done:  # in the meantime
+            if message.done:  # delivered or refused in the meantime
                 self._queue_dir.forget(stored)
                 return True
             message.stored, message.data = stored, None

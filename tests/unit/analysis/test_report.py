@@ -1,4 +1,4 @@
-"""The page, as text; `tests/e2e/test_report_page.py` opens it in a browser."""
+"""The report's page as text. `tests/e2e/test_report_page.py` opens the page in a browser."""
 
 import html
 import re

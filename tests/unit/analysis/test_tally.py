@@ -1,4 +1,4 @@
-"""What is added up is what the spans say."""
+"""The sums agree with the spans."""
 
 from dataclasses import replace
 

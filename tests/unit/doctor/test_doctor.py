@@ -1,4 +1,4 @@
-"""The doctor's report; tests/e2e/test_doctor.py runs it on real nginx."""
+"""The doctor's report. tests/e2e/test_doctor.py runs the doctor on real nginx."""
 
 import io
 import json

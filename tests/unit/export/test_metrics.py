@@ -1,4 +1,4 @@
-"""The program's own metrics, as a collector and a Prometheus server get them."""
+"""The program's own metrics, as a collector and a Prometheus server receive them."""
 
 import logging
 import socket

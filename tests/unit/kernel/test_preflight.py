@@ -1,4 +1,4 @@
-"""What each check makes of what it finds; tests/e2e/test_errors.py and test_doctor.py have it find things."""
+"""How each check judges what it finds. tests/e2e/test_errors.py and test_doctor.py give the checks things to find."""
 
 import pytest
 

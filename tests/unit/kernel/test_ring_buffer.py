@@ -1,4 +1,4 @@
-"""The reader of the kernel's ring buffer, on a file that is laid out as the kernel lays one out."""
+"""The reader of the kernel's ring buffer, on a file with the layout of the kernel's buffer."""
 
 import os
 import struct

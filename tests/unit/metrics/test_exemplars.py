@@ -1,4 +1,4 @@
-"""Which spans are examples of which durations."""
+"""Which spans become examples of which durations."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What workers counted becomes totals of an nginx: no request twice, none forgotten, none of a layout that is wrong."""
+"""The workers' counts become totals of an nginx: each request counts once, and no count comes from a wrong layout."""
 
 from collections.abc import Collection, Iterator
 

@@ -1,4 +1,4 @@
-"""What is read from an nginx binary, on Debian's own, and on damaged copies of it."""
+"""What the program reads from an nginx binary: from Debian's binary, and from damaged copies of it."""
 
 import re
 import shutil

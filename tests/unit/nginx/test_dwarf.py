@@ -1,4 +1,4 @@
-"""Struct layouts from debug information: what gcc writes, against what the compiled program says itself."""
+"""Struct layouts from gcc's debug information, compared with what the compiled program itself says."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Which processes are nginx or a fork of it: by their titles and by their executables' names."""
+"""Which processes are nginx or a fork of nginx, by their titles and by the names of their executables."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What a build says of its options in its module signature, and where its members lie then."""
+"""What a build's module signature says about its options, and where the members of its structs are then."""
 
 import pytest
 

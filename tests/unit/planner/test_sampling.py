@@ -1,4 +1,4 @@
-"""The settings as the kernel program's constants, held to the SDK's samplers."""
+"""The settings as constants of the kernel program, compared with the SDK's samplers."""
 
 import pytest
 from hypothesis import given

@@ -1,6 +1,6 @@
-"""The kernel program's reading of trace context: W3C's and B3's cases, and the SDK's propagators as oracles.
+"""How the kernel program reads trace context: cases from W3C and B3, with the SDK's propagators as oracles.
 
-Where the SDK deviates from the specification, the specification wins; the tests say where.
+If the SDK deviates from the specification, the specification wins, and the test says so.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""A process that becomes another program, and stays the same process."""
+"""A process that becomes another program, but stays the same process."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Which attempts to attach are made again, and with which processes."""
+"""Which attempts to attach are repeated, and with which processes."""
 
 import subprocess
 import time

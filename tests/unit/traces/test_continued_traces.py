@@ -1,4 +1,4 @@
-"""Trace context from the kernel's record to what is exported: ids, flags, trace state, and what was kept."""
+"""Trace context from the kernel's record to the exported trace: ids, flags, trace state, and why a request was kept."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Which phases a request has, and that the kernel program has the same rules."""
+"""Which phases a request has, and that the kernel program applies the same rules."""
 
 import ctypes
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What the kernel program hands over of a request that contradicts the layout."""
+"""What the kernel program sends about a request that contradicts the layout."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""The record: both sides of the kernel boundary agree on it, and no bytes break its decoder."""
+"""The record: both sides of the kernel boundary agree on it, and no bytes make its decoder fail."""
 
 import struct
 from collections.abc import Sequence

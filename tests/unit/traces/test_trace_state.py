@@ -1,4 +1,4 @@
-"""tracestate: cases from W3C Trace Context level 2, and the API's `TraceState` as the oracle."""
+"""tracestate: cases from W3C Trace Context level 2, with the API's `TraceState` as the oracle."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Our OTLP is the SDK's: the same messages for the same spans, whatever a record says."""
+"""Our OTLP messages equal the SDK's messages for equal spans, whatever a record contains."""
 
 import struct
 from typing import Any

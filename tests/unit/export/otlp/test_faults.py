@@ -1,6 +1,6 @@
-"""Whatever a collector does: retried or refused as the OTLP specification says, and no trace unaccounted for.
+"""Faults of collectors: the exporter retries or gives up as the OTLP specification says, and accounts for every trace.
 
-Each fault is one of a real server's, and seen to have happened.
+Each fault is the fault of a real server, and the test sees that it happened.
 """
 
 import logging

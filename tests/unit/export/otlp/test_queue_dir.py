@@ -1,4 +1,4 @@
-"""What waits for the collector on disk: it all comes, in order, after a restart, too; damage is counted."""
+"""Messages that wait for the collector on disk: all arrive in order, also after a restart, and damage is counted."""
 
 import threading
 import time
