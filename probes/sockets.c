@@ -41,6 +41,7 @@ enum wanted {
     WANTED_TO_SEND,           /* getsockopt() announced that nginx will send */
     WANTED_TO_WRITE,          /* a write without announcement, perhaps the first of another exchange */
     WANTED_TO_READ,           /* an answer came on a connection that is older than the probes */
+    WANTED_BY_EVENT,          /* a write on a socket that is older than the probes; an event will name its connection */
 };
 
 /* An exchange begins on an upstream connection. Earlier reads and writes were a TLS handshake or an earlier exchange. */
@@ -175,7 +176,10 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
     socket->last_read_ns = now;
     if (!has_begun_to_write(socket))
         socket->request_read_ns = now;
-    return !socket->client && socket->ready_ns && !socket->attempt_serial && socket->connection ? WANTED_TO_READ : NOT_WANTED;
+    if (socket->client || socket->attempt_serial || !socket->connection)
+        return NOT_WANTED;
+    /* Without an announcement only the first answer tells for certain that what was written is its request. */
+    return socket->ready_ns || (socket->first_write_ns && socket->first_read_ns == now) ? WANTED_TO_READ : NOT_WANTED;
 }
 
 static __always_inline void note_write(struct socket *socket, u64 began_ns, u64 now)
@@ -202,7 +206,7 @@ static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 beg
     if (!socket->first_write_ns && !socket->tls_connection && !is_upstream(socket) && is_interim(data))
         return NOT_WANTED;
     note_write(socket, began_ns, now);
-    return NOT_WANTED;
+    return !socket->client && !socket->connection ? WANTED_BY_EVENT : NOT_WANTED;
 }
 
 /* Finds the request that a connection serves, begins its attempt, and then does what was waiting for this. */
@@ -216,8 +220,10 @@ static __always_inline void look_for_attempt(
     u64 serial = socket->attempt_serial, request = 0;
     if (socket->connection)
         request = wanted == WANTED_TO_CONNECT ? connecting_request(socket->connection) : sending_request(socket->connection);
-    else if (wanted == WANTED_TO_SEND)
+    else if (wanted == WANTED_TO_SEND || wanted == WANTED_BY_EVENT)
         process->wanted_until_ns = now + WANTED_NS;
+    if (wanted == WANTED_TO_READ && !socket->ready_ns)
+        socket->ready_ns = socket->first_write_ns;
     if (is_owned_by(&owner, request, socket->connection))
         begin_attempt(process, key, socket, &owner, now);
 #ifdef OFFSET_ngx_connection_s__ssl

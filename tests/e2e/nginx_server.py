@@ -42,15 +42,6 @@ def nginx_version(start: Path = START) -> tuple[int, ...]:
     return tuple(int(number) for number in told[1].split(".")) if told else ()
 
 
-def names_kept_connections() -> bool:
-    """Tell whether this nginx makes a system call for a kept-alive upstream connection before it sends on it.
-
-    Angie makes none. So the first request on a connection that is older than the probes has no attempt in its trace;
-    the attempt counts in nginx.upstream.attempts_lost.
-    """
-    return "Angie" not in nginx_build()
-
-
 def nginx_release() -> str:
     """Return nginx's release, such as `1.22.1`."""
     return ".".join(map(str, nginx_version()))

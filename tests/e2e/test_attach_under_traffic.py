@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from e2e.agent_process import AgentProcess, Trace
-from e2e.nginx_server import LogLine, names_kept_connections, wait_until
+from e2e.nginx_server import LogLine, wait_until
 from e2e.oracle import check_facts
 from e2e.stage import Key, Stage, key_of_log, key_of_trace
 from e2e.timing import Lags, Slack
@@ -31,8 +31,6 @@ AT_ONCE = 2
 BUSY = 10
 READY_S = 120
 WHILE_S = 1.5
-KEPT = 8
-"""Upstream connections that each worker keeps."""
 
 LISTEN = """
     listen @LISTEN@;
@@ -40,14 +38,12 @@ LISTEN = """
     ssl_certificate @CERTIFICATE@;
     ssl_certificate_key @KEY@;
 """
-HTTP = f"upstream @NAME@ {{ server @UP@; keepalive {KEPT}; }}"
+HTTP = "upstream @NAME@ { server @UP@; keepalive 8; }"
 SERVER = """
     location / { return 200 ok; }
     location /app { proxy_pass http://@NAME@; proxy_http_version 1.1; proxy_set_header Connection ''; }
 """
 under_traffic = pytest.mark.nginx(listen=LISTEN, http=HTTP, server=SERVER)
-
-ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
 
 # Clients, upstream, agents and attaching share the processors with nginx.
 CROWDED = Slack(late_max_ms=400, median_max_ms=20)
@@ -131,21 +127,14 @@ def check(stage: Stage, attached: list[Attached], slack: Slack, losses_max: int 
         missing = [lines[key] for key in wanted - each.traces.keys()]
         assert not missing, f"{len(missing)} of {len(wanted)} requests have no trace: {missing[0]}"
         assert each.traces.keys() <= lines.keys(), "a trace of no request"
-        lost = set()
-        if not names_kept_connections():
-            # A request has more than one such connection only after a retry, and no peer fails here.
-            lost = {key for key, trace in each.traces.items() if trace.server.attributes.get(ATTEMPTS_LOST) == 1}
-            assert all(lines[key]["upstream_addr"] for key in lost)
-            assert len(lost) <= 2 * WORKERS * KEPT, "after a reload the old workers' connections are in use as well"
         wrong = [
             f"{began_s(lines[key]) - each.ready_s:+.3f} s from ready: {violations}\n  {lines[key]}\n  {trace}"
             for key, trace in each.traces.items()
-            if key not in lost and (violations := check_facts(trace, lines[key]))
+            if (violations := check_facts(trace, lines[key]))
         ]
         assert not wrong, f"{len(wrong)} of {len(each.traces)} are wrong:\n" + "\n".join(wrong[:5])
         stage.lags = Lags()
-        whole = {key: trace for key, trace in each.traces.items() if key not in lost}
-        stage.match([lines[key] for key in whole], lambda whole=whole: list(whole.values()), slack)  # type: ignore[misc]
+        stage.match([lines[key] for key in each.traces], lambda each=each: list(each.traces.values()), slack)  # type: ignore[misc]
         count = len(each.traces)
         told = re.search(rf"^otel-nginx-ebpf: received {count}, exported {count}, lost (\d+)", each.said, re.MULTILINE)
         assert told, each.said

@@ -82,3 +82,27 @@ def test_kept_connections_have_their_exchanges(nginx: tuple[NginxServer, tuple[s
     assert [len(each) for each in exchanges.values()] == [1, 1, 1, 2, 1]
     assert exchanges["/kept?delay_ms=50"][0].seconds > 0.049
     assert {span.attributes["nginx.subrequest.uri"] for span in exchanges["/page"]} == {"/one", "/two"}
+
+
+def test_kept_connections_older_than_the_probes_have_their_exchanges(
+    nginx: tuple[NginxServer, tuple[str, int]], tmp_path: Path
+) -> None:
+    server, address = nginx
+    log = AccessLog(server.prefix / "logs/access.log")
+    with Http1Connection(address) as connection:
+        assert connection.request("/page").status == 200
+        log.poll()
+        agent = AgentProcess(server.pid, tmp_path)
+        targets = ("/kept?delay_ms=50", "/page", "/kept", "/kept?bytes=100000")
+        for target in targets:
+            assert connection.request(target).status == 200
+    wait_until(lambda: len(agent.poll()) == len(targets), f"{len(targets)} traces")
+    agent.stop()
+    traces = {key_of_trace(trace): trace for trace in agent.traces}
+    found = [(line, traces[key_of_log(line)]) for line in log.poll() if key_of_log(line) in traces]
+    assert [line["request_uri"] for line, _ in found] == list(targets)
+    assert [violation for line, trace in found for violation in check_facts(trace, line)] == []
+    assert [trace.outline().count("upstream connect") for _, trace in found] == [0, 0, 0, 0]
+    exchanges = {line["request_uri"]: trace.named("upstream exchange") for line, trace in found}
+    assert [len(each) for each in exchanges.values()] == [1, 2, 1, 1]
+    assert 0.049 < exchanges["/kept?delay_ms=50"][0].seconds < 0.5
