@@ -173,13 +173,14 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
         socket->first_read_began_ns = began_ns + READ_NS_MAX > now ? began_ns : now - READ_NS_MAX;
         socket->running = socket->client && !socket->tls;
     }
+    bool answers_first_write = socket->first_write_ns > socket->last_read_ns;
     socket->last_read_ns = now;
     if (!has_begun_to_write(socket))
         socket->request_read_ns = now;
     if (socket->client || socket->attempt_serial || !socket->connection)
         return NOT_WANTED;
-    /* Without an announcement only the first answer tells for certain that what was written is its request. */
-    return socket->ready_ns || (socket->first_write_ns && socket->first_read_ns == now) ? WANTED_TO_READ : NOT_WANTED;
+    /* Without an announcement only the first read after the first write tells for certain that what was written is its request. */
+    return socket->ready_ns || answers_first_write ? WANTED_TO_READ : NOT_WANTED;
 }
 
 static __always_inline void note_write(struct socket *socket, u64 began_ns, u64 now)
@@ -222,10 +223,13 @@ static __always_inline void look_for_attempt(
         request = wanted == WANTED_TO_CONNECT ? connecting_request(socket->connection) : sending_request(socket->connection);
     else if (wanted == WANTED_TO_SEND || wanted == WANTED_BY_EVENT)
         process->wanted_until_ns = now + WANTED_NS;
-    if (wanted == WANTED_TO_READ && !socket->ready_ns)
-        socket->ready_ns = socket->first_write_ns;
-    if (is_owned_by(&owner, request, socket->connection))
+    if (is_owned_by(&owner, request, socket->connection)) {
+        if (wanted == WANTED_TO_READ && !socket->ready_ns) {
+            socket->ready_ns = socket->first_write_ns;
+            socket->first_read_ns = now;
+        }
         begin_attempt(process, key, socket, &owner, now);
+    }
 #ifdef OFFSET_ngx_connection_s__ssl
     u64 ssl = 0;
     if (socket->connection && read_quietly(&ssl, socket->connection + OFFSET_ngx_connection_s__ssl))
