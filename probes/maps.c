@@ -162,7 +162,7 @@ struct socket {
     u8 peer_closed;           /* a read returned end of file or an error: the peer is gone */
     u8 lingers;               /* client connection: nginx has shut down its side and waits for the client to close */
     u8 announced;             /* upstream connection: nginx is about to send */
-    u8 reserved;
+    u8 sought;                /* epoll's events were searched for the connection: sockets that epoll does not watch are sought once */
     u32 attempt_index;        /* upstream connection: the attempt that it serves, or served last */
     u64 attempt_serial;       /* the serial of that attempt; 0: none */
     u64 client_connection;    /* the client's ngx_connection_t * of that attempt's request */

@@ -207,7 +207,10 @@ static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 beg
     if (!socket->first_write_ns && !socket->tls_connection && !is_upstream(socket) && is_interim(data))
         return NOT_WANTED;
     note_write(socket, began_ns, now);
-    return !socket->client && !socket->connection ? WANTED_BY_EVENT : NOT_WANTED;
+    if (socket->client || socket->connection || socket->sought)
+        return NOT_WANTED;
+    socket->sought = 1;
+    return WANTED_BY_EVENT;
 }
 
 /* Finds the request that a connection serves, begins its attempt, and then does what was waiting for this. */
