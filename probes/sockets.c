@@ -243,7 +243,8 @@ static __always_inline void look_for_attempt(
         socket->announced = 1;
     }
     if (wanted == WANTED_TO_WRITE) {
-        if (socket->attempt_serial != serial || (!socket->ready_ns && !socket->tls)) /* otherwise it is a handshake */
+        /* Without an attempt it may be a client's socket that is older than the probes. With TLS it may be a handshake. */
+        if (socket->attempt_serial != serial || (serial && !socket->ready_ns && !socket->tls))
             exchange_begins(socket, began_ns);
         note_write(socket, began_ns, now);
     }
