@@ -42,7 +42,8 @@ _by_start = itemgetter(0)
 def phases_of(request: Request) -> list[Phase]:
     """Returns the request itself, then its phases by start time.
 
-    A phase that did not happen, was not seen, or has no length is left out.
+    A phase that did not happen, was not seen, or has no length is left out. Each request takes this way, so what has
+    not failed calls no other function.
     """
     phases: list[Phase] = []
     start_mono_ns, end_mono_ns = request.first_read_mono_ns, request.created_mono_ns
@@ -68,10 +69,12 @@ def phases_of(request: Request) -> list[Phase]:
                 error = None if connected else _failure(attempt.connect_errno, attempt.status, attempt.outcome)
                 phases.append((start_mono_ns, end_mono_ns, UPSTREAM_CONNECT, number, error))
         start_mono_ns = attempt.first_write_mono_ns
-        if start_mono_ns is not None and has_exchange(attempt):
+        if start_mono_ns is not None and attempt.connect_ms is not None:
             end_mono_ns = (attempt.ends_with_read and attempt.last_read_mono_ns) or attempt.ended_mono_ns
             if end_mono_ns > start_mono_ns:
-                error = exchange_error(is_answered(attempt), attempt.connect_errno, attempt.status, attempt.outcome)
+                error, status = None, attempt.status
+                if attempt.header_ms is None or status is None or status >= 400 or attempt.outcome:
+                    error = exchange_error(is_answered(attempt), attempt.connect_errno, status, attempt.outcome)
                 phases.append((start_mono_ns, end_mono_ns, UPSTREAM_EXCHANGE, number, error))
 
     start_mono_ns, last_write_mono_ns = request.first_write_mono_ns, request.last_write_mono_ns
@@ -90,7 +93,8 @@ def phases_of(request: Request) -> list[Phase]:
     else:
         end_mono_ns = request.ended_mono_ns
     start_mono_ns = request.first_read_mono_ns or request.created_mono_ns
-    phases.insert(0, (start_mono_ns, end_mono_ns, REQUEST, 0, request_error(request.status, request.ending)))
+    error = request_error(request.status, request.ending) if request.status >= 500 or request.ending else None
+    phases.insert(0, (start_mono_ns, end_mono_ns, REQUEST, 0, error))
     return phases
 
 
