@@ -85,9 +85,8 @@ class Emitter:
         Raises:
             NothingTracedError: The supervisor ended before it attached to anything.
         """
-        signal.signal(
-            signal.SIGTERM, signal.SIG_IGN
-        )  # it stops a service: all processes get it, and the supervisor decides
+        # The signal that stops a service reaches all its processes. The supervisor decides when the emitter ends.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._channel.report(Kind.BEGUN)
         next_note_s = time.monotonic() + _NOTE_S
         next_report_s, told = time.monotonic() + _REPORT_S, self._stats.losses()

@@ -24,7 +24,7 @@ def _descriptors(pid: str) -> Iterator[str]:
 
 
 def _shares_our_mounts(pid: str) -> bool:
-    """Returns whether a process is in this container. A shared pid namespace shows those of other containers too."""
+    """Returns whether a process is in this container. A shared pid namespace shows other containers' processes too."""
     try:
         return os.readlink(f"/proc/{pid}/ns/mnt") == os.readlink("/proc/self/ns/mnt")
     except OSError:

@@ -352,7 +352,7 @@ class Tracing:
             self._marker = None
 
     def abandon(self) -> list[tuple[int, ...]]:
-        """Detaches, and closes all descriptors but those of the maps that a killed emitter may not have read."""
+        """Detaches. Closes all descriptors except the maps that a killed emitter may not have read."""
         return [attachment.abandon() for attachment in self._attachments()]
 
     def _attachments(self) -> list[Attachment]:
