@@ -26,6 +26,13 @@ enum string_kind {
     STRING_SUBREQUEST_URI = 11,
     STRING_TRACESTATE = 12,   /* never cut. `attempt` numbers the header's lines, from 0 */
     STRING_UNSEEN_PEER = 13,  /* an element of $upstream_addr that has no attempt in the record */
+    STRING_REQUEST_TARGET = 14, /* what follows the method in the client's request line, if the target is in absolute form */
+    STRING_PEER_SOCKADDR = 15, /* the socket's peer, if nginx has replaced the client's address (realip) */
+    STRING_SENT_LINE = 16,    /* the request line that nginx sent to the peer, without its line end (HTTP/1) */
+    STRING_SENT_HOST = 17,    /* the Host header that nginx sent to the peer (HTTP/1) */
+    STRING_FORWARDED = 18,    /* the last three: only with --trusted-proxy */
+    STRING_X_FORWARDED_PROTO = 19,
+    STRING_X_FORWARDED_HOST = 20,
 };
 
 /* How a request ended. */
@@ -66,6 +73,17 @@ enum method {
     METHOD_TRACE = 32768,
     METHOD_CONNECT = 65536,   /* since nginx 1.21.1; before, r->method is 1, as for every method that nginx does not know */
     METHOD_QUERY = 1073741824,
+};
+
+/* upstream_attempt.protocol: what nginx speaks to the peer, by the first bytes of its request. */
+enum protocol {
+    PROTOCOL_UNKNOWN = 0,
+    PROTOCOL_HTTP_1 = 1,      /* STRING_SENT_LINE has the version */
+    PROTOCOL_HTTP_2 = 2,      /* gRPC, and proxy_http_version 2 */
+    PROTOCOL_FASTCGI = 3,
+    PROTOCOL_UWSGI = 4,
+    PROTOCOL_SCGI = 5,
+    PROTOCOL_MEMCACHED = 6,
 };
 
 /* request_record.http_version: nginx's numbers. */
@@ -164,7 +182,8 @@ struct request_record {
     __u8 ending;
     __u8 ends_with_write;     /* 1: the request ended with last_write_ns; 0: with ended_ns */
     __u8 location_unknown;    /* 1: the request's own location is not the location in which nginx ended it (post_action) */
-    __u16 reserved;
+    __u8 peer_known;          /* 1: the socket's peer is STRING_PEER_SOCKADDR, or STRING_CLIENT_SOCKADDR if there is none */
+    __u8 reserved;
     __u32 reserved_too;
     __u64 trace_id_high;      /* from the incoming context, from what nginx sent upstream, or random; never all 0 */
     __u64 trace_id_low;
@@ -191,7 +210,9 @@ struct upstream_attempt {
     __u8 tls;
     __u8 outcome;
     __u8 ends_with_read;      /* 1: the exchange ended with last_read_ns; 0: with ended_ns */
-    __u8 reserved;
+    __u8 protocol;
+    __u32 method;             /* the method that the peer was sent: enum method, or another bit; 0: not known */
+    __u32 upstream_request;   /* attempts that send the same request to one peer after another share this number */
     __u64 span_id;            /* the exchange span's id that the peer received; attempts may share it. 0: the peer received none */
 };
 

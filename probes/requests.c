@@ -143,6 +143,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->last_write_ns = 0;
     record->requests_seen = 0;
     record->coarse_start = 0;
+    record->peer_known = 0;
     record->reserved = 0;
     record->reserved_too = 0;
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};

@@ -29,6 +29,13 @@ _UPSTREAM = STRING_KINDS["STRING_UPSTREAM"]
 _SUBREQUEST_URI = STRING_KINDS["STRING_SUBREQUEST_URI"]
 _TRACESTATE = STRING_KINDS["STRING_TRACESTATE"]
 _UNSEEN_PEER = STRING_KINDS["STRING_UNSEEN_PEER"]
+_REQUEST_TARGET = STRING_KINDS["STRING_REQUEST_TARGET"]
+_PEER_SOCKADDR = STRING_KINDS["STRING_PEER_SOCKADDR"]
+_SENT_LINE = STRING_KINDS["STRING_SENT_LINE"]
+_SENT_HOST = STRING_KINDS["STRING_SENT_HOST"]
+_FORWARDED = STRING_KINDS["STRING_FORWARDED"]
+_X_FORWARDED_PROTO = STRING_KINDS["STRING_X_FORWARDED_PROTO"]
+_X_FORWARDED_HOST = STRING_KINDS["STRING_X_FORWARDED_HOST"]
 
 # `decode` below unpacks the structs in the order of their declaration. A test checks the order.
 _unpack_request = REQUEST_RECORD.struct.unpack_from
@@ -38,11 +45,11 @@ _REQUEST_BYTES = REQUEST_RECORD.size
 _ATTEMPT_BYTES = UPSTREAM_ATTEMPT.size
 _STRING_HEADER_BYTES = STRING_HEADER.size
 
-_SOCKADDRS = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR})
+_SOCKADDRS = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR, _PEER_SOCKADDR})
 
 # Kinds of strings that differ from request to request. A record's strings begin with such strings. The section after
 # them is mostly equal to the section of another record, so decoded sections are cached.
-_VARYING = frozenset({_URI, _USER_AGENT, _CLIENT_SOCKADDR, _TRACESTATE})
+_VARYING = frozenset({_URI, _REQUEST_TARGET, _USER_AGENT, _CLIENT_SOCKADDR, _PEER_SOCKADDR, _TRACESTATE})
 _KEPT_SECTIONS = 1024
 _KEPT_SECTION_BYTES_MAX = 1024
 
@@ -53,6 +60,7 @@ METHODS = {bit: name.removeprefix("METHOD_") for name, bit in c_enum("method").i
 HTTP_VERSIONS = {
     number: name.removeprefix("HTTP_VERSION_").replace("_", ".") for name, number in c_enum("http_version").items()
 }
+PROTOCOLS = {value: name.removeprefix("PROTOCOL_").lower() for name, value in c_enum("protocol").items() if value}
 _KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("kept").items() if value}
 
 _WORKER_PID = struct.Struct("<I")
@@ -105,6 +113,16 @@ class Attempt:
     """`incomplete`, `timeout`: the rest of the response did not come. `abandoned`: the peer did nothing wrong."""
     ends_with_read: bool
     """Whether the exchange ended with `last_read_mono_ns`. Otherwise it ended with `ended_mono_ns`."""
+    protocol: str | None = None
+    """What nginx speaks to the peer: `http_1`, `http_2`, `fastcgi`, `uwsgi`, `scgi`, `memcached`. `None`: not known."""
+    method_bit: int = 0
+    """nginx's number for the method that the peer was sent; 0: not known."""
+    upstream_request: int = 0
+    """Attempts that send the same request to one peer after another share this number."""
+    sent_line: str | None = None
+    """The request line that the peer was sent. `None`: the protocol is not HTTP/1, or the line is not known."""
+    sent_host: str | None = None
+    """The Host header that the peer was sent, as `sent_line`."""
     impossible: int = 0
     """How many of nginx's numbers for the attempt are impossible. An impossible time or size is `None`."""
 
@@ -176,6 +194,14 @@ class Request:
     """Why nginx abandoned the request or its response: `timeout`, `client_closed_request`, … (`enum ending`)."""
     ends_with_write: bool
     """Whether the request ended with `last_write_mono_ns`. Otherwise it ended with `ended_mono_ns`."""
+    peer_sockaddr: bytes | None = None
+    """The socket's peer, also if nginx has replaced the client's address. `None`: not known."""
+    request_target: str | None = None
+    """The rest of the client's request line after the method, if the target is in absolute form."""
+    forwarded: str | None = None
+    """The last of these headers of the client's request. `None`: absent, or not asked for (`--trusted-proxy`)."""
+    x_forwarded_proto: str | None = None
+    x_forwarded_host: str | None = None
     impossible: int = 0
     """How many of nginx's numbers are impossible, including the attempts'. An impossible time or size is `None`."""
 
@@ -254,7 +280,9 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         tls,
         outcome,
         ends_with_read,
-        _,
+        protocol,
+        method_bit,
+        upstream_request,
         span_id,
     ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
     times = connect_msec, header_msec, response_msec
@@ -284,6 +312,11 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         span_id or None,
         OUTCOMES.get(outcome),
         ends_with_read != 0,
+        PROTOCOLS.get(protocol),
+        method_bit,
+        upstream_request,
+        string(_SENT_LINE + 256 * index),
+        string(_SENT_HOST + 256 * index),
         impossible,
     )
 
@@ -335,6 +368,7 @@ def decode(raw: bytes) -> Request:
             ending,
             ends_with_write,
             _,
+            peer_known,
             _,
             _,
             trace_id_high,
@@ -404,5 +438,10 @@ def decode(raw: bytes) -> Request:
         _trace_state(strings) if _TRACESTATE in strings else None,
         ENDINGS.get(ending),
         ends_with_write != 0,
+        (string(_PEER_SOCKADDR) or string(_CLIENT_SOCKADDR)) if peer_known else None,
+        string(_REQUEST_TARGET),
+        string(_FORWARDED),
+        string(_X_FORWARDED_PROTO),
+        string(_X_FORWARDED_HOST),
         impossible,
     )
