@@ -136,6 +136,8 @@ static __always_inline void begin_attempt(
         progress = keep_progress(&request_key, owner->main_request);
     if (!progress)
         return;
+    if (owner->request == owner->main_request)
+        note_answer(process, progress, owner->main_request, owner->client_connection, key->tgid);
     if (progress->attempts >= ATTEMPTS_MAX) {
         count_loss(PARTIAL_ATTEMPTS_LIMIT);
         return;
@@ -146,6 +148,7 @@ static __always_inline void begin_attempt(
     begun->upstream = owner->upstream;
     begun->serial = ++process->attempt_serial;
     begun->fd = key->fd;
+    begun->acts = progress->answer != 0;
     if (owner->request != owner->main_request) {
         begun->request = owner->request;
         begun->attempt.subrequest = 1;

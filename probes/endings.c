@@ -5,16 +5,6 @@
 #define NO_RESPONSE 444 /* NGX_HTTP_CLOSE */
 #define CLIENT_CLOSED_REQUEST 499
 
-/* Returns $status, as ngx_http_free_request and ngx_http_variable_status decide it. */
-static __always_inline u64 final_status(const struct request_record *record)
-{
-    if (record->err_status)
-        return record->err_status;
-    if (record->rc > 0 && (!record->out_status || !record->bytes_sent))
-        return record->rc;
-    return record->out_status;
-}
-
 static __always_inline bool is_handler(u64 handler, u64 load_address, u64 function)
 {
     return function && handler == load_address + function;
@@ -53,23 +43,6 @@ static __always_inline bool is_exiting(u64 load_address)
         && exiting;
 }
 
-#define STREAM_OUT_CLOSED (1 << 4) /* one of the bit-fields at the end of ngx_http_v2_stream_s: waiting, blocked, exhausted, … */
-#define STREAM_RST_SENT (1 << 5)
-
-/* Tells whether an HTTP/2 stream is closed on nginx's side, but nginx did not reset it. Then the client has reset the
- * stream, or the whole response was sent. */
-static __always_inline bool is_out_closed(struct process *process)
-{
-#ifndef SIZEOF_ngx_http_v2_stream_s
-    return false; /* a build without HTTP/2 */
-#else
-    u32 flags = 0;
-    u64 stream = MEMBER(process->request, u64, ngx_http_request_s, stream);
-    return stream && bpf_probe_read_user(&flags, sizeof(flags), (void *)(stream + SIZEOF_ngx_http_v2_stream_s - 8)) == 0
-        && flags & STREAM_OUT_CLOSED && !(flags & STREAM_RST_SENT);
-#endif
-}
-
 /* Tells whether nginx gave up because the client left. An HTTP/3 stream does not note this, but such a request ends
  * while nginx reads. */
 static __always_inline bool did_client_leave(struct process *process, struct socket *socket, const struct request_record *record)
@@ -80,17 +53,33 @@ static __always_inline bool did_client_leave(struct process *process, struct soc
     return is_out_closed(process) || socket->peer_closed;
 }
 
-#define HEADER_SIZE (OFFSET_ngx_http_request_s__request_length - 8) /* header_size, request_length */
-
-/* Tells whether the whole response was sent before nginx gave up. nginx then waited for the rest of the request, or for
- * a mirror. */
-static __always_inline bool had_answered(struct process *process, const struct request_record *record, u64 status)
+/* Tells whether error_page or X-Accel-Redirect may have redirected the request. They replace its method with a GET of nginx's. */
+static __always_inline bool was_redirected(struct process *process)
 {
-    s64 length = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, s64, ngx_http_headers_out_t, content_length_n);
-    s64 header_size = *(s64 *)(process->request + HEADER_SIZE);
-    if (MEMBER(process->request, u64, ngx_http_request_s, method) == METHOD_HEAD || status == 204 || status == 304)
-        length = 0;
-    return record->bytes_sent > 0 && length >= 0 && record->bytes_sent - header_size >= length;
+    return MEMBER(process->request, u64, ngx_http_request_s, stream) || REQUEST_STR(method_name)->data != REQUEST_STR(request_line)->data;
+}
+
+/* Returns how an incomplete response of the main request's last attempt ended, if the client was still there. */
+static __always_inline u8 ending_of_outcome(struct process *process, u8 outcome)
+{
+    return outcome == OUTCOME_INCOMPLETE || process->main_tls ? ENDED_UPSTREAM_INCOMPLETE : ENDED_UPSTREAM_TIMEOUT;
+}
+
+/* Returns how a request ended whose post_action nginx sent to an upstream: by what was noted at that moment. */
+static __always_inline u8 ending_of_answer(struct process *process, u8 outcome)
+{
+    u64 answer = process->answer;
+    if (answer & ANSWER_WHOLE)
+        return ENDED_WHOLE;
+    if (answer & ANSWER_LEFT)
+        return ENDED_CLIENT_CLOSED_REQUEST;
+    if (outcome == OUTCOME_ABANDONED && !(answer & ANSWER_CUT) && was_redirected(process))
+        return ENDED_WHOLE; /* X-Accel-Redirect: nginx did not want the rest */
+    if (outcome != OUTCOME_WHOLE)
+        return ending_of_outcome(process, outcome);
+    if (write_timed_out(process))
+        return ENDED_TIMEOUT;
+    return answer & ANSWER_CUT ? ENDED_ABORTED : ENDED_WHOLE;
 }
 
 /* Returns how a request ended. `outcome`: the outcome of the main request's last attempt. */
@@ -103,15 +92,17 @@ static __always_inline u8 ending_of(
         return ENDED_TIMEOUT;
     if (unsent && status == CLIENT_CLOSED_REQUEST)
         return ENDED_CLIENT_CLOSED_REQUEST;
+    if (process->answer)
+        return ending_of_answer(process, outcome);
+    if (record->location_unknown && outcome == OUTCOME_ABANDONED && socket && socket->peer_closed)
+        return ENDED_CLIENT_CLOSED_REQUEST; /* before a post_action without an upstream */
     if (was_finalized(process, load_address))
-        return outcome == OUTCOME_WHOLE                            ? ENDED_WHOLE
-            : outcome == OUTCOME_INCOMPLETE || process->main_tls ? ENDED_UPSTREAM_INCOMPLETE
-                                                                  : ENDED_UPSTREAM_TIMEOUT;
+        return outcome == OUTCOME_WHOLE ? ENDED_WHOLE : ending_of_outcome(process, outcome);
     if (status == SWITCHING_PROTOCOLS || !socket)
         return ENDED_WHOLE;
     if (status == REQUEST_TIME_OUT || write_timed_out(process))
         return ENDED_TIMEOUT;
-    if (had_answered(process, record, status))
+    if (had_answered(process, record->bytes_sent, status))
         return ENDED_WHOLE;
     if (did_client_leave(process, socket, record))
         return ENDED_CLIENT_CLOSED_REQUEST;

@@ -68,7 +68,8 @@ struct attempt_state {
     s32 fd;
     u8 settled;               /* 1: `attempt` has the times; 0: the socket has them */
     u8 peer_closed;           /* the socket saw end of file or an error before the attempt was settled */
-    u16 reserved;
+    u8 acts;                  /* 1: of a post_action */
+    u8 reserved;
 };
 
 #if REQUEST_METRICS
@@ -121,7 +122,8 @@ struct process {
     u64 unseen_peers_count;
     u64 next_seen;
     u64 main_tls;                              /* the main request's last attempt used TLS */
-    u64 main_outcome;                          /* enum outcome of the main request's last attempt */
+    u64 main_outcome;                          /* enum outcome of the main request's last attempt, before a post_action */
+    u64 answer;                                /* request_progress.answer of a request with a post_action, else 0 */
     u64 exchange_ns[ATTEMPTS_MAX];             /* how long each attempt's exchange took; 0: no exchange. It and the
                                                   next two need TIMES_REQUESTS */
     u64 last_end_ns;
@@ -136,11 +138,19 @@ struct process {
     u8 record[RECORD_BYTES_MAX];
 };
 
+/* request_progress.answer: how the response stood when nginx sent the request of a post_action. 0: it did not. */
+#define ANSWER_NOTED 1
+#define ANSWER_WHOLE 2        /* the client had been sent the whole response */
+#define ANSWER_CUT 4          /* the client had been sent less than the response's length */
+#define ANSWER_LEFT 8         /* the client had left */
+#define ANSWER_STATUS 16      /* where the bits of $status begin */
+
 /* What has happened to a running request. */
 struct request_progress {
     u64 body_read_ns;
     u32 attempts;
     u32 body_unseen;          /* a part of a stream's body arrived at an unknown time */
+    u64 answer;
 };
 
 struct socket {

@@ -193,6 +193,12 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
+    process->answer = 0;
+    if (record->location_unknown) { /* nginx has the status of the post_action's response */
+        process->answer = active.progress.answer;
+        record->err_status = 0;
+        record->out_status = process->answer >> ANSWER_STATUS;
+    }
     record->worker_pid = tgid;
     find_method(process, record);
 

@@ -52,8 +52,6 @@ static __always_inline void append_str_at(struct process *process, u8 kind, u8 a
 #define SHORT_STRING_BYTES_MAX 512
 #define USER_AGENT_BYTES_MAX 1024
 
-#define REQUEST_STR(member) ((struct ngx_str *)(process->request + OFFSET_ngx_http_request_s__##member))
-
 /* Appends the name in the http core module's configuration. `confs` is r->srv_conf or r->loc_conf. */
 static __always_inline void append_core_conf_name(struct process *process, u8 kind, u64 confs, u64 name_offset)
 {

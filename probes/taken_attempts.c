@@ -109,7 +109,7 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     if (!ended->request) {
         process->seen_peers[slot(process->seen_peers_count)] = process->attempt_peers[index];
         process->seen_peers_count++;
-        if (ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream)) {
+        if (process->answer ? !ended->acts : ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream)) {
             process->main_outcome = attempt->outcome;
             process->main_tls = attempt->tls && attempt->outcome != OUTCOME_TIMEOUT;
         }

@@ -10,6 +10,7 @@ _SOURCES = (
     "processes.c",
     "layout.c",
     "beginnings.c",
+    "answers.c",
     "attempts.c",
     "sockets.c",
     "trace_headers.c",

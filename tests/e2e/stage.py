@@ -237,7 +237,8 @@ class Stage:
         for each in exchanges:
             allowed = slack if isinstance(slack, Slack) else slack(each.log)
             allowed = replace(allowed, late_max_ms=allowed.late_max_ms * PATIENCE + pauses_ms)
-            found = check_facts(each.trace, each.log)
+            status = {} if allowed.client_status is None else {"status": str(allowed.client_status)}
+            found = check_facts(each.trace, each.log | status)
             found += check_times(each.trace, each.log, self.lags, allowed)
             if found:
                 violations.append(f"{found}\n  log {each.log}\n{_readable(each.trace)}")
