@@ -31,6 +31,12 @@ static __always_inline bool is_out_closed(struct process *process)
 
 #define HEADER_SIZE (OFFSET_ngx_http_request_s__request_length - 8) /* header_size, request_length */
 
+/* Tells whether the response's header was sent. An interim response (100 Continue) is shorter. */
+static __always_inline bool has_sent_header(struct process *process, u64 bytes_sent)
+{
+    return bytes_sent && (s64)bytes_sent >= *(s64 *)(process->request + HEADER_SIZE);
+}
+
 /* Returns the length of the response's body. Below 0: not known. */
 static __always_inline s64 body_length(struct process *process, u64 status)
 {

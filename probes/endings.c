@@ -112,7 +112,7 @@ static __always_inline u8 ending_of(
         return ENDED_UPSTREAM_TIMEOUT;
     if (!record->bytes_sent && (record->rc || status == NO_RESPONSE))
         return ENDED_WHOLE;
-    if (record->bytes_sent && outcome == OUTCOME_WHOLE && has_lingered(process, socket, load_address))
+    if (has_sent_header(process, record->bytes_sent) && outcome == OUTCOME_WHOLE && has_lingered(process, socket, load_address))
         return ENDED_WHOLE; /* nginx waited for the rest of the request */
     return is_exiting(load_address) ? ENDED_SHUTDOWN : ENDED_ABORTED;
 }

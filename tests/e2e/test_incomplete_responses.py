@@ -110,3 +110,20 @@ def test_a_mirror_that_answers_later_is_no_incomplete_response(stage: Stage) -> 
     each = stage.exchange(Slack(end_early=True))
     assert ending(each) == (None, None)
     assert each.trace.server.seconds > 0.29
+
+
+@pytest.mark.nginx(
+    server="""
+    lingering_time 300ms; lingering_timeout 300ms;
+    location / { ssi on; ssi_types *; return 200 '<!--# include virtual="/slow" -->'; }
+    location = /slow { proxy_pass http://@UP@/?delay_ms=1500; }
+    """
+)
+def test_an_interim_response_is_no_response(stage: Stage) -> None:
+    """nginx waits for a body that it does not need, gives up, and drops the page that it was about to send."""
+    with stage.connect() as connection:
+        connection.send(request_bytes("POST", "/", {"Expect": "100-continue", "Content-Length": "5"}))
+        assert connection.read_until_closed() == b"HTTP/1.1 100 Continue\r\n\r\n"
+    each = stage.exchange(EARLY)
+    assert (each.log["status"], each.log["bytes_sent"]) == ("200", "25")
+    assert ending(each) == ("aborted", "aborted")

@@ -170,7 +170,8 @@ class _Requests:
                 response = connection.read_response(ask.method)
         known.status, known.last_byte_ns = response.status, connection.received_ns
         known.received_bytes = response.body_bytes
-        known.by_the_end = not {"content-length", "transfer-encoding"} & response.headers.keys()
+        ends_itself = ask.method == "HEAD" or {"content-length", "transfer-encoding"} & response.headers.keys()
+        known.by_the_end = not ends_itself
         closing = response.headers.get("connection", "").lower() == "close"
         return not closing and not (
             ask.version == "HTTP/1.0" and "keep-alive" not in response.headers.get("connection", "")
