@@ -93,6 +93,16 @@ class Settings:
         commands=("run", "replay", "report"),
         remark="query strings are kept",
     )
+    known_methods: tuple[str, ...] = setting(
+        (),
+        "The request methods that spans and metrics name; all others are _OTHER. Replaces the whole list.",
+        commands=("run", "replay", "report"),
+        allowed="methods, such as GET",
+        metavar="METHOD",
+        standard=("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS",),
+        remark="the methods of RFC 9110, PATCH and QUERY",
+        limits={"pattern": r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"},
+    )
     color: Color = setting(
         "auto",
         "When to use colours. auto: on a terminal, unless NO_COLOR is set.",

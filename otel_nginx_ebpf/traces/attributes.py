@@ -15,9 +15,11 @@ from opentelemetry.semconv.attributes import (
 )
 from opentelemetry.trace import SpanKind
 
+from otel_nginx_ebpf.traces.choices import SpanChoices
+from otel_nginx_ebpf.traces.methods import OTHER_METHOD, known_method
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT, UPSTREAM_EXCHANGE
-from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, METHODS, http_status
+from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, http_status
 from otel_nginx_ebpf.traces.sockaddr import Address, parse, parse_peer
 
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
@@ -37,8 +39,6 @@ NGINX_UPSTREAM_STATUS = "nginx.upstream.status"
 NGINX_UPSTREAM_TTFB = "nginx.upstream.time_to_first_byte_ns"
 NGINX_SUBREQUEST_URI = "nginx.subrequest.uri"
 NGINX_WORKER_PID = "nginx.worker.pid"
-
-_KNOWN_METHODS = frozenset(METHODS.values())
 
 # The parameters whose values are redacted by default (semantic conventions, url.query).
 _SENSITIVE = re.compile(
@@ -110,6 +110,7 @@ def connect_fields(
 
 
 def exchange_fields(
+    choices: SpanChoices,
     number: int,
     peer: str | None,
     upstream: str | None,
@@ -124,7 +125,7 @@ def exchange_fields(
     if reused is not None:
         attributes[NGINX_UPSTREAM_REUSED] = reused
     if method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
+        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method, choices.known_methods)
     if answered and (code := http_status(status)) is not None:
         attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
     if error is not None:
@@ -140,9 +141,9 @@ def _add_address(attributes: dict[str, AttributeValue], address: Address | None,
         attributes[port_key] = address.port
 
 
-def known_method(method: str) -> str:
-    """Returns http.request.method: the method, or `_OTHER` if the semantic conventions do not know the method."""
-    return method if method in _KNOWN_METHODS else "_OTHER"
+def method_name(known: str) -> str:
+    """Returns how a span's name says its method (semantic conventions, HTTP spans, Name)."""
+    return "HTTP" if known == OTHER_METHOD else known
 
 
 def redact_query(query: str) -> str:
@@ -162,6 +163,7 @@ def _host_and_port(host: str | None, local: Address | None) -> tuple[str | None,
 
 
 def server_fields(
+    choices: SpanChoices,
     method: str | None,
     location: str | None,
     host: str | None,
@@ -179,18 +181,17 @@ def server_fields(
     error: str | None,
 ) -> SpanFields:
     """Makes the fields that the SERVER spans of many requests share."""
+    known = known_method(method, choices.known_methods)
     attributes: dict[str, AttributeValue] = {
+        http_attributes.HTTP_REQUEST_METHOD: known,
         url_attributes.URL_SCHEME: "https" if tls else "http",
         NGINX_WORKER_PID: worker_pid,
     }
     if (code := http_status(status)) is not None:
         attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
-    name = "HTTP"
+    name = method_name(known)
     if method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
-        if method in _KNOWN_METHODS:
-            name = method
-        else:
+        if method != known:
             attributes[http_attributes.HTTP_REQUEST_METHOD_ORIGINAL] = method
         # If there is no method, nginx could not parse the request line, and the version is only nginx's default.
         if http_version in HTTP_VERSIONS:

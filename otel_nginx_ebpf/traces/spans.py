@@ -12,13 +12,14 @@ system call writes. Such a phase begins when the worker was last seen doing some
 
 import random
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
 
 from otel_nginx_ebpf.traces import attributes
 from otel_nginx_ebpf.traces.attributes import SpanFields
+from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.phases import (
     DOWNSTREAM_READ,
@@ -71,20 +72,17 @@ class SpanBuilder(Generic[F]):
     """
 
     def __init__(
-        self, make: Callable[[SpanFields], F], number: Callable[[str], Callable[[int], F]], *, query: bool
+        self, make: Callable[[SpanFields], F], number: Callable[[str], Callable[[int], F]], choices: SpanChoices
     ) -> None:
-        """`number(name)` returns a function that makes an attribute whose value differs from request to request.
-
-        Without `query`, the query strings of URIs are left out.
-        """
+        """`number(name)` returns a function that makes an attribute whose value differs from request to request."""
 
         def kept(fields: Callable[..., SpanFields], count: int = _KEPT_FIELDS) -> Callable[..., F]:
             return lru_cache(count)(lambda *facts: make(fields(*facts)))
 
-        self._server = kept(attributes.server_fields)
+        self._server = kept(partial(attributes.server_fields, choices))
         self._connect = kept(attributes.connect_fields)
-        self._exchange = kept(attributes.exchange_fields)
-        self._uri = kept(lambda uri: attributes.uri_fields(uri, query), _KEPT_OWN_FIELDS)
+        self._exchange = kept(partial(attributes.exchange_fields, choices))
+        self._uri = kept(lambda uri: attributes.uri_fields(uri, choices.query), _KEPT_OWN_FIELDS)
         self._client = kept(attributes.client_fields, _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
         self._cut = kept(attributes.cut_fields)
@@ -184,8 +182,8 @@ class SpanBuilder(Generic[F]):
 
 
 @lru_cache
-def _readable(query: bool) -> SpanBuilder[SpanFields]:
-    return SpanBuilder(lambda fields: fields, lambda name: lambda value: SpanFields({name: value}), query=query)
+def _readable(choices: SpanChoices) -> SpanBuilder[SpanFields]:
+    return SpanBuilder(lambda fields: fields, lambda name: lambda value: SpanFields({name: value}), choices)
 
 
 def build_trace(
@@ -193,7 +191,7 @@ def build_trace(
     unix_offset_ns: int,
     ids: IdGenerator,
     *,
-    query: bool = True,
+    choices: SpanChoices = DEFAULT_CHOICES,
     resource: Mapping[str, AttributeValue] | None = None,
 ) -> Trace:
     """Returns the trace of one request in the readable model.
@@ -202,10 +200,10 @@ def build_trace(
         request: The decoded record.
         unix_offset_ns: Unix time minus monotonic time, for all times of this request.
         ids: Makes the spans' ids.
-        query: Whether to keep the URI's query string. Sensitive values in it are redacted.
+        choices: What the spans have.
         resource: Resource attributes of the nginx that served the request.
     """
-    server, *children = _readable(query).build(request, ids.generate_span_id)
+    server, *children = _readable(choices).build(request, ids.generate_span_id)
 
     def span(built: BuiltSpan[SpanFields], parent_span_id: int | None) -> Span:
         (start_mono_ns, end_mono_ns, _, _, error), span_id, fields = built

@@ -116,10 +116,12 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     # A request has no method, version and URI if nginx could not read its first line. An internal redirect overwrites
     # $request_method, but not $request.
     method, route = log["request_method"] and log["request"].partition(" ")[0], attributes.get("http.route")
-    if status in (400, 505) and "http.request.method" not in attributes:
+    original = attributes.get("http.request.method_original")
+    if status in (400, 505) and attributes.get("http.request.method") == "_OTHER" and original is None:
         method = ""  # with error_page, nginx logs GET
     known = method if method in KNOWN_METHODS else "_OTHER"
-    yield from _differ("method", attributes.get("http.request.method"), known if method else None)
+    yield from _differ("method", attributes.get("http.request.method"), known)
+    yield from _differ("original method", original, method if method and known == "_OTHER" else None)
     name = method if method in KNOWN_METHODS else "HTTP"
     yield from _differ("name", server.name, f"{name} {route}" if route else name)
     version = PROTOCOL_VERSIONS.get(log["server_protocol"], "0.9" if method and not log["server_protocol"] else None)

@@ -44,6 +44,7 @@ from otel_nginx_ebpf.settings import sources
 from otel_nginx_ebpf.traces import capture
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
 from otel_nginx_ebpf.traces.capture import CaptureError
+from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.plausibility import doubt
 from otel_nginx_ebpf.traces.record import RecordError, decode
 from otel_nginx_ebpf.traces.spans import build_trace
@@ -143,8 +144,10 @@ def check_capture(data: bytes) -> None:
         with suppress(UserError, CaptureError):
             capture.read_header(SCRATCH)
         with suppress(UserError, CaptureError):
-            pipeline.replay(capture.read_capture(SCRATCH), _Readable(exporters, query=False), stats)
-        report = Report(Stats(), query=True)
+            pipeline.replay(
+                capture.read_capture(SCRATCH), _Readable(exporters, choices=SpanChoices(query=False)), stats
+            )
+        report = Report(Stats(), SpanChoices())
         if data[:1] >= b"\xf0":
             with suppress(UserError, CaptureError):
                 pipeline.replay(capture.read_capture(SCRATCH), report, Stats())

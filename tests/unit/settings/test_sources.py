@@ -78,6 +78,15 @@ def test_standard_variables_count_and_the_more_special_one_wins(
     assert getattr(load({name: text}, path), name) == value
 
 
+def test_the_standard_variable_of_known_methods_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load({}).known_methods == ()
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", "GET,PROPFIND, brew")
+    assert load({}).known_methods == ("GET", "PROPFIND", "brew")
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", "GET,NO METHOD")
+    with pytest.raises(UserError, match=r"OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS.* must be methods"):
+        load({})
+
+
 def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.125")
@@ -116,7 +125,8 @@ def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SettingsSource.model_fields if name not in ("output", "binary", "queue_dir")]
+    "name",
+    [name for name in SettingsSource.model_fields if name not in ("output", "binary", "queue_dir", "known_methods")],
 )
 def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 import socket
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
 from otel_nginx_ebpf.traces.attributes import redact_query
+from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.model import Span, Trace
 from otel_nginx_ebpf.traces.record import Attempt, Request
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
@@ -100,8 +102,8 @@ class CountingIds:
         return self._last
 
 
-def build(request: Request, *, query: bool = True) -> Trace:
-    return build_trace(request, OFFSET_NS, CountingIds(), query=query)
+def build(request: Request, **chosen: Any) -> Trace:
+    return build_trace(request, OFFSET_NS, CountingIds(), choices=SpanChoices(**chosen))
 
 
 def children(request: Request) -> list[tuple[str, int, int, str | None]]:
@@ -340,11 +342,22 @@ def test_what_nginx_logs_for_no_status_is_no_status_code(status: int) -> None:
 
 @pytest.mark.parametrize(
     ("method", "name", "attribute"),
-    [("GET", "GET /api/", "GET"), ("BREW", "HTTP /api/", "_OTHER"), (None, "HTTP /api/", None)],
+    [("GET", "GET /api/", "GET"), ("BREW", "HTTP /api/", "_OTHER"), (None, "HTTP /api/", "_OTHER")],
 )
-def test_unknown_methods_do_not_make_span_names(method: str | None, name: str, attribute: str | None) -> None:
+def test_unknown_methods_do_not_make_span_names(method: str | None, name: str, attribute: str) -> None:
     server = build(replace(REQUEST, method=method)).spans[0]
-    assert (server.name, server.attributes.get("http.request.method")) == (name, attribute)
+    assert (server.name, server.attributes["http.request.method"]) == (name, attribute)
+    original = method if method == "BREW" else None
+    assert server.attributes.get("http.request.method_original") == original
+
+
+def test_the_users_list_of_known_methods_replaces_all_of_ours() -> None:
+    brewing = {"known_methods": frozenset({"BREW", "Get"})}
+    server = build(replace(REQUEST, method="BREW"), **brewing).spans[0]
+    assert (server.name, server.attributes["http.request.method"]) == ("BREW /api/", "BREW")
+    server = build(REQUEST, **brewing).spans[0]
+    assert (server.name, server.attributes["http.request.method"]) == ("HTTP /api/", "_OTHER")
+    assert server.attributes["http.request.method_original"] == "GET"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
 from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
+from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request, decode
 from otel_nginx_ebpf.traces.spans import build_trace
@@ -33,7 +34,7 @@ class CountingIds:
 
 
 def ours(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
-    encoder = Encoder(CountingIds().generate_span_id, query=query)
+    encoder = Encoder(CountingIds().generate_span_id, SpanChoices(query=query))
     encoded = [encoder.encode(request, UNIX_OFFSET_NS) for request in requests]
     message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [spans for spans, _ in encoded]))
     assert sum(len(spans) for _, spans in encoded) == len(message.resource_spans[0].scope_spans[0].spans)
@@ -42,7 +43,8 @@ def ours(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
 
 def sdks(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
     ids = CountingIds()
-    return sdk_encoding([build_trace(request, UNIX_OFFSET_NS, ids, query=query) for request in requests], RESOURCE)
+    choices = SpanChoices(query=query)
+    return sdk_encoding([build_trace(each, UNIX_OFFSET_NS, ids, choices=choices) for each in requests], RESOURCE)
 
 
 u64 = st.integers(0, 2**64 - 1)

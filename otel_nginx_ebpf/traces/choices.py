@@ -1,0 +1,26 @@
+"""What the user chose about the content of spans."""
+
+from dataclasses import dataclass
+
+from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class SpanChoices:
+    """The choices, as plain values that can be the key of a cache."""
+
+    query: bool = True
+    """Whether to keep the query strings of URIs."""
+    known_methods: frozenset[str] = KNOWN_METHODS
+    """The methods that spans name."""
+
+
+DEFAULT_CHOICES = SpanChoices()
+
+
+def choices_of(settings: Settings) -> SpanChoices:
+    return SpanChoices(
+        query=settings.query,
+        known_methods=frozenset(settings.known_methods) or KNOWN_METHODS,
+    )
