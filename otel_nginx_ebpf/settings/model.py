@@ -4,7 +4,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from otel_nginx_ebpf.settings.declaration import Declaration, lower, nanoseconds, openable, power_of_two, setting
+from otel_nginx_ebpf.settings.declaration import (
+    Declaration,
+    lower,
+    nanoseconds,
+    network,
+    openable,
+    power_of_two,
+    setting,
+)
 
 ExporterName = Literal["otlp", "console", "line", "json"]
 Color = Literal["auto", "always", "never"]
@@ -17,6 +25,16 @@ Sampler = Literal[
     "parentbased_traceidratio",
 ]
 Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
+OptInAttribute = Literal[
+    "client.port",
+    "http.request.size",
+    "http.response.size",
+    "network.local.address",
+    "network.local.port",
+    "network.transport",
+    "url.scheme",
+]
+"""The attributes that the semantic conventions leave out of HTTP spans by default, and that the program knows."""
 Detail = Literal["phases", "request"]
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
@@ -102,6 +120,24 @@ class Settings:
         standard=("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS",),
         remark="the methods of RFC 9110, PATCH and QUERY",
         limits={"pattern": r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"},
+    )
+    opt_in_attributes: tuple[OptInAttribute, ...] = setting(
+        (),
+        "Also give spans these attributes, which the semantic conventions leave out by default.",
+        commands=("run", "replay", "report"),
+        allowed=f"of {', '.join(get_args(OptInAttribute))}",
+        metavar="NAME",
+        remark="none",
+    )
+    trusted_proxy: tuple[str, ...] = setting(
+        (),
+        "Believe what proxies in this network say about a request in Forwarded, X-Forwarded-Proto and "
+        "X-Forwarded-Host. unix: stands for all unix sockets.",
+        commands=("run", "record", "replay", "report"),
+        allowed="networks or addresses, such as 10.0.0.0/8, 2001:db8::/32 or 127.0.0.1, or unix:",
+        metavar="CIDR",
+        remark="none: the headers do not count",
+        check=network,
     )
     color: Color = setting(
         "auto",

@@ -14,6 +14,10 @@ class SpanChoices:
     """Whether to keep the query strings of URIs."""
     known_methods: frozenset[str] = KNOWN_METHODS
     """The methods that spans name."""
+    opt_in: frozenset[str] = frozenset()
+    """The attributes that spans have although the conventions leave them out by default."""
+    trusted_proxies: tuple[str, ...] = ()
+    """The networks of proxies whose `Forwarded` and `X-Forwarded-*` headers count."""
 
 
 DEFAULT_CHOICES = SpanChoices()
@@ -23,4 +27,6 @@ def choices_of(settings: Settings) -> SpanChoices:
     return SpanChoices(
         query=settings.query,
         known_methods=frozenset(settings.known_methods) or KNOWN_METHODS,
+        opt_in=frozenset(settings.opt_in_attributes),
+        trusted_proxies=settings.trusted_proxy,
     )

@@ -19,7 +19,9 @@ from opentelemetry.semconv._incubating.attributes import http_attributes as incu
 
 from otel_nginx_ebpf.traces import attributes
 from otel_nginx_ebpf.traces.attributes import SpanFields
+from otel_nginx_ebpf.traces.authority import of_absolute_form
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
+from otel_nginx_ebpf.traces.forwarded import Origin, origin
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.phases import (
     DOWNSTREAM_READ,
@@ -83,14 +85,17 @@ class SpanBuilder(Generic[F]):
         self._connect = kept(attributes.connect_fields)
         self._exchange = kept(partial(attributes.exchange_fields, choices))
         self._uri = kept(lambda uri: attributes.uri_fields(uri, choices.query), _KEPT_OWN_FIELDS)
-        self._client = kept(attributes.client_fields, _KEPT_OWN_FIELDS)
+        self._client = kept(partial(attributes.client_fields, choices), _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
         self._cut = kept(attributes.cut_fields)
-        self._request_size = number(incubating_http.HTTP_REQUEST_SIZE)
-        self._response_size = number(incubating_http.HTTP_RESPONSE_SIZE)
+        chosen = choices.opt_in
+        self._request_size = _number_if(incubating_http.HTTP_REQUEST_SIZE, chosen, number)
+        self._response_size = _number_if(incubating_http.HTTP_RESPONSE_SIZE, chosen, number)
         self._connection_id = number(attributes.NGINX_CONNECTION_ID)
         self._connection_requests = number(attributes.NGINX_CONNECTION_REQUESTS)
         self._first_byte = number(attributes.NGINX_UPSTREAM_TTFB)
+        self._trusts = _trust(choices.trusted_proxies)
+        self._origin = lru_cache(_KEPT_OWN_FIELDS)(origin)
         self._downstream = {name: (make(SpanFields({}, name)),) for name in (DOWNSTREAM_READ, DOWNSTREAM_WRITE)}
 
     def build(self, request: Request, new_id: Callable[[], int]) -> list[BuiltSpan[F]]:
@@ -118,11 +123,13 @@ class SpanBuilder(Generic[F]):
                 no_live_peers += 1
             else:
                 attempts_lost += 1
+        target = request.request_target
         fields = [
             self._server(
                 request.method,
                 request.location,
-                request.host,
+                request.host if target is None else _host_of(target, request.host),
+                self._told(request) if self._trusts else None,
                 request.local_sockaddr,
                 request.server_name,
                 request.tls,
@@ -139,19 +146,36 @@ class SpanBuilder(Generic[F]):
             self._connection_id(request.connection),
             self._connection_requests(request.connection_requests),
         ]
-        if request.request_bytes is not None:
+        if self._request_size is not None and request.request_bytes is not None:
             fields.append(self._request_size(request.request_bytes))
-        if request.sent_bytes is not None:
+        if self._response_size is not None and request.sent_bytes is not None:
             fields.append(self._response_size(request.sent_bytes))
         if request.uri is not None:
             fields.append(self._uri(request.uri))
-        if request.client_sockaddr is not None:
-            fields.append(self._client(request.client_sockaddr))
+        if request.client_sockaddr is not None or request.peer_sockaddr is not None:
+            fields.append(self._client(request.client_sockaddr, request.peer_sockaddr))
         if request.user_agent is not None:
             fields.append(self._user_agent(request.user_agent))
         if request.cut:
             fields.append(self._cut(request.cut, "?" in (request.uri or "")))
         return tuple(fields)
+
+    def _told(self, request: Request) -> Origin | None:
+        """Returns what the proxy in front of nginx says about the client's request. `None`: it is not trusted."""
+        peer = request.peer_sockaddr
+        if peer is None or self._trusts is None or not self._trusts(peer):
+            return None
+        forwarded, proto, host, cut = (
+            request.forwarded,
+            request.x_forwarded_proto,
+            request.x_forwarded_host,
+            request.cut,
+        )
+        if cut:  # the proxy's element is the last, and is what was cut off
+            forwarded = None if "STRING_FORWARDED" in cut else forwarded
+            proto = None if "STRING_X_FORWARDED_PROTO" in cut else proto
+            host = None if "STRING_X_FORWARDED_HOST" in cut else host
+        return self._origin(forwarded, proto, host)
 
     def _connect_fields(self, attempt: Attempt, number: int, error: str | None) -> tuple[F, ...]:
         return (self._connect(number, attempt.peer, attempt.upstream, attempt.status, attempt.subrequest_uri, error),)
@@ -171,14 +195,35 @@ class SpanBuilder(Generic[F]):
                 error,
             ),
         ]
-        if attempt.received_bytes is not None:
+        if self._response_size is not None and attempt.received_bytes is not None:
             fields.append(self._response_size(attempt.received_bytes))
-        if attempt.sent_bytes is not None:
+        if self._request_size is not None and attempt.sent_bytes is not None:
             fields.append(self._request_size(attempt.sent_bytes))
         first_byte_ns = time_to_first_byte_ns(attempt)
         if first_byte_ns is not None:
             fields.append(self._first_byte(first_byte_ns))
         return tuple(fields)
+
+
+def _number_if(
+    name: str, chosen: frozenset[str], number: Callable[[str], Callable[[int], F]]
+) -> Callable[[int], F] | None:
+    return number(name) if name in chosen else None
+
+
+def _trust(proxies: tuple[str, ...]) -> Callable[[bytes], bool] | None:
+    """Returns a function that tells whether a socket's peer is a trusted proxy. `None`: no peer is."""
+    if not proxies:
+        return None
+    from otel_nginx_ebpf.traces.trusted_proxies import TrustedProxies  # brings ipaddress, which few users need
+
+    return TrustedProxies(proxies).has
+
+
+def _host_of(target: str, host: str | None) -> str | None:
+    """Returns the authority of a request target in absolute form, which wins over Host (RFC 9112, 3.2.2)."""
+    absolute = of_absolute_form(target)
+    return absolute[1] if absolute else host
 
 
 @lru_cache

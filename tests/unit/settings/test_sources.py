@@ -87,6 +87,13 @@ def test_the_standard_variable_of_known_methods_is_a_list(monkeypatch: pytest.Mo
         load({})
 
 
+def test_trusted_proxies_are_networks_addresses_and_unix_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_NGINX_EBPF_TRUSTED_PROXY", "10.1.2.3/8, 2001:db8::/32,127.0.0.1,unix:")
+    assert load({}).trusted_proxy == ("10.1.2.3/8", "2001:db8::/32", "127.0.0.1", "unix:")
+    with pytest.raises(UserError, match=r"--trusted-proxy .* must be networks or addresses, .*; it is '10\.0/8'"):
+        load({"trusted_proxy": ["10.0/8"]})
+
+
 def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.125")
@@ -159,6 +166,10 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
         ("sampler_arg", "1.1"),
         ("sampler_arg", "nan"),
         ("propagators", ["tracecontext", "xray"]),
+        ("opt_in_attributes", ["client.port", "user_agent.original"]),
+        ("trusted_proxy", ["10.0.0.0/33"]),
+        ("trusted_proxy", ["10.0.0.0/8", "proxy.example"]),
+        ("trusted_proxy", ["unix:/run/a.sock"]),
         ("keep_slower_than", "500"),
         ("keep_slower_than", "0ms"),
         ("keep_slower_than", "2 h"),

@@ -3,22 +3,24 @@
 import socket
 import struct
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import SpanKind
 
+from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
 from otel_nginx_ebpf.traces.attributes import redact_query
 from otel_nginx_ebpf.traces.choices import SpanChoices
-from otel_nginx_ebpf.traces.model import Span, Trace
+from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.record import Attempt, Request
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 OFFSET_NS = 10**18
 CLIENT = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 51234) + bytes([192, 0, 2, 7]) + bytes(8)
+BALANCER = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 40000) + bytes([192, 0, 2, 8]) + bytes(8)
 LISTENER = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 8080) + bytes([192, 0, 2, 1]) + bytes(8)
 
 REQUEST = Request(
@@ -62,6 +64,7 @@ REQUEST = Request(
     trace_state=None,
     ending=None,
     ends_with_write=True,
+    peer_sockaddr=BALANCER,
 )
 
 ATTEMPT = Attempt(
@@ -140,12 +143,11 @@ def test_a_proxied_request() -> None:
                 "url.query": "id=1",
                 "http.route": "/api/",
                 "http.response.status_code": 200,
-                "http.request.size": 80,
-                "http.response.size": 240,
                 "network.protocol.version": "1.1",
                 "user_agent.original": "curl/8",
                 "client.address": "192.0.2.7",
-                "client.port": 51234,
+                "network.peer.address": "192.0.2.8",
+                "network.peer.port": 40000,
                 "server.address": "example.com",
                 "server.port": 8080,
                 "nginx.connection.id": 7,
@@ -168,8 +170,6 @@ def test_a_proxied_request() -> None:
             | {
                 "http.request.method": "GET",
                 "http.response.status_code": 200,
-                "http.request.size": 70,
-                "http.response.size": 300,
                 "nginx.upstream.connection.reused": False,
                 "nginx.upstream.time_to_first_byte_ns": 1_500,
             },
@@ -368,6 +368,7 @@ def test_the_users_list_of_known_methods_replaces_all_of_ours() -> None:
         ("[::1]:8443", "::1", 8443),
         ("[::1]", "::1", 8080),
         (None, "192.0.2.1", 8080),
+        ("user:secret@example.com:1", "example.com", 1),
     ],
 )
 def test_the_server_is_the_one_the_client_named(host: str | None, address: str, port: int) -> None:
@@ -448,7 +449,10 @@ def test_every_string_that_can_be_cut_has_an_attribute_to_name() -> None:
     # The first is sent whole or not at all; the second is only counted.
     cut = tuple(STRING_KINDS.keys() - {"STRING_TRACESTATE", "STRING_UNSEEN_PEER"})
     trace = build(replace(REQUEST, cut=cut))
-    assert len(trace.spans[0].attributes["nginx.truncated_attributes"]) == len(cut)
+    names = trace.spans[0].attributes["nginx.truncated_attributes"]
+    assert isinstance(names, tuple)
+    assert len(names) == len(set(names))
+    assert all(build(replace(REQUEST, cut=(each,))).spans[0].attributes["nginx.truncated_attributes"] for each in cut)
 
 
 def test_an_exchange_that_a_leaving_client_ended_is_no_error() -> None:
@@ -476,7 +480,129 @@ def test_a_status_that_is_none_of_https_is_no_status_and_no_error(status: int) -
 
 
 def test_a_size_below_0_is_none() -> None:
-    trace = build(replace(REQUEST, request_bytes=None, attempts=(replace(ATTEMPT, received_bytes=None),)))
+    request = replace(REQUEST, request_bytes=None, attempts=(replace(ATTEMPT, received_bytes=None),))
+    trace = build(request, opt_in=frozenset({"http.request.size", "http.response.size"}))
     assert "http.request.size" not in trace.spans[0].attributes
     assert "http.response.size" not in trace.spans[3].attributes
     assert trace.spans[0].attributes["http.response.size"] == REQUEST.sent_bytes
+
+
+UNIX_LISTENER = struct.pack("=H", socket.AF_UNIX) + b"/run/nginx.sock\0"
+UNNAMED = struct.pack("=H", socket.AF_UNIX)
+
+
+def server(request: Request, **chosen: Any) -> dict[str, AttributeValue]:
+    return dict(build(request, **chosen).spans[0].attributes)
+
+
+def test_what_the_conventions_leave_out_by_default_can_be_chosen() -> None:
+    request = replace(REQUEST, attempts=(ATTEMPT,))
+    without, chosen = build(request), build(request, opt_in=frozenset(get_args(OptInAttribute)))
+    added = [
+        {name: value for name, value in some.attributes.items() if name not in less.attributes}
+        for less, some in zip(without.spans, chosen.spans, strict=True)
+    ]
+    assert added[0] == {
+        "client.port": 51234,
+        "http.request.size": 80,
+        "http.response.size": 240,
+        "network.local.address": "192.0.2.1",
+        "network.local.port": 8080,
+        "network.transport": "tcp",
+    }
+    assert added[3].items() >= {"http.request.size": 70, "http.response.size": 300}.items()
+    assert [added[index] for index in (1, 2, 4)] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("listener", "version", "transport"),
+    [(LISTENER, 1001, "tcp"), (LISTENER, 3000, "udp"), (UNIX_LISTENER, 2000, "unix")],
+)
+def test_the_transport(listener: bytes, version: int, transport: str) -> None:
+    chosen = frozenset({"network.transport", "network.local.address", "network.local.port"})
+    attributes = server(replace(REQUEST, local_sockaddr=listener, http_version=version), opt_in=chosen)
+    assert attributes["network.transport"] == transport
+    path = "/run/nginx.sock" if listener is UNIX_LISTENER else "192.0.2.1"
+    assert attributes["network.local.address"] == path
+    assert ("network.local.port" in attributes) == (listener is LISTENER)
+
+
+@pytest.mark.parametrize("peer", [None, UNNAMED])
+def test_a_peer_without_a_name_is_not_named(peer: bytes | None) -> None:
+    attributes = server(replace(REQUEST, peer_sockaddr=peer, client_sockaddr=UNNAMED))
+    assert not {"network.peer.address", "network.peer.port", "client.port"} & attributes.keys()
+    assert attributes["client.address"] == "unix:"
+
+
+def test_a_unix_socket_is_named_by_its_path() -> None:
+    attributes = server(replace(REQUEST, peer_sockaddr=UNIX_LISTENER, local_sockaddr=UNIX_LISTENER, host=None))
+    assert attributes["network.peer.address"] == attributes["server.address"] == "/run/nginx.sock"
+    assert not {"network.peer.port", "server.port"} & attributes.keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "address", "port"),
+    [
+        ("http://asked.example:81/a?b HTTP/1.1", "asked.example", 81),
+        ("HTTP://asked.example HTTP/1.1", "asked.example", 8080),
+        ("http://user:secret@[::1]:82/ HTTP/1.1", "::1", 82),
+        ("http:///a HTTP/1.1", "example.com", 8080),
+    ],
+)
+def test_the_target_in_absolute_form_wins_over_host(target: str, address: str, port: int) -> None:
+    attributes = server(replace(REQUEST, request_target=target))
+    assert (attributes["server.address"], attributes["server.port"]) == (address, port)
+    assert "secret" not in str(attributes)
+
+
+TOLD = replace(REQUEST, forwarded="for=192.0.2.9;proto=https;host=shop.example")
+
+
+@pytest.mark.parametrize(
+    ("proxies", "told"),
+    [
+        (("192.0.2.0/24",), True),
+        (("198.51.100.1", "192.0.2.8"), True),
+        (("192.0.2.7",), False),
+        (("unix:", "2001:db8::/32"), False),
+        ((), False),
+    ],
+)
+def test_only_the_sockets_peer_can_be_a_trusted_proxy(proxies: tuple[str, ...], told: bool) -> None:
+    """The client's address (192.0.2.7) comes from a header, too."""
+    attributes = server(TOLD, trusted_proxies=proxies)
+    asked = [attributes[name] for name in ("url.scheme", "server.address", "server.port")]
+    assert asked == (["https", "shop.example", 443] if told else ["http", "example.com", 8080])
+
+
+def test_who_the_peer_is_must_be_known_to_trust_it() -> None:
+    unknown = replace(TOLD, peer_sockaddr=None)
+    assert server(unknown, trusted_proxies=("0.0.0.0/0", "::/0", "unix:"))["url.scheme"] == "http"
+
+
+def test_peers_of_unix_sockets_and_mapped_addresses_are_trusted() -> None:
+    mapped = (
+        struct.pack("=H", socket.AF_INET6)
+        + struct.pack("!HI", 1, 0)
+        + socket.inet_pton(socket.AF_INET6, "::ffff:192.0.2.8")
+        + bytes(4)
+    )
+    for peer, proxy in ((UNNAMED, "unix:"), (mapped, "192.0.2.8/32"), (mapped, "192.0.2.9/24")):
+        assert server(replace(TOLD, peer_sockaddr=peer), trusted_proxies=(proxy,))["url.scheme"] == "https"
+
+
+@pytest.mark.parametrize(
+    ("headers", "asked"),
+    [
+        ({"x_forwarded_proto": "https"}, ("https", "example.com", 443)),
+        ({"x_forwarded_proto": "https", "host": "example.com:8443"}, ("https", "example.com", 8443)),
+        ({"x_forwarded_host": "shop.example:81"}, ("http", "shop.example", 81)),
+        ({"x_forwarded_host": "shop.example", "tls": True}, ("https", "shop.example", 443)),
+        ({"x_forwarded_proto": "https", "host": None}, ("https", "192.0.2.1", 8080)),
+        ({"x_forwarded_host": "", "x_forwarded_proto": "gopher"}, ("http", "example.com", 8080)),
+        ({"forwarded": "proto=https", "cut": ("STRING_FORWARDED",)}, ("http", "example.com", 8080)),
+    ],
+)
+def test_what_a_trusted_proxy_says(headers: dict[str, Any], asked: tuple[str, str, int]) -> None:
+    attributes = server(replace(REQUEST, **headers), trusted_proxies=("192.0.2.8",))
+    assert tuple(attributes[name] for name in ("url.scheme", "server.address", "server.port")) == asked
