@@ -1,8 +1,8 @@
-"""The series of http.server.request.duration and http.client.request.duration that count a request and its exchanges.
+"""The series of http.server.request.duration and http.client.request.duration that count a request and its attempts.
 
 The kernel counts durations under pointers and numbers (probes/metrics.c). This module replaces them with the attributes
 that the spans of the same requests have. As in the conventions for these metrics, it leaves out attributes whose values
-clients choose.
+clients choose. The Host header that a peer was sent may be such a value, so the upstream's name stands for it here.
 """
 
 import struct
@@ -29,10 +29,13 @@ from otel_nginx_ebpf.traces.phases import (
     Phase,
     exchange_error,
     is_answered,
+    is_failed_connect,
     request_error,
 )
 from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, OUTCOMES, Request, http_status
+from otel_nginx_ebpf.traces.sent import sent_method
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
+from otel_nginx_ebpf.traces.upstream_attributes import server_name
 
 _HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "metrics.h").read_text(encoding="utf-8")
 
@@ -83,7 +86,7 @@ def _server(
 
 
 def _client(
-    method: str | None,
+    method: str,
     upstream: str | None,
     peer: str | None,
     answered: bool,
@@ -91,13 +94,17 @@ def _client(
     error: str | None,
 ) -> Series:
     address = parse_peer(peer) if peer else None
+    host = (address.host.removeprefix("unix:") or None) if address else None
+    port = (address.port or None) if address else None
     return _series(
         HTTP_CLIENT_REQUEST_DURATION,
         {
             http_attributes.HTTP_REQUEST_METHOD: method,
             http_attributes.HTTP_RESPONSE_STATUS_CODE: http_status(status) if answered else None,
-            server_attributes.SERVER_ADDRESS: address.host if address else None,
-            server_attributes.SERVER_PORT: (address.port or None) if address else None,
+            server_attributes.SERVER_ADDRESS: server_name(upstream) if upstream else host,
+            server_attributes.SERVER_PORT: port,
+            network_attributes.NETWORK_PEER_ADDRESS: host,
+            network_attributes.NETWORK_PEER_PORT: port,
             NGINX_UPSTREAM_NAME: upstream or None,
             error_attributes.ERROR_TYPE: error,
         },
@@ -126,12 +133,15 @@ def of_client_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) ->
     peer = key[head : head + peer_bytes].decode("utf-8", "backslashreplace")
     answered = not no_header and status != 0
     error = exchange_error(answered, connect_errno, status or None, OUTCOMES.get(outcome))
-    known = counted_method(method_of_bit(method), known_methods) if method else None
+    known = counted_method(method_of_bit(method), known_methods)
     return _client(known, name_of(tgid, upstream), peer, answered, status or None, error)
 
 
 def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> Series | None:
-    """Returns the series that counts the duration of a request or an exchange. `None`: no series counts the phase."""
+    """Returns the series that counts the duration of a request, an exchange or a failed connect.
+
+    `None`: no series counts the phase.
+    """
     _, _, kind, number, error = phase
     if kind == REQUEST:
         return _server(
@@ -144,14 +154,15 @@ def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> S
             request.tls,
             error,
         )
-    if kind != UPSTREAM_EXCHANGE:
+    attempt = request.attempts[number - 1] if number else None
+    exchange = kind == UPSTREAM_EXCHANGE
+    if attempt is None or not (exchange or is_failed_connect(attempt, error)):
         return None
-    attempt = request.attempts[number - 1]
     return _client(
-        None if attempt.subrequest else counted_method(request.method, known_methods),
+        counted_method(sent_method(request, attempt, None), known_methods),
         attempt.upstream,
         attempt.peer,
-        is_answered(attempt),
+        exchange and is_answered(attempt),
         attempt.status,
         error,
     )

@@ -1,6 +1,5 @@
 """The attributes of spans: their names, and their values from the facts of a request. Pure."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,9 +19,9 @@ from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.forwarded import Origin
 from otel_nginx_ebpf.traces.methods import OTHER_METHOD, known_method
 from otel_nginx_ebpf.traces.model import AttributeValue
-from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT, UPSTREAM_EXCHANGE
 from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, http_status
-from otel_nginx_ebpf.traces.sockaddr import Address, parse, parse_peer
+from otel_nginx_ebpf.traces.sockaddr import Address, parse
+from otel_nginx_ebpf.traces.url import redact_query
 
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
@@ -43,12 +42,6 @@ NGINX_SUBREQUEST_URI = "nginx.subrequest.uri"
 NGINX_WORKER_PID = "nginx.worker.pid"
 
 _HTTP_3 = next(number for number, version in HTTP_VERSIONS.items() if version == "3")
-
-# The parameters whose values are redacted by default (semantic conventions, url.query).
-_SENSITIVE = re.compile(
-    r"((?:^|(?<=&))(?:AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token))"
-    r"=[^&]*"
-)
 
 # The attribute that is incomplete if the kernel program cut the string.
 _ATTRIBUTE_OF = {
@@ -83,61 +76,7 @@ class SpanFields:
     error: str | None = None
 
 
-def _peer_attributes(
-    number: int, peer: str | None, upstream: str | None, status: int | None, subrequest_uri: str | None
-) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {NGINX_UPSTREAM_ATTEMPT: number}
-    if peer is not None:
-        attributes[NGINX_UPSTREAM_PEER] = peer
-        _add_address(attributes, parse_peer(peer), server_attributes.SERVER_ADDRESS, server_attributes.SERVER_PORT)
-    if upstream is not None:
-        attributes[NGINX_UPSTREAM_NAME] = upstream
-    if status is not None:
-        attributes[NGINX_UPSTREAM_STATUS] = status
-    if subrequest_uri is not None:
-        attributes[NGINX_SUBREQUEST_URI] = subrequest_uri
-    return attributes
-
-
-def connect_fields(
-    number: int,
-    peer: str | None,
-    upstream: str | None,
-    status: int | None,
-    subrequest_uri: str | None,
-    error: str | None,
-) -> SpanFields:
-    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
-    if error is not None:
-        attributes[error_attributes.ERROR_TYPE] = error
-    return SpanFields(attributes, UPSTREAM_CONNECT, error=error)
-
-
-def exchange_fields(
-    choices: SpanChoices,
-    number: int,
-    peer: str | None,
-    upstream: str | None,
-    status: int | None,
-    subrequest_uri: str | None,
-    reused: bool | None,
-    method: str | None,
-    answered: bool,
-    error: str | None,
-) -> SpanFields:
-    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
-    if reused is not None:
-        attributes[NGINX_UPSTREAM_REUSED] = reused
-    if method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method, choices.known_methods)
-    if answered and (code := http_status(status)) is not None:
-        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
-    if error is not None:
-        attributes[error_attributes.ERROR_TYPE] = error
-    return SpanFields(attributes, UPSTREAM_EXCHANGE, SpanKind.CLIENT, error)
-
-
-def _add_address(attributes: dict[str, AttributeValue], address: Address | None, host_key: str, port_key: str) -> None:
+def add_address(attributes: dict[str, AttributeValue], address: Address | None, host_key: str, port_key: str) -> None:
     """Adds a socket's address as the semantic conventions write it: a unix socket by its path, if it has one."""
     if address is None:
         return
@@ -150,11 +89,6 @@ def _add_address(attributes: dict[str, AttributeValue], address: Address | None,
 def method_name(known: str) -> str:
     """Returns how a span's name says its method (semantic conventions, HTTP spans, Name)."""
     return "HTTP" if known == OTHER_METHOD else known
-
-
-def redact_query(query: str) -> str:
-    """Returns the query string with the values of sensitive parameters replaced, as the semantic conventions say."""
-    return _SENSITIVE.sub(r"\1=REDACTED", query)
 
 
 def server_fields(
@@ -211,10 +145,10 @@ def server_fields(
 
     _add_server(attributes, host, told, local, scheme)
     if network_attributes.NETWORK_TRANSPORT in choices.opt_in:
-        attributes[network_attributes.NETWORK_TRANSPORT] = _transport(local, http_version)
+        attributes[network_attributes.NETWORK_TRANSPORT] = transport(local, http_version)
     if local is not None:
         own: dict[str, AttributeValue] = {}
-        _add_address(own, local, network_attributes.NETWORK_LOCAL_ADDRESS, network_attributes.NETWORK_LOCAL_PORT)
+        add_address(own, local, network_attributes.NETWORK_LOCAL_ADDRESS, network_attributes.NETWORK_LOCAL_PORT)
         attributes |= {name: value for name, value in own.items() if name in choices.opt_in}
     if attempts:
         attributes[NGINX_ATTEMPTS] = attempts
@@ -237,7 +171,7 @@ def _add_server(
         host = told.authority or host
         port = DEFAULT_PORTS[scheme] if host is not None else port
     if host is None:
-        _add_address(attributes, local, server_attributes.SERVER_ADDRESS, server_attributes.SERVER_PORT)
+        add_address(attributes, local, server_attributes.SERVER_ADDRESS, server_attributes.SERVER_PORT)
         return
     attributes[server_attributes.SERVER_ADDRESS], named = split(host)
     if named is not None:
@@ -246,7 +180,7 @@ def _add_server(
         attributes[server_attributes.SERVER_PORT] = port
 
 
-def _transport(socket: Address | None, http_version: int | None = None) -> str:
+def transport(socket: Address | None, http_version: int | None = None) -> str:
     if socket is not None and socket.port is None:
         return network_attributes.NetworkTransportValues.UNIX.value
     if http_version == _HTTP_3:
@@ -272,7 +206,7 @@ def client_fields(choices: SpanChoices, sockaddr: bytes | None, peer_sockaddr: b
         if client.port and client_attributes.CLIENT_PORT in choices.opt_in:
             attributes[client_attributes.CLIENT_PORT] = client.port
     peer = parse(peer_sockaddr) if peer_sockaddr else None
-    _add_address(attributes, peer, network_attributes.NETWORK_PEER_ADDRESS, network_attributes.NETWORK_PEER_PORT)
+    add_address(attributes, peer, network_attributes.NETWORK_PEER_ADDRESS, network_attributes.NETWORK_PEER_PORT)
     return SpanFields(attributes)
 
 

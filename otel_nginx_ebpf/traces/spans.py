@@ -2,7 +2,7 @@
 
     SERVER    GET /api/            first request byte read → last response byte written
       INTERNAL  downstream read      first request byte → request and body complete
-      INTERNAL  upstream connect     connect started → connected (with TLS: after the handshake), or failed
+      INTERNAL  upstream connect     connect started → connected (with TLS: after the handshake); CLIENT if it failed
       CLIENT    upstream exchange    first byte sent upstream → last byte received from it
       INTERNAL  downstream write     first response byte → last response byte to the client
 
@@ -16,8 +16,9 @@ from functools import lru_cache, partial
 from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
+from opentelemetry.semconv.attributes import http_attributes
 
-from otel_nginx_ebpf.traces import attributes
+from otel_nginx_ebpf.traces import attributes, upstream_attributes
 from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.authority import of_absolute_form
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
@@ -32,10 +33,12 @@ from otel_nginx_ebpf.traces.phases import (
     Phase,
     has_exchange,
     is_answered,
+    is_failed_connect,
     phases_of,
     time_to_first_byte_ns,
 )
 from otel_nginx_ebpf.traces.record import Attempt, Request
+from otel_nginx_ebpf.traces.sent import parse_line, resend_count, sent_method
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.trace_state import canonical
 
@@ -82,8 +85,9 @@ class SpanBuilder(Generic[F]):
             return lru_cache(count)(lambda *facts: make(fields(*facts)))
 
         self._server = kept(partial(attributes.server_fields, choices))
-        self._connect = kept(attributes.connect_fields)
-        self._exchange = kept(partial(attributes.exchange_fields, choices))
+        self._connect = kept(upstream_attributes.connect_fields)
+        self._sent = kept(partial(upstream_attributes.request_fields, choices))
+        self._url = kept(partial(upstream_attributes.url_fields, choices.query), _KEPT_OWN_FIELDS)
         self._uri = kept(lambda uri: attributes.uri_fields(uri, choices.query), _KEPT_OWN_FIELDS)
         self._client = kept(partial(attributes.client_fields, choices), _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
@@ -93,6 +97,7 @@ class SpanBuilder(Generic[F]):
         self._response_size = _number_if(incubating_http.HTTP_RESPONSE_SIZE, chosen, number)
         self._connection_id = number(attributes.NGINX_CONNECTION_ID)
         self._connection_requests = number(attributes.NGINX_CONNECTION_REQUESTS)
+        self._resend_count = number(http_attributes.HTTP_REQUEST_RESEND_COUNT)
         self._first_byte = number(attributes.NGINX_UPSTREAM_TTFB)
         self._trusts = _trust(choices.trusted_proxies)
         self._origin = lru_cache(_KEPT_OWN_FIELDS)(origin)
@@ -108,7 +113,7 @@ class SpanBuilder(Generic[F]):
                 fields = self._exchange_fields(request, number, error)
                 span_id = _told_id(request.attempts, number)
             elif kind == UPSTREAM_CONNECT:
-                fields = self._connect_fields(request.attempts[number - 1], number, error)
+                fields = self._connect_fields(request, number, error)
             elif kind == REQUEST:
                 fields = self._server_fields(request, error)
             else:
@@ -177,24 +182,15 @@ class SpanBuilder(Generic[F]):
             host = None if "STRING_X_FORWARDED_HOST" in cut else host
         return self._origin(forwarded, proto, host)
 
-    def _connect_fields(self, attempt: Attempt, number: int, error: str | None) -> tuple[F, ...]:
+    def _connect_fields(self, request: Request, number: int, error: str | None) -> tuple[F, ...]:
+        attempt = request.attempts[number - 1]
+        if is_failed_connect(attempt, error):
+            return tuple(self._sent_fields(UPSTREAM_CONNECT, request, number, None, False, error))
         return (self._connect(number, attempt.peer, attempt.upstream, attempt.status, attempt.subrequest_uri, error),)
 
     def _exchange_fields(self, request: Request, number: int, error: str | None) -> tuple[F, ...]:
         attempt = request.attempts[number - 1]
-        fields = [
-            self._exchange(
-                number,
-                attempt.peer,
-                attempt.upstream,
-                attempt.status,
-                attempt.subrequest_uri,
-                _is_reused(attempt),
-                None if attempt.subrequest else request.method,
-                is_answered(attempt),
-                error,
-            ),
-        ]
+        fields = self._sent_fields(UPSTREAM_EXCHANGE, request, number, _is_reused(attempt), is_answered(attempt), error)
         if self._response_size is not None and attempt.received_bytes is not None:
             fields.append(self._response_size(attempt.received_bytes))
         if self._request_size is not None and attempt.sent_bytes is not None:
@@ -203,6 +199,41 @@ class SpanBuilder(Generic[F]):
         if first_byte_ns is not None:
             fields.append(self._first_byte(first_byte_ns))
         return tuple(fields)
+
+    def _sent_fields(
+        self, name: str, request: Request, number: int, reused: bool | None, answered: bool, error: str | None
+    ) -> list[F]:
+        """Returns the fields of a CLIENT span: what the peer was sent, or would have been sent."""
+        attempt = request.attempts[number - 1]
+        peer, tls, asked = attempt.peer, attempt.tls, attempt.sent_host
+        method = version = target = None
+        if attempt.sent_line is not None:
+            method, target, version = parse_line(attempt.sent_line)
+            if not target.startswith("/"):
+                asked = _host_of(target, asked)
+        fields = [
+            self._sent(
+                name,
+                number,
+                peer,
+                attempt.upstream,
+                attempt.status,
+                attempt.subrequest_uri,
+                attempt.protocol,
+                tls,
+                sent_method(request, attempt, method),
+                version,
+                asked,
+                reused,
+                answered,
+                error,
+            ),
+        ]
+        if target is not None:
+            fields.append(self._url(target, attempt.sent_host, peer, tls))
+        if number > 1 and (count := resend_count(request.attempts, number)):
+            fields.append(self._resend_count(count))
+        return fields
 
 
 def _number_if(

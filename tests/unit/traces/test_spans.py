@@ -91,6 +91,11 @@ ATTEMPT = Attempt(
     span_id=None,
     outcome=None,
     ends_with_read=True,
+    protocol="http_1",
+    method_bit=2,
+    upstream_request=1,
+    sent_line="GET /users?id=1 HTTP/1.0",
+    sent_host="backend.example",
 )
 
 
@@ -122,8 +127,8 @@ def test_a_proxied_request() -> None:
     upstream = {
         "nginx.upstream.attempt": 1,
         "nginx.upstream.peer": "127.0.0.1:9000",
-        "server.address": "127.0.0.1",
-        "server.port": 9000,
+        "network.peer.address": "127.0.0.1",
+        "network.peer.port": 9000,
         "nginx.upstream.name": "backend",
         "nginx.upstream.status": 200,
     }
@@ -170,6 +175,10 @@ def test_a_proxied_request() -> None:
             | {
                 "http.request.method": "GET",
                 "http.response.status_code": 200,
+                "network.protocol.version": "1.0",
+                "server.address": "backend.example",
+                "server.port": 80,
+                "url.full": "http://backend.example/users?id=1",
                 "nginx.upstream.connection.reused": False,
                 "nginx.upstream.time_to_first_byte_ns": 1_500,
             },
@@ -394,6 +403,8 @@ def test_without_query() -> None:
     attributes = build(REQUEST, query=False).spans[0].attributes
     assert attributes["url.path"] == "/api/users"
     assert "url.query" not in attributes
+    exchange = build(replace(REQUEST, attempts=(ATTEMPT,)), query=False).spans[3]
+    assert exchange.attributes["url.full"] == "http://backend.example/users"
 
 
 def test_a_cut_uri_says_so() -> None:
@@ -606,3 +617,175 @@ def test_peers_of_unix_sockets_and_mapped_addresses_are_trusted() -> None:
 def test_what_a_trusted_proxy_says(headers: dict[str, Any], asked: tuple[str, str, int]) -> None:
     attributes = server(replace(REQUEST, **headers), trusted_proxies=("192.0.2.8",))
     assert tuple(attributes[name] for name in ("url.scheme", "server.address", "server.port")) == asked
+
+
+def exchange(request: Request = REQUEST, /, **facts: Any) -> dict[str, AttributeValue]:
+    (span,) = [
+        span
+        for span in build(replace(request, attempts=(replace(ATTEMPT, **facts),))).spans
+        if span.name == "upstream exchange"
+    ]
+    return dict(span.attributes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "method", "original"),
+    [
+        ({"sent_line": "POST / HTTP/1.1", "method_bit": 2}, "POST", None),
+        ({"sent_line": "BREW / HTTP/1.1", "method_bit": 1}, "_OTHER", "BREW"),
+        ({"sent_line": None, "method_bit": 8}, "POST", None),
+        ({"sent_line": None, "method_bit": 0x400}, "_OTHER", "PROPFIND"),
+        ({"sent_line": None, "method_bit": 1}, "_OTHER", None),
+        ({"sent_line": None, "method_bit": 0}, "HEAD", None),
+        ({"sent_line": "GET /s HTTP/1.0", "subrequest": True}, "GET", None),
+        ({"sent_line": None, "method_bit": 2, "subrequest": True}, "GET", None),
+        ({"sent_line": None, "method_bit": 4, "subrequest": True}, "HEAD", None),
+        ({"sent_line": None, "method_bit": 0, "subrequest": True}, "_OTHER", None),
+    ],
+)
+def test_the_method_is_what_the_peer_was_sent(facts: dict[str, Any], method: str, original: str | None) -> None:
+    attributes = exchange(replace(REQUEST, method="HEAD", method_bit=4), **facts)
+    assert attributes["http.request.method"] == method
+    assert attributes.get("http.request.method_original") == original
+
+
+def test_an_unknown_method_of_the_clients_is_sent_on() -> None:
+    brewing = replace(REQUEST, method="BREW", method_bit=1)
+    attributes = exchange(brewing, sent_line=None, method_bit=1)
+    assert (attributes["http.request.method"], attributes["http.request.method_original"]) == ("_OTHER", "BREW")
+    other = exchange(brewing, sent_line=None, method_bit=1, subrequest=True)
+    assert "http.request.method_original" not in other
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "version"),
+    [
+        ({"sent_line": "GET / HTTP/1.1"}, None, "1.1"),
+        ({"sent_line": "GET / HTTP/1.0"}, None, "1.0"),
+        ({"sent_line": "GET /" + "a" * 500}, None, None),
+        ({"sent_line": "GET / HTTP/9"}, None, None),
+        ({"protocol": "http_2", "sent_line": None}, None, "2"),
+        ({"protocol": None, "sent_line": None}, None, None),
+        *(({"protocol": each, "sent_line": None}, each, None) for each in ("fastcgi", "uwsgi", "scgi", "memcached")),
+    ],
+)
+def test_the_protocol_of_the_upstream(facts: dict[str, Any], name: str | None, version: str | None) -> None:
+    attributes = exchange(**facts)
+    assert attributes.get("network.protocol.name") == name
+    assert attributes.get("network.protocol.version") == version
+
+
+@pytest.mark.parametrize(
+    ("facts", "server"),
+    [
+        ({"sent_host": "asked.example:81"}, ("asked.example", 81)),
+        ({"sent_host": "asked.example"}, ("asked.example", 80)),
+        ({"sent_host": "asked.example", "tls": True}, ("asked.example", 443)),
+        ({"sent_host": "[::1]:9"}, ("::1", 9)),
+        ({"sent_host": "user:secret@asked.example"}, ("asked.example", 80)),
+        ({"sent_line": "GET http://far.example:3128/a HTTP/1.1"}, ("far.example", 3128)),
+        ({"sent_host": None}, ("backend", 9000)),
+        ({"sent_host": None, "upstream": None}, ("127.0.0.1", 9000)),
+        ({"sent_host": None, "upstream": "[::1]", "peer": "[::1]:9"}, ("::1", 9)),
+        ({"sent_host": None, "peer": "unix:/run/app.sock"}, ("backend", None)),
+        ({"sent_host": None, "upstream": "unix:/run/app.sock", "peer": "unix:/run/app.sock"}, ("/run/app.sock", None)),
+        ({"sent_host": None, "upstream": None, "peer": None}, (None, None)),
+    ],
+)
+def test_the_upstreams_server_is_the_one_it_was_asked_for(
+    facts: dict[str, Any], server: tuple[str | None, int | None]
+) -> None:
+    attributes = exchange(**facts)
+    assert (attributes.get("server.address"), attributes.get("server.port")) == server
+    assert "secret" not in str(attributes)
+
+
+@pytest.mark.parametrize(
+    ("peer", "address", "port"),
+    [
+        ("[::1]:8080", "::1", 8080),
+        ("unix:/run/app.sock", "/run/app.sock", None),
+        ("unix:", None, None),
+        ("backend", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_peer_of_an_attempt(peer: str | None, address: str | None, port: int | None) -> None:
+    for span in build(replace(REQUEST, attempts=(replace(ATTEMPT, peer=peer),))).spans[2:4]:
+        attributes = span.attributes
+        assert (attributes.get("network.peer.address"), attributes.get("network.peer.port")) == (address, port)
+        assert attributes.get("nginx.upstream.peer") == peer
+        assert ("server.address" in attributes) == (span.kind is SpanKind.CLIENT)
+
+
+REFUSED = replace(
+    ATTEMPT,
+    connected_mono_ns=None,
+    connect_failed_mono_ns=1_400,
+    connect_ms=None,
+    connect_errno=111,
+    first_write_mono_ns=None,
+    last_write_mono_ns=None,
+    first_read_mono_ns=None,
+    last_read_mono_ns=None,
+    header_ms=None,
+    status=502,
+    peer="127.0.0.1:9",
+)
+
+
+def test_a_dead_peer_has_a_client_span() -> None:
+    connect = build(replace(REQUEST, attempts=(REFUSED,))).spans[2]
+    assert (connect.name, connect.kind, connect.error) == ("upstream connect", SpanKind.CLIENT, "ECONNREFUSED")
+    assert connect.attributes == {
+        "error.type": "ECONNREFUSED",
+        "http.request.method": "GET",
+        "network.peer.address": "127.0.0.1",
+        "network.peer.port": 9,
+        "network.protocol.version": "1.0",
+        "nginx.upstream.attempt": 1,
+        "nginx.upstream.name": "backend",
+        "nginx.upstream.peer": "127.0.0.1:9",
+        "nginx.upstream.status": 502,
+        "server.address": "backend.example",
+        "server.port": 80,
+        "url.full": "http://backend.example/users?id=1",
+    }
+
+
+def test_a_connect_that_nginx_abandoned_says_nothing_about_its_peer() -> None:
+    abandoned = replace(REFUSED, connect_errno=0, outcome="abandoned", status=None)
+    connect = build(replace(REQUEST, attempts=(abandoned,))).spans[2]
+    assert (connect.kind, connect.error) == (SpanKind.INTERNAL, None)
+
+
+def test_each_further_attempt_of_one_request_is_a_resend() -> None:
+    """Of two requests to the upstream, the main one and a mirror; the fifth attempt's request is not known."""
+    attempts = (
+        REFUSED,
+        replace(ATTEMPT, upstream_request=2, subrequest=True, subrequest_uri="/mirror"),
+        ATTEMPT,
+        replace(REFUSED, connect_start_mono_ns=1_700, connect_failed_mono_ns=1_800),
+        replace(ATTEMPT, upstream_request=0),
+        replace(ATTEMPT, upstream_request=0),
+    )
+    counts = {
+        span.attributes["nginx.upstream.attempt"]: span.attributes.get("http.request.resend_count")
+        for span in build(replace(REQUEST, attempts=attempts)).spans
+        if span.kind is SpanKind.CLIENT
+    }
+    assert counts == {1: None, 2: None, 3: 1, 4: 2, 5: None, 6: None}
+    connects = [span for span in build(replace(REQUEST, attempts=attempts)).spans if span.kind is SpanKind.INTERNAL]
+    assert not any("http.request.resend_count" in span.attributes for span in connects)
+
+
+def test_the_scheme_and_transport_of_an_upstream_are_opted_in() -> None:
+    def chosen(**facts: Any) -> tuple[AttributeValue | None, AttributeValue | None]:
+        attempts = (replace(ATTEMPT, **facts),)
+        opted = frozenset({"url.scheme", "network.transport"})
+        attributes = build(replace(REQUEST, attempts=attempts), opt_in=opted).spans[3].attributes
+        return attributes.get("url.scheme"), attributes.get("network.transport")
+
+    assert chosen() == ("http", "tcp")
+    assert chosen(tls=True, peer="unix:/run/app.sock") == ("https", "unix")
+    assert chosen(protocol="fastcgi", sent_line=None, sent_host=None) == (None, "tcp")
