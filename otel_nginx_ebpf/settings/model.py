@@ -35,6 +35,7 @@ OptInAttribute = Literal[
     "url.scheme",
 ]
 """The attributes that the semantic conventions leave out of HTTP spans by default, and that the program knows."""
+SpanNames = Literal["phases", "semconv"]
 Detail = Literal["phases", "request"]
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
@@ -120,6 +121,14 @@ class Settings:
         standard=("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS",),
         remark="the methods of RFC 9110, PATCH and QUERY",
         limits={"pattern": r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"},
+    )
+    span_names: SpanNames = setting(
+        "phases",
+        "How CLIENT spans are named. phases: upstream connect, upstream exchange. semconv: by the method alone, as the "
+        "semantic conventions say.",
+        commands=("run", "replay"),
+        allowed="phases or semconv",
+        metavar="NAMES",
     )
     opt_in_attributes: tuple[OptInAttribute, ...] = setting(
         (),

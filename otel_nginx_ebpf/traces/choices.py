@@ -18,6 +18,8 @@ class SpanChoices:
     """The attributes that spans have although the conventions leave them out by default."""
     trusted_proxies: tuple[str, ...] = ()
     """The networks of proxies whose `Forwarded` and `X-Forwarded-*` headers count."""
+    clients_by_method: bool = False
+    """Whether CLIENT spans have the names of the semantic conventions instead of their phases' names."""
 
 
 DEFAULT_CHOICES = SpanChoices()
@@ -29,4 +31,5 @@ def choices_of(settings: Settings) -> SpanChoices:
         known_methods=frozenset(settings.known_methods) or KNOWN_METHODS,
         opt_in=frozenset(settings.opt_in_attributes),
         trusted_proxies=settings.trusted_proxy,
+        clients_by_method=settings.span_names == "semconv",
     )

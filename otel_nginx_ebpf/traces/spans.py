@@ -201,7 +201,7 @@ class SpanBuilder(Generic[F]):
         return tuple(fields)
 
     def _sent_fields(
-        self, name: str, request: Request, number: int, reused: bool | None, answered: bool, error: str | None
+        self, phase: str, request: Request, number: int, reused: bool | None, answered: bool, error: str | None
     ) -> list[F]:
         """Returns the fields of a CLIENT span: what the peer was sent, or would have been sent."""
         attempt = request.attempts[number - 1]
@@ -213,7 +213,7 @@ class SpanBuilder(Generic[F]):
                 asked = _host_of(target, asked)
         fields = [
             self._sent(
-                name,
+                phase,
                 number,
                 peer,
                 attempt.upstream,

@@ -18,6 +18,7 @@ from otel_nginx_ebpf.traces.attributes import (
     NGINX_UPSTREAM_STATUS,
     SpanFields,
     add_address,
+    method_name,
     transport,
 )
 from otel_nginx_ebpf.traces.authority import DEFAULT_PORTS, split
@@ -72,7 +73,7 @@ def connect_fields(
 
 def request_fields(
     choices: SpanChoices,
-    name: str,
+    phase: str,
     number: int,
     peer: str | None,
     upstream: str | None,
@@ -87,7 +88,7 @@ def request_fields(
     answered: bool,
     error: str | None,
 ) -> SpanFields:
-    """Makes the fields of a CLIENT span: of an exchange, or of a connect that failed.
+    """Makes the fields of a CLIENT span: of an exchange, or of a connect that failed (`phase`).
 
     `asked`: the authority that the peer was asked for. `method` and `version`: as sent. `None`: not known.
     """
@@ -115,6 +116,7 @@ def request_fields(
         attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
     if error is not None:
         attributes[error_attributes.ERROR_TYPE] = error
+    name = method_name(known) if choices.clients_by_method else phase
     return SpanFields(attributes, name, SpanKind.CLIENT, error)
 
 

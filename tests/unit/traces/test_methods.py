@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otel_nginx_ebpf.settings.model import Settings
-from otel_nginx_ebpf.traces.choices import choices_of
+from otel_nginx_ebpf.traces.choices import SpanChoices, choices_of
 from otel_nginx_ebpf.traces.methods import KNOWN_METHODS, OTHER_METHOD, counted_method, known_method, method_of_bit
 from otel_nginx_ebpf.traces.record import METHODS
 
@@ -37,6 +37,12 @@ def test_methods_without_a_number_are_counted_together() -> None:
 def test_nginx_numbers() -> None:
     assert {bit: method_of_bit(bit) for bit in METHODS} == METHODS
     assert [method_of_bit(bit) for bit in (0, 1, 0x400, 0x10000, 1 << 31)] == [None, None, "PROPFIND", "CONNECT", None]
+
+
+def test_settings_become_choices() -> None:
+    settings = Settings(query=False, opt_in_attributes=("client.port",), trusted_proxy=("unix:",), span_names="semconv")
+    assert choices_of(settings) == SpanChoices(False, KNOWN_METHODS, frozenset({"client.port"}), ("unix:",), True)
+    assert choices_of(Settings()) == SpanChoices()
 
 
 def test_without_a_list_the_conventions_decide() -> None:

@@ -789,3 +789,20 @@ def test_the_scheme_and_transport_of_an_upstream_are_opted_in() -> None:
     assert chosen() == ("http", "tcp")
     assert chosen(tls=True, peer="unix:/run/app.sock") == ("https", "unix")
     assert chosen(protocol="fastcgi", sent_line=None, sent_host=None) == (None, "tcp")
+
+
+def test_client_spans_may_have_the_conventions_names() -> None:
+    attempts = (REFUSED, replace(ATTEMPT, sent_line="POST / HTTP/1.1"), replace(ATTEMPT, sent_line="BREW / HTTP/1.1"))
+    named = build(replace(REQUEST, attempts=attempts), clients_by_method=True).spans
+    assert sorted((span.name, span.kind.name) for span in named) == [
+        ("GET", "CLIENT"),
+        ("GET /api/", "SERVER"),
+        ("HTTP", "CLIENT"),
+        ("POST", "CLIENT"),
+        ("downstream read", "INTERNAL"),
+        ("downstream write", "INTERNAL"),
+        ("upstream connect", "INTERNAL"),
+        ("upstream connect", "INTERNAL"),
+    ]
+    phases = build(replace(REQUEST, attempts=attempts)).spans
+    assert [replace(span, name="") for span in named] == [replace(span, name="") for span in phases]
