@@ -338,6 +338,28 @@ def scrape(address: str, name: str) -> dict[tuple[tuple[str, str], ...], float]:
     }
 
 
+def test_known_methods_and_names(stand: Stand) -> None:
+    """Spans and series know the same methods. The names of CLIENT spans change nothing else."""
+    known = {"OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS": "GET,PROPFIND"}
+    agent = stand.agent("methods", "--metrics", "--span-names=semconv", **known)
+    methods = ["GET", "PROPFIND", "POST", "BREW"]
+    try:
+        stand.send([get(path, method) for method in methods for path in ("/", "/app/x", "/dead/")])
+    finally:
+        agent.stop()
+    assert differences(told(stand.metrics("methods"), attributes), expected(agent.traces)) == []
+    servers = [trace.server for trace in agent.traces]
+    assert {(span.name.split()[0], span.attributes.get("http.request.method_original")) for span in servers} == {
+        ("GET", None),
+        ("PROPFIND", None),
+        ("HTTP", "POST"),
+        ("HTTP", "BREW"),
+    }
+    clients = [span for trace in agent.traces for span in trace.spans if span.kind == "CLIENT"]
+    assert len(clients) == len(methods) * (1 + 2)
+    assert {span.name for span in clients} == {"GET", "PROPFIND", "HTTP"}
+
+
 def test_they_can_be_left_out(stand: Stand) -> None:
     agent = stand.agent("without", "--metrics", "--request-metrics=off")
     try:
