@@ -32,8 +32,7 @@ from otel_nginx_ebpf.traces.phases import (
     is_failed_connect,
     request_error,
 )
-from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, OUTCOMES, Request, http_status
-from otel_nginx_ebpf.traces.sent import sent_method
+from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, OUTCOMES, Attempt, Request, http_status
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.upstream_attributes import server_name
 
@@ -137,6 +136,13 @@ def of_client_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) ->
     return _client(known, name_of(tgid, upstream), peer, answered, status or None, error)
 
 
+def _sent_method(request: Request, attempt: Attempt) -> str | None:
+    """Returns the method that the peer was sent, by nginx's number. `None`: the number stands for no method."""
+    if attempt.method_bit:
+        return method_of_bit(attempt.method_bit)
+    return None if attempt.subrequest else request.method
+
+
 def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> Series | None:
     """Returns the series that counts the duration of a request, an exchange or a failed connect.
 
@@ -159,7 +165,7 @@ def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> S
     if attempt is None or not (exchange or is_failed_connect(attempt, error)):
         return None
     return _client(
-        counted_method(sent_method(request, attempt, None), known_methods),
+        counted_method(_sent_method(request, attempt), known_methods),
         attempt.upstream,
         attempt.peer,
         exchange and is_answered(attempt),

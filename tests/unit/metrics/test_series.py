@@ -102,6 +102,7 @@ def test_an_exchange_has_the_method_that_the_peer_was_sent() -> None:
             "server.address": "/run/app.sock",
             "network.peer.address": "/run/app.sock",
         }
+        request = replace(request, method_bit=1, method="BREW") if values.get("method") == 1 else request
         own = replace(live, method_bit=values.get("method", 0), subrequest=subrequest)
         assert series_of(replace(request, attempts=(own,)), UPSTREAM_EXCHANGE, 1) == series
 
