@@ -141,7 +141,8 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
         # An address from a header (realip) has no port.
         port = int(log["remote_port"]) if log["remote_port"] else None
         yield from _differ("client port", attributes.get("client.port"), port)
-    yield from _differ("scheme", attributes.get("url.scheme"), "https" if log["ssl_protocol"] else "http")
+    if not (log["http_forwarded"] or log["http_x_forwarded_proto"]):  # nginx itself does not look there
+        yield from _differ("scheme", attributes.get("url.scheme"), "https" if log["ssl_protocol"] else "http")
 
 
 def _check_tree(trace: Trace) -> Iterator[str]:
