@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from collector.process import official
-from e2e.agent_process import AgentProcess
+from e2e.agent_process import OPT_IN, AgentProcess
 from e2e.nginx_server import free_ports, wait_until
 
 from bench.emitter import COUNTING_COLLECTOR
@@ -72,6 +72,7 @@ def over_time(site: Site, directory: Path, advance: Callable[[str], None]) -> di
     (port,) = free_ports(1)
     collector = official(COUNTING_COLLECTOR.format(port=port), [port], directory)
     environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "200"}
+    environment |= dict.fromkeys(OPT_IN, "")  # as by default
     agent = AgentProcess(site.nginx.pid, directory, ["run", "--pid", str(site.nginx.pid)], environment)
     found: dict[str, Any] = {}
     sent = 0

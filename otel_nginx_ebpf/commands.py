@@ -61,13 +61,14 @@ def report(settings: Settings, capture: Path, output: Path) -> int:
     from otel_nginx_ebpf.analysis.report import Report, open_page
     from otel_nginx_ebpf.emitter import pipeline
     from otel_nginx_ebpf.traces.capture import CaptureError, read_capture, read_header
+    from otel_nginx_ebpf.traces.choices import choices_of
 
     stats = Stats()
     notes: list[str] = []
     try:
         read_header(capture)
         with open_page(output, capture) as page:
-            contents = Report(stats, query=settings.query)
+            contents = Report(stats, choices_of(settings))
             try:
                 pipeline.replay(with_progress(read_capture(capture), capture), contents, stats)
             except CaptureError as error:

@@ -1,5 +1,5 @@
 /*
- * Counts the durations of all requests and upstream exchanges by series, when a request ends. Requests that are not
+ * Counts the durations of all requests, upstream exchanges and failed connects by series, when a request ends. Requests that are not
  * sampled count, too.
  *
  * This is a separate BPF program. The program that makes the record calls it by tail call, because the verifiers of
@@ -168,8 +168,11 @@ int measure_request(struct pt_regs *ctx)
     u32 taken = record->attempts;
     process->method = method;
     EACH(i, taken, ATTEMPTS_MAX) {
-        if (process->exchange_ns[i])
-            measure_exchange(process, attempt_of(process, i), i, process->exchange_ns[i]);
+        u64 ns = process->exchange_ns[i];
+        if (!ns)
+            ns = failed_connect_ns(attempt_of(process, i));
+        if (ns)
+            measure_exchange(process, attempt_of(process, i), i, ns);
     }
 
     struct server_series series = {

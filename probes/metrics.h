@@ -1,5 +1,5 @@
 /*
- * How long a request and its exchanges took. Also the keys and values of the maps of metrics.c. These maps count the
+ * How long a request, its exchanges and its failed connects took. Also the keys and values of the maps of metrics.c. These maps count the
  * durations of all requests in the kernel, sampled or not.
  *
  * This file is the maps' only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py parses
@@ -106,6 +106,20 @@ static __always_inline u64 exchange_ns(const struct upstream_attempt *attempt, u
         ends_at(last_end_ns, attempt->connect_start_ns, connect_end_ns(attempt));
     ends_at(last_end_ns, attempt->first_write_ns, end_ns);
     return end_ns > attempt->first_write_ns ? end_ns - attempt->first_write_ns : 0;
+}
+
+/* Returns how long an attempt's connect took, if it failed and was all of the attempt. 0: it was not so, or nginx abandoned
+ * the attempt. */
+static __always_inline u64 failed_connect_ns(const struct upstream_attempt *attempt)
+{
+    u64 end_ns = connect_end_ns(attempt);
+    if (!attempt->connect_start_ns || end_ns <= attempt->connect_start_ns)
+        return 0;
+    if (attempt->connect_msec != -1ULL && (attempt->connected_ns || attempt->first_write_ns))
+        return 0;
+    if (!attempt->connect_errno && attempt->outcome == OUTCOME_ABANDONED)
+        return 0;
+    return end_ns - attempt->connect_start_ns;
 }
 
 /* Returns how long a request took. `last_end_ns`: when the last of its phases ended, except the downstream write. */

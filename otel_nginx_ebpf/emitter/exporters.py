@@ -10,6 +10,7 @@ from otel_nginx_ebpf.export.resource import Resource, Resources
 from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.settings.model import ExporterName, Settings
+from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices, choices_of
 from otel_nginx_ebpf.traces.phases import phases_of
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
@@ -26,16 +27,20 @@ class _Readable:
     """One request at a time, so that no request is lost when the reader of stdout exits."""
 
     def __init__(
-        self, exporters: Sequence[TraceExporter], *, query: bool, exemplars: "Exemplars | None" = None
+        self,
+        exporters: Sequence[TraceExporter],
+        *,
+        choices: SpanChoices = DEFAULT_CHOICES,
+        exemplars: "Exemplars | None" = None,
     ) -> None:
         self._exporters = exporters
         self._exemplars = exemplars
         self._ids = RandomIds()
-        self._query = query
+        self._choices = choices
 
     def take(self, completed: Sequence[Completed]) -> None:
         for request, unix_offset_ns, resource in completed:
-            trace = build_trace(request, unix_offset_ns, self._ids, query=self._query, resource=resource)
+            trace = build_trace(request, unix_offset_ns, self._ids, choices=self._choices, resource=resource)
             for exporter in self._exporters:
                 exporter.export(trace)
             if self._exemplars:
@@ -108,7 +113,7 @@ def make_exporter(
             _make(name, settings, stats if name == counting else uncounted, resource, output, wait_for_room)
             for name in names
         ]
-        exporter = _Readable(each, query=settings.query, exemplars=exemplars)
+        exporter = _Readable(each, choices=choices_of(settings), exemplars=exemplars)
     return _Measured(exporter, metrics) if metrics else exporter
 
 
@@ -134,7 +139,7 @@ def _make_otlp(
         queue_bytes=settings.queue_mib << 20,
         batch_spans=settings.batch_size,
         delay_s=settings.batch_delay_ms / 1000,
-        query=settings.query,
+        choices=choices_of(settings),
         wait_for_room=wait_for_room,
         queue_dir=QueueDir(settings.queue_dir, settings.queue_dir_mib << 20) if settings.queue_dir else None,
         exemplars=exemplars,

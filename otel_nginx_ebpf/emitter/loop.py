@@ -28,6 +28,7 @@ from otel_nginx_ebpf.process.messages import (
     Retired,
 )
 from otel_nginx_ebpf.traces.losses import LOST, of_kind
+from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.plausibility import Doubt, doubt
 from otel_nginx_ebpf.traces.record import worker_pid
@@ -61,11 +62,20 @@ def tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
 class Emitter:
     """Reads the records of all attachments until the supervisor says `End`, or is gone."""
 
-    def __init__(self, channel: EmitterEnd, stats: Stats, counts: KeptStats, ring_buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        channel: EmitterEnd,
+        stats: Stats,
+        counts: KeptStats,
+        ring_buffer_bytes: int,
+        known_methods: frozenset[str] = KNOWN_METHODS,
+    ) -> None:
+        """`known_methods` are the methods that the series of request durations name."""
         self._channel = channel
         self._stats = stats
         self._counts = counts
         self._ring_buffer_bytes = ring_buffer_bytes
+        self._known_methods = known_methods
         self._clock = Clock()
         self._sources: dict[int, Source] = {}
         self._retired: list[Source] = []
@@ -120,7 +130,7 @@ class Emitter:
         match order:
             case Attached():
                 self._attached = True
-                source = Source(order, self._ring_buffer_bytes)
+                source = Source(order, self._ring_buffer_bytes, self._known_methods)
                 self._sources[source.number] = source
                 self._add_durations(source)
             case Alive(number, pids):
@@ -131,7 +141,7 @@ class Emitter:
                 if number in self._sources:
                     self._retired.append(self._sources.pop(number))
             case Abandoned():
-                source = Source(Attached(0, "", "", order.descriptors), self._ring_buffer_bytes)
+                source = Source(Attached(0, "", "", order.descriptors), self._ring_buffer_bytes, self._known_methods)
                 # The last emitter may have sent some of these records. A trace must not come twice, so all are lost.
                 unread = sum(1 for raw in source.records.read() if not doubt(raw))
                 self._counts.lose_unread("lost_emitter_killed", unread)

@@ -33,6 +33,7 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
     from otel_nginx_ebpf.emitter.pipeline import exporting
     from otel_nginx_ebpf.metrics.kept_stats import KeptStats
     from otel_nginx_ebpf.process.channel import EmitterEnd
+    from otel_nginx_ebpf.traces.choices import choices_of
 
     stats = Stats()
     kept = KeptStats(counts, stats)
@@ -40,7 +41,7 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
     def work(exporter: "Exporter") -> float | None:
         kept.settle()
         ring_buffer_bytes = settings.ring_buffer_mib << 20
-        reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes)
+        reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes, choices_of(settings).known_methods)
         return reader.run(exporting(exporter, stats), exporter.at_once)
 
     with suppress(NothingTracedError):

@@ -13,14 +13,14 @@ from otel_nginx_ebpf.traces.silence import SilenceWatch
 class Source:
     """One attachment. Owns the descriptors of its maps."""
 
-    def __init__(self, attached: Attached, ring_buffer_bytes: int) -> None:
+    def __init__(self, attached: Attached, ring_buffer_bytes: int, known_methods: frozenset[str]) -> None:
         records, loss_counts, *durations = attached.descriptors
         self.number = attached.number
         self.target = attached.target
         self.layout_source = attached.layout_source
         self.records = RingBuffer(records, ring_buffer_bytes)
         self._loss_counts = CounterArray(loss_counts, len(KERNEL_CAUSES))
-        self.durations = DurationMaps(*durations) if durations else None
+        self.durations = DurationMaps(known_methods, *durations) if durations else None
         self.refuted: set[int] = set()
         """Pids of workers whose memory contradicts the layout."""
         self.doubted = False

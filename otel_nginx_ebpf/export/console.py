@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from typing import Literal, TextIO
 
-from opentelemetry.semconv.attributes.client_attributes import CLIENT_ADDRESS, CLIENT_PORT
+from opentelemetry.semconv.attributes.client_attributes import CLIENT_ADDRESS
 from opentelemetry.semconv.attributes.http_attributes import HTTP_REQUEST_METHOD, HTTP_RESPONSE_STATUS_CODE
 from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
 from opentelemetry.trace import SpanKind
@@ -15,7 +15,7 @@ from rich.text import Text
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.traces.attributes import NGINX_TERMINATION, NGINX_UPSTREAM_PEER, NGINX_UPSTREAM_REUSED
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
-from otel_nginx_ebpf.traces.sockaddr import Address
+from otel_nginx_ebpf.traces.sockaddr import Address, parse
 
 _KIND_STYLES = {"SERVER": "bold cyan", "CLIENT": "magenta", "INTERNAL": "blue"}
 _ERROR_STYLE = "bold red"
@@ -87,9 +87,11 @@ def _bar(start: float, end: float, cells: int) -> tuple[str, str, str]:
     return " " * (first // 2), bar, " " * (cells - first // 2 - len(bar))
 
 
-def _client(attributes: Mapping[str, AttributeValue]) -> str:
-    port = attributes.get(CLIENT_PORT)
-    return str(Address(_text(attributes, CLIENT_ADDRESS, absent="?"), port if isinstance(port, int) else None))
+def _client(trace: Trace) -> str:
+    # By default the span has no port (semantic conventions, client.port).
+    address = parse(trace.request.client_sockaddr) if trace.request.client_sockaddr else None
+    host = _text(trace.spans[0].attributes, CLIENT_ADDRESS, absent="?")
+    return str(Address(host, (address and address.port) or None))
 
 
 def _peers(trace: Trace) -> str:
@@ -105,7 +107,7 @@ def _header(trace: Trace, width: int) -> Text:
     uri = _text(attributes, URL_PATH, absent="-") + (f"?{query}" if query else "")
     status = attributes.get(HTTP_RESPONSE_STATUS_CODE)
     method = _text(attributes, HTTP_REQUEST_METHOD, absent="-")
-    way = " → ".join(filter(None, (_client(attributes), _peers(trace))))
+    way = " → ".join(filter(None, (_client(trace), _peers(trace))))
 
     head = Text.assemble(
         (f"{local:%H:%M:%S}.{local.microsecond // 1000:03d} ", "dim"),

@@ -21,11 +21,12 @@ _NAME_BYTES = _NAME_LENGTH_BYTES + LIMITS["NAME_BYTES_MAX"]
 class DurationMaps:
     """The maps with counts and names. Owns the descriptors."""
 
-    def __init__(self, server: int, client: int, names: int) -> None:
+    def __init__(self, known_methods: frozenset[str], server: int, client: int, names: int) -> None:
         peer_bytes = LIMITS["PEER_BYTES_MAX"]
         self._server = HashMap(server, SERVER_KEY.size, COUNTS.size)
         self._client = HashMap(client, CLIENT_KEY.size + peer_bytes, COUNTS.size)
         self._names = HashMap(names, NAME_KEY.size)
+        self._known_methods = known_methods
 
     def read(self) -> Iterator[tuple[int, bytes, Counts]]:
         """Yields the worker's pid, the key and the counts of every series."""
@@ -35,7 +36,8 @@ class DurationMaps:
 
     def series(self, key: bytes) -> Series:
         """Returns the series that a key stands for."""
-        return (of_server_key if len(key) == SERVER_KEY.size else of_client_key)(key, self._name)
+        series_of = of_server_key if len(key) == SERVER_KEY.size else of_client_key
+        return series_of(key, self._name, self._known_methods)
 
     def _name(self, pid: int, configuration: int) -> str | None:
         value = self._names.value(NAME_KEY.struct.pack(pid, 0, configuration), _NAME_BYTES) if configuration else None

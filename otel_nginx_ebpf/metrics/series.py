@@ -1,8 +1,8 @@
-"""The series of http.server.request.duration and http.client.request.duration that count a request and its exchanges.
+"""The series of http.server.request.duration and http.client.request.duration that count a request and its attempts.
 
 The kernel counts durations under pointers and numbers (probes/metrics.c). This module replaces them with the attributes
 that the spans of the same requests have. As in the conventions for these metrics, it leaves out attributes whose values
-clients choose.
+clients choose. The Host header that a peer was sent may be such a value, so the upstream's name stands for it here.
 """
 
 import struct
@@ -21,17 +21,20 @@ from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURAT
 
 from otel_nginx_ebpf.metrics.totals import OVERFLOW, Series
 from otel_nginx_ebpf.traces.abi import CStruct, c_enum
-from otel_nginx_ebpf.traces.attributes import NGINX_SERVER_NAME, NGINX_UPSTREAM_NAME, known_method
+from otel_nginx_ebpf.traces.attributes import NGINX_SERVER_NAME, NGINX_UPSTREAM_NAME
+from otel_nginx_ebpf.traces.methods import counted_method, method_of_bit
 from otel_nginx_ebpf.traces.phases import (
     REQUEST,
     UPSTREAM_EXCHANGE,
     Phase,
     exchange_error,
     is_answered,
+    is_failed_connect,
     request_error,
 )
-from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, METHODS, OUTCOMES, Request, http_status
+from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, OUTCOMES, Attempt, Request, http_status
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
+from otel_nginx_ebpf.traces.upstream_attributes import server_name
 
 _HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "metrics.h").read_text(encoding="utf-8")
 
@@ -44,8 +47,6 @@ _BOUNDS_NS = [bound * 1_000_000 for bound in c_enum("duration_bound_ms", _HEADER
 BOUNDS_S = tuple(bound / 1e9 for bound in _BOUNDS_NS)
 """Upper bounds of all buckets except the last, in seconds."""
 COUNTS = struct.Struct(f"<{len(_BOUNDS_NS) + 2}Q")
-
-_OTHER_METHOD = "_OTHER"
 
 NameOf = Callable[[int, int], str | None]
 """Returns the name of a worker's configuration, by the pid and the configuration's address. `None`: no name."""
@@ -60,7 +61,8 @@ def _series(metric: str, attributes: dict[str, str | int | None]) -> Series:
 
 
 def _server(
-    method: str | None,
+    method: str,
+    parsed: bool,
     route: str | None,
     server_name: str | None,
     status: int,
@@ -71,13 +73,11 @@ def _server(
     return _series(
         HTTP_SERVER_REQUEST_DURATION,
         {
-            http_attributes.HTTP_REQUEST_METHOD: known_method(method) if method is not None else None,
+            http_attributes.HTTP_REQUEST_METHOD: method,
             http_attributes.HTTP_RESPONSE_STATUS_CODE: http_status(status),
             http_attributes.HTTP_ROUTE: route or None,
             url_attributes.URL_SCHEME: "https" if tls else "http",
-            network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version)
-            if method is not None
-            else None,
+            network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version) if parsed else None,
             error_attributes.ERROR_TYPE: error,
             NGINX_SERVER_NAME: server_name or None,
         },
@@ -85,7 +85,7 @@ def _server(
 
 
 def _client(
-    method: str | None,
+    method: str,
     upstream: str | None,
     peer: str | None,
     answered: bool,
@@ -93,34 +93,35 @@ def _client(
     error: str | None,
 ) -> Series:
     address = parse_peer(peer) if peer else None
+    host = (address.host.removeprefix("unix:") or None) if address else None
+    port = (address.port or None) if address else None
     return _series(
         HTTP_CLIENT_REQUEST_DURATION,
         {
-            http_attributes.HTTP_REQUEST_METHOD: known_method(method) if method is not None else None,
+            http_attributes.HTTP_REQUEST_METHOD: method,
             http_attributes.HTTP_RESPONSE_STATUS_CODE: http_status(status) if answered else None,
-            server_attributes.SERVER_ADDRESS: address.host if address else None,
-            server_attributes.SERVER_PORT: (address.port or None) if address else None,
+            server_attributes.SERVER_ADDRESS: server_name(upstream) if upstream else host,
+            server_attributes.SERVER_PORT: port,
+            network_attributes.NETWORK_PEER_ADDRESS: host,
+            network_attributes.NETWORK_PEER_PORT: port,
             NGINX_UPSTREAM_NAME: upstream or None,
             error_attributes.ERROR_TYPE: error,
         },
     )
 
 
-def _method(bit: int) -> str | None:
-    return METHODS.get(bit, _OTHER_METHOD) if bit else None
-
-
-def of_server_key(key: bytes, name_of: NameOf) -> Series:
+def of_server_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) -> Series:
     """Returns the series of a key of the kernel's map `server_durations`."""
     tgid, method, location, server, http_version, ending, _, status, tls, overflow = SERVER_KEY.struct.unpack(key)
     if overflow:
         return Series(HTTP_SERVER_REQUEST_DURATION, OVERFLOW)
     names = name_of(tgid, location), name_of(tgid, server)
     error = request_error(status, ENDINGS.get(ending))
-    return _server(_method(method), *names, status, http_version, tls != 0, error)
+    known = counted_method(method_of_bit(method), known_methods)
+    return _server(known, method != 0, *names, status, http_version, tls != 0, error)
 
 
-def of_client_key(key: bytes, name_of: NameOf) -> Series:
+def of_client_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) -> Series:
     """Returns the series of a key of the kernel's map `client_durations`."""
     head = CLIENT_KEY.size
     tgid, method, upstream, status, connect_errno, no_header, overflow, peer_bytes, outcome = CLIENT_KEY.struct.unpack(
@@ -131,15 +132,27 @@ def of_client_key(key: bytes, name_of: NameOf) -> Series:
     peer = key[head : head + peer_bytes].decode("utf-8", "backslashreplace")
     answered = not no_header and status != 0
     error = exchange_error(answered, connect_errno, status or None, OUTCOMES.get(outcome))
-    return _client(_method(method), name_of(tgid, upstream), peer, answered, status or None, error)
+    known = counted_method(method_of_bit(method), known_methods)
+    return _client(known, name_of(tgid, upstream), peer, answered, status or None, error)
 
 
-def of_phase(request: Request, phase: Phase) -> Series | None:
-    """Returns the series that counts the duration of a request or an exchange. `None`: no series counts the phase."""
+def _sent_method(request: Request, attempt: Attempt) -> str | None:
+    """Returns the method that the peer was sent, by nginx's number. `None`: the number stands for no method."""
+    if attempt.method_bit:
+        return method_of_bit(attempt.method_bit)
+    return None if attempt.subrequest else request.method
+
+
+def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> Series | None:
+    """Returns the series that counts the duration of a request, an exchange or a failed connect.
+
+    `None`: no series counts the phase.
+    """
     _, _, kind, number, error = phase
     if kind == REQUEST:
         return _server(
-            request.method,
+            counted_method(request.method, known_methods),
+            request.method is not None,
             request.location,
             request.server_name,
             request.status,
@@ -147,14 +160,15 @@ def of_phase(request: Request, phase: Phase) -> Series | None:
             request.tls,
             error,
         )
-    if kind != UPSTREAM_EXCHANGE:
+    attempt = request.attempts[number - 1] if number else None
+    exchange = kind == UPSTREAM_EXCHANGE
+    if attempt is None or not (exchange or is_failed_connect(attempt, error)):
         return None
-    attempt = request.attempts[number - 1]
     return _client(
-        None if attempt.subrequest else request.method,
+        counted_method(_sent_method(request, attempt), known_methods),
         attempt.upstream,
         attempt.peer,
-        is_answered(attempt),
+        exchange and is_answered(attempt),
         attempt.status,
         error,
     )

@@ -81,6 +81,15 @@ def power_of_two(value: int) -> int:
     return value
 
 
+def network(value: str) -> str:
+    """Returns the text; raises ValueError unless it is a network, an address, or `unix:`."""
+    if value != "unix:":
+        from ipaddress import ip_network
+
+        ip_network(value, strict=False)
+    return value
+
+
 def openable(value: Path) -> Path:
     """Returns the path; raises ValueError if it has a zero byte. TOML allows a zero byte, but no path can have it."""
     if "\0" in str(value):

@@ -4,7 +4,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from otel_nginx_ebpf.settings.declaration import Declaration, lower, nanoseconds, openable, power_of_two, setting
+from otel_nginx_ebpf.settings.declaration import (
+    Declaration,
+    lower,
+    nanoseconds,
+    network,
+    openable,
+    power_of_two,
+    setting,
+)
 
 ExporterName = Literal["otlp", "console", "line", "json"]
 Color = Literal["auto", "always", "never"]
@@ -17,6 +25,17 @@ Sampler = Literal[
     "parentbased_traceidratio",
 ]
 Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
+OptInAttribute = Literal[
+    "client.port",
+    "http.request.size",
+    "http.response.size",
+    "network.local.address",
+    "network.local.port",
+    "network.transport",
+    "url.scheme",
+]
+"""The attributes that the semantic conventions leave out of HTTP spans by default, and that the program knows."""
+SpanNames = Literal["phases", "semconv"]
 Detail = Literal["phases", "request"]
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
@@ -92,6 +111,42 @@ class Settings:
         "Keep the query string of each URI, or only the path.",
         commands=("run", "replay", "report"),
         remark="query strings are kept",
+    )
+    known_methods: tuple[str, ...] = setting(
+        (),
+        "The request methods that spans and metrics name; all others are _OTHER. Replaces the whole list.",
+        commands=("run", "replay", "report"),
+        allowed="methods, such as GET",
+        metavar="METHOD",
+        standard=("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS",),
+        remark="the methods of RFC 9110, PATCH and QUERY",
+        limits={"pattern": r"^[!#$%&'*+.^_`|~0-9A-Za-z-]+$"},
+    )
+    span_names: SpanNames = setting(
+        "phases",
+        "How CLIENT spans are named. phases: upstream connect, upstream exchange. semconv: by the method alone, as the "
+        "semantic conventions say.",
+        commands=("run", "replay"),
+        allowed="phases or semconv",
+        metavar="NAMES",
+    )
+    opt_in_attributes: tuple[OptInAttribute, ...] = setting(
+        (),
+        "Also give spans these attributes, which the semantic conventions leave out by default.",
+        commands=("run", "replay", "report"),
+        allowed=f"of {', '.join(get_args(OptInAttribute))}",
+        metavar="NAME",
+        remark="none",
+    )
+    trusted_proxy: tuple[str, ...] = setting(
+        (),
+        "Believe what proxies in this network say about a request in Forwarded, X-Forwarded-Proto and "
+        "X-Forwarded-Host. unix: stands for all unix sockets.",
+        commands=("run", "record", "replay", "report"),
+        allowed="networks or addresses, such as 10.0.0.0/8, 2001:db8::/32 or 127.0.0.1, or unix:",
+        metavar="CIDR",
+        remark="none: the headers do not count",
+        check=network,
     )
     color: Color = setting(
         "auto",

@@ -1,6 +1,5 @@
 """The attributes of spans: their names, and their values from the facts of a request. Pure."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,10 +14,14 @@ from opentelemetry.semconv.attributes import (
 )
 from opentelemetry.trace import SpanKind
 
+from otel_nginx_ebpf.traces.authority import DEFAULT_PORTS, split
+from otel_nginx_ebpf.traces.choices import SpanChoices
+from otel_nginx_ebpf.traces.forwarded import Origin
+from otel_nginx_ebpf.traces.methods import OTHER_METHOD, known_method
 from otel_nginx_ebpf.traces.model import AttributeValue
-from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT, UPSTREAM_EXCHANGE
-from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, METHODS, http_status
-from otel_nginx_ebpf.traces.sockaddr import Address, parse, parse_peer
+from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, http_status
+from otel_nginx_ebpf.traces.sockaddr import Address, parse
+from otel_nginx_ebpf.traces.url import redact_query
 
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
@@ -38,13 +41,7 @@ NGINX_UPSTREAM_TTFB = "nginx.upstream.time_to_first_byte_ns"
 NGINX_SUBREQUEST_URI = "nginx.subrequest.uri"
 NGINX_WORKER_PID = "nginx.worker.pid"
 
-_KNOWN_METHODS = frozenset(METHODS.values())
-
-# The parameters whose values are redacted by default (semantic conventions, url.query).
-_SENSITIVE = re.compile(
-    r"((?:^|(?<=&))(?:AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token))"
-    r"=[^&]*"
-)
+_HTTP_3 = next(number for number, version in HTTP_VERSIONS.items() if version == "3")
 
 # The attribute that is incomplete if the kernel program cut the string.
 _ATTRIBUTE_OF = {
@@ -79,92 +76,27 @@ class SpanFields:
     error: str | None = None
 
 
-def _peer_attributes(
-    number: int, peer: str | None, upstream: str | None, status: int | None, subrequest_uri: str | None
-) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {NGINX_UPSTREAM_ATTEMPT: number}
-    if peer is not None:
-        attributes[NGINX_UPSTREAM_PEER] = peer
-        _add_address(attributes, parse_peer(peer), server_attributes.SERVER_ADDRESS, server_attributes.SERVER_PORT)
-    if upstream is not None:
-        attributes[NGINX_UPSTREAM_NAME] = upstream
-    if status is not None:
-        attributes[NGINX_UPSTREAM_STATUS] = status
-    if subrequest_uri is not None:
-        attributes[NGINX_SUBREQUEST_URI] = subrequest_uri
-    return attributes
-
-
-def connect_fields(
-    number: int,
-    peer: str | None,
-    upstream: str | None,
-    status: int | None,
-    subrequest_uri: str | None,
-    error: str | None,
-) -> SpanFields:
-    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
-    if error is not None:
-        attributes[error_attributes.ERROR_TYPE] = error
-    return SpanFields(attributes, UPSTREAM_CONNECT, error=error)
-
-
-def exchange_fields(
-    number: int,
-    peer: str | None,
-    upstream: str | None,
-    status: int | None,
-    subrequest_uri: str | None,
-    reused: bool | None,
-    method: str | None,
-    answered: bool,
-    error: str | None,
-) -> SpanFields:
-    attributes = _peer_attributes(number, peer, upstream, status, subrequest_uri)
-    if reused is not None:
-        attributes[NGINX_UPSTREAM_REUSED] = reused
-    if method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
-    if answered and (code := http_status(status)) is not None:
-        attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
-    if error is not None:
-        attributes[error_attributes.ERROR_TYPE] = error
-    return SpanFields(attributes, UPSTREAM_EXCHANGE, SpanKind.CLIENT, error)
-
-
-def _add_address(attributes: dict[str, AttributeValue], address: Address | None, host_key: str, port_key: str) -> None:
+def add_address(attributes: dict[str, AttributeValue], address: Address | None, host_key: str, port_key: str) -> None:
+    """Adds a socket's address as the semantic conventions write it: a unix socket by its path, if it has one."""
     if address is None:
         return
-    attributes[host_key] = address.host
-    if address.port:  # 0: realip took the client's address from a header, and nginx prints no port
+    if host := address.host.removeprefix("unix:"):
+        attributes[host_key] = host
+    if address.port:
         attributes[port_key] = address.port
 
 
-def known_method(method: str) -> str:
-    """Returns http.request.method: the method, or `_OTHER` if the semantic conventions do not know the method."""
-    return method if method in _KNOWN_METHODS else "_OTHER"
-
-
-def redact_query(query: str) -> str:
-    """Returns the query string with the values of sensitive parameters replaced, as the semantic conventions say."""
-    return _SENSITIVE.sub(r"\1=REDACTED", query)
-
-
-def _host_and_port(host: str | None, local: Address | None) -> tuple[str | None, int | None]:
-    """Returns server.address and server.port. What the Host header does not tell comes from the listening socket."""
-    port = local.port if local else None
-    if host is None:
-        return (local.host if local else None), port
-    bare, colon, digits = host.rpartition(":")
-    if colon and digits.isascii() and digits.isdigit() and len(digits) <= 5 and not bare.endswith(":"):
-        host, port = bare, int(digits)
-    return host.removeprefix("[").removesuffix("]"), port
+def method_name(known: str) -> str:
+    """Returns how a span's name says its method (semantic conventions, HTTP spans, Name)."""
+    return "HTTP" if known == OTHER_METHOD else known
 
 
 def server_fields(
+    choices: SpanChoices,
     method: str | None,
     location: str | None,
     host: str | None,
+    told: Origin | None,
     local_sockaddr: bytes | None,
     server_name: str | None,
     tls: bool,
@@ -178,19 +110,23 @@ def server_fields(
     kept: str | None,
     error: str | None,
 ) -> SpanFields:
-    """Makes the fields that the SERVER spans of many requests share."""
+    """Makes the fields that the SERVER spans of many requests share.
+
+    `told`: what a trusted proxy says about the client's request. `None`: no such proxy is the socket's peer.
+    """
+    local = parse(local_sockaddr) if local_sockaddr else None
+    scheme = (told and told.scheme) or ("https" if tls else "http")
+    known = known_method(method, choices.known_methods)
     attributes: dict[str, AttributeValue] = {
-        url_attributes.URL_SCHEME: "https" if tls else "http",
+        http_attributes.HTTP_REQUEST_METHOD: known,
+        url_attributes.URL_SCHEME: scheme,
         NGINX_WORKER_PID: worker_pid,
     }
     if (code := http_status(status)) is not None:
         attributes[http_attributes.HTTP_RESPONSE_STATUS_CODE] = code
-    name = "HTTP"
+    name = method_name(known)
     if method is not None:
-        attributes[http_attributes.HTTP_REQUEST_METHOD] = known_method(method)
-        if method in _KNOWN_METHODS:
-            name = method
-        else:
+        if method != known:
             attributes[http_attributes.HTTP_REQUEST_METHOD_ORIGINAL] = method
         # If there is no method, nginx could not parse the request line, and the version is only nginx's default.
         if http_version in HTTP_VERSIONS:
@@ -207,12 +143,13 @@ def server_fields(
     if kept is not None:
         attributes[NGINX_SAMPLING_KEPT_FOR] = kept
 
-    address, port = _host_and_port(host, parse(local_sockaddr) if local_sockaddr else None)
-    if address is not None:
-        attributes[server_attributes.SERVER_ADDRESS] = address
-    if port is not None:
-        attributes[server_attributes.SERVER_PORT] = port
-
+    _add_server(attributes, host, told, local, scheme)
+    if network_attributes.NETWORK_TRANSPORT in choices.opt_in:
+        attributes[network_attributes.NETWORK_TRANSPORT] = transport(local, http_version)
+    if local is not None:
+        own: dict[str, AttributeValue] = {}
+        add_address(own, local, network_attributes.NETWORK_LOCAL_ADDRESS, network_attributes.NETWORK_LOCAL_PORT)
+        attributes |= {name: value for name, value in own.items() if name in choices.opt_in}
     if attempts:
         attributes[NGINX_ATTEMPTS] = attempts
     if attempts_lost:
@@ -220,6 +157,35 @@ def server_fields(
     if no_live_peers > 0:
         attributes[NGINX_NO_LIVE_PEERS] = no_live_peers
     return SpanFields(attributes, name, SpanKind.SERVER, error)
+
+
+def _add_server(
+    attributes: dict[str, AttributeValue], host: str | None, told: Origin | None, local: Address | None, scheme: str
+) -> None:
+    """Adds server.address and server.port: the server that the client asked for, else the listening socket.
+
+    If a proxy changed the scheme or the host, the listening socket's port is not the port that the client asked for.
+    """
+    port = local.port if local else None
+    if told is not None and (told.scheme or told.authority):
+        host = told.authority or host
+        port = DEFAULT_PORTS[scheme] if host is not None else port
+    if host is None:
+        add_address(attributes, local, server_attributes.SERVER_ADDRESS, server_attributes.SERVER_PORT)
+        return
+    attributes[server_attributes.SERVER_ADDRESS], named = split(host)
+    if named is not None:
+        port = named
+    if port is not None:
+        attributes[server_attributes.SERVER_PORT] = port
+
+
+def transport(socket: Address | None, http_version: int | None = None) -> str:
+    if socket is not None and socket.port is None:
+        return network_attributes.NetworkTransportValues.UNIX.value
+    if http_version == _HTTP_3:
+        return network_attributes.NetworkTransportValues.UDP.value
+    return network_attributes.NetworkTransportValues.TCP.value
 
 
 def uri_fields(uri: str, query: bool) -> SpanFields:
@@ -230,9 +196,17 @@ def uri_fields(uri: str, query: bool) -> SpanFields:
     return SpanFields(attributes)
 
 
-def client_fields(sockaddr: bytes) -> SpanFields:
+def client_fields(choices: SpanChoices, sockaddr: bytes | None, peer_sockaddr: bytes | None) -> SpanFields:
+    """Makes the client as nginx sees it, perhaps from a header (realip), and the peer of the socket."""
     attributes: dict[str, AttributeValue] = {}
-    _add_address(attributes, parse(sockaddr), client_attributes.CLIENT_ADDRESS, client_attributes.CLIENT_PORT)
+    client = parse(sockaddr) if sockaddr else None
+    if client is not None:
+        attributes[client_attributes.CLIENT_ADDRESS] = client.host
+        # 0: realip took the client's address from a header, and nginx prints no port
+        if client.port and client_attributes.CLIENT_PORT in choices.opt_in:
+            attributes[client_attributes.CLIENT_PORT] = client.port
+    peer = parse(peer_sockaddr) if peer_sockaddr else None
+    add_address(attributes, peer, network_attributes.NETWORK_PEER_ADDRESS, network_attributes.NETWORK_PEER_PORT)
     return SpanFields(attributes)
 
 
@@ -242,5 +216,5 @@ def user_agent_fields(user_agent: str) -> SpanFields:
 
 def cut_fields(cut: tuple[str, ...], has_query: bool) -> SpanFields:
     attribute_of = _ATTRIBUTE_OF | ({"STRING_URI": url_attributes.URL_QUERY} if has_query else {})
-    names = tuple(attribute_of[string] for string in cut if string in attribute_of)
+    names = tuple(dict.fromkeys(attribute_of[string] for string in cut if string in attribute_of))
     return SpanFields({NGINX_TRUNCATED: names})

@@ -104,6 +104,11 @@ def has_exchange(attempt: Attempt) -> bool:
     return attempt.connect_ms is not None and attempt.first_write_mono_ns is not None
 
 
+def is_failed_connect(attempt: Attempt, error: str | None) -> bool:
+    """Tells whether a connect with this error.type was all of its attempt: no request reached the peer."""
+    return error is not None and not has_exchange(attempt)
+
+
 def is_answered(attempt: Attempt) -> bool:
     """Tells whether the peer sent a response."""
     return attempt.header_ms is not None and attempt.status is not None

@@ -2,7 +2,7 @@
 
     SERVER    GET /api/            first request byte read → last response byte written
       INTERNAL  downstream read      first request byte → request and body complete
-      INTERNAL  upstream connect     connect started → connected (with TLS: after the handshake), or failed
+      INTERNAL  upstream connect     connect started → connected (with TLS: after the handshake); CLIENT if it failed
       CLIENT    upstream exchange    first byte sent upstream → last byte received from it
       INTERNAL  downstream write     first response byte → last response byte to the client
 
@@ -12,13 +12,17 @@ system call writes. Such a phase begins when the worker was last seen doing some
 
 import random
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
+from opentelemetry.semconv.attributes import http_attributes
 
-from otel_nginx_ebpf.traces import attributes
+from otel_nginx_ebpf.traces import attributes, upstream_attributes
 from otel_nginx_ebpf.traces.attributes import SpanFields
+from otel_nginx_ebpf.traces.authority import of_absolute_form
+from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
+from otel_nginx_ebpf.traces.forwarded import Origin, origin
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.phases import (
     DOWNSTREAM_READ,
@@ -29,10 +33,12 @@ from otel_nginx_ebpf.traces.phases import (
     Phase,
     has_exchange,
     is_answered,
+    is_failed_connect,
     phases_of,
     time_to_first_byte_ns,
 )
 from otel_nginx_ebpf.traces.record import Attempt, Request
+from otel_nginx_ebpf.traces.sent import parse_line, resend_count, sent_method
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.trace_state import canonical
 
@@ -71,28 +77,30 @@ class SpanBuilder(Generic[F]):
     """
 
     def __init__(
-        self, make: Callable[[SpanFields], F], number: Callable[[str], Callable[[int], F]], *, query: bool
+        self, make: Callable[[SpanFields], F], number: Callable[[str], Callable[[int], F]], choices: SpanChoices
     ) -> None:
-        """`number(name)` returns a function that makes an attribute whose value differs from request to request.
-
-        Without `query`, the query strings of URIs are left out.
-        """
+        """`number(name)` returns a function that makes an attribute whose value differs from request to request."""
 
         def kept(fields: Callable[..., SpanFields], count: int = _KEPT_FIELDS) -> Callable[..., F]:
             return lru_cache(count)(lambda *facts: make(fields(*facts)))
 
-        self._server = kept(attributes.server_fields)
-        self._connect = kept(attributes.connect_fields)
-        self._exchange = kept(attributes.exchange_fields)
-        self._uri = kept(lambda uri: attributes.uri_fields(uri, query), _KEPT_OWN_FIELDS)
-        self._client = kept(attributes.client_fields, _KEPT_OWN_FIELDS)
+        self._server = kept(partial(attributes.server_fields, choices))
+        self._connect = kept(upstream_attributes.connect_fields)
+        self._sent = kept(partial(upstream_attributes.request_fields, choices))
+        self._url = kept(partial(upstream_attributes.url_fields, choices.query), _KEPT_OWN_FIELDS)
+        self._uri = kept(lambda uri: attributes.uri_fields(uri, choices.query), _KEPT_OWN_FIELDS)
+        self._client = kept(partial(attributes.client_fields, choices), _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
         self._cut = kept(attributes.cut_fields)
-        self._request_size = number(incubating_http.HTTP_REQUEST_SIZE)
-        self._response_size = number(incubating_http.HTTP_RESPONSE_SIZE)
+        chosen = choices.opt_in
+        self._request_size = _number_if(incubating_http.HTTP_REQUEST_SIZE, chosen, number)
+        self._response_size = _number_if(incubating_http.HTTP_RESPONSE_SIZE, chosen, number)
         self._connection_id = number(attributes.NGINX_CONNECTION_ID)
         self._connection_requests = number(attributes.NGINX_CONNECTION_REQUESTS)
+        self._resend_count = number(http_attributes.HTTP_REQUEST_RESEND_COUNT)
         self._first_byte = number(attributes.NGINX_UPSTREAM_TTFB)
+        self._trusts = _trust(choices.trusted_proxies)
+        self._origin = lru_cache(_KEPT_OWN_FIELDS)(origin)
         self._downstream = {name: (make(SpanFields({}, name)),) for name in (DOWNSTREAM_READ, DOWNSTREAM_WRITE)}
 
     def build(self, request: Request, new_id: Callable[[], int]) -> list[BuiltSpan[F]]:
@@ -105,7 +113,7 @@ class SpanBuilder(Generic[F]):
                 fields = self._exchange_fields(request, number, error)
                 span_id = _told_id(request.attempts, number)
             elif kind == UPSTREAM_CONNECT:
-                fields = self._connect_fields(request.attempts[number - 1], number, error)
+                fields = self._connect_fields(request, number, error)
             elif kind == REQUEST:
                 fields = self._server_fields(request, error)
             else:
@@ -120,11 +128,13 @@ class SpanBuilder(Generic[F]):
                 no_live_peers += 1
             else:
                 attempts_lost += 1
+        target = request.request_target
         fields = [
             self._server(
                 request.method,
                 request.location,
-                request.host,
+                request.host if target is None else _host_of(target, request.host),
+                self._told(request) if self._trusts else None,
                 request.local_sockaddr,
                 request.server_name,
                 request.tls,
@@ -141,51 +151,115 @@ class SpanBuilder(Generic[F]):
             self._connection_id(request.connection),
             self._connection_requests(request.connection_requests),
         ]
-        if request.request_bytes is not None:
+        if self._request_size is not None and request.request_bytes is not None:
             fields.append(self._request_size(request.request_bytes))
-        if request.sent_bytes is not None:
+        if self._response_size is not None and request.sent_bytes is not None:
             fields.append(self._response_size(request.sent_bytes))
         if request.uri is not None:
             fields.append(self._uri(request.uri))
-        if request.client_sockaddr is not None:
-            fields.append(self._client(request.client_sockaddr))
+        if request.client_sockaddr is not None or request.peer_sockaddr is not None:
+            fields.append(self._client(request.client_sockaddr, request.peer_sockaddr))
         if request.user_agent is not None:
             fields.append(self._user_agent(request.user_agent))
         if request.cut:
             fields.append(self._cut(request.cut, "?" in (request.uri or "")))
         return tuple(fields)
 
-    def _connect_fields(self, attempt: Attempt, number: int, error: str | None) -> tuple[F, ...]:
+    def _told(self, request: Request) -> Origin | None:
+        """Returns what the proxy in front of nginx says about the client's request. `None`: it is not trusted."""
+        peer = request.peer_sockaddr
+        if peer is None or self._trusts is None or not self._trusts(peer):
+            return None
+        forwarded, proto, host, cut = (
+            request.forwarded,
+            request.x_forwarded_proto,
+            request.x_forwarded_host,
+            request.cut,
+        )
+        if cut:  # the proxy's element is the last, and is what was cut off
+            forwarded = None if "STRING_FORWARDED" in cut else forwarded
+            proto = None if "STRING_X_FORWARDED_PROTO" in cut else proto
+            host = None if "STRING_X_FORWARDED_HOST" in cut else host
+        return self._origin(forwarded, proto, host)
+
+    def _connect_fields(self, request: Request, number: int, error: str | None) -> tuple[F, ...]:
+        attempt = request.attempts[number - 1]
+        if is_failed_connect(attempt, error):
+            return tuple(self._sent_fields(UPSTREAM_CONNECT, request, number, None, False, error))
         return (self._connect(number, attempt.peer, attempt.upstream, attempt.status, attempt.subrequest_uri, error),)
 
     def _exchange_fields(self, request: Request, number: int, error: str | None) -> tuple[F, ...]:
         attempt = request.attempts[number - 1]
-        fields = [
-            self._exchange(
-                number,
-                attempt.peer,
-                attempt.upstream,
-                attempt.status,
-                attempt.subrequest_uri,
-                _is_reused(attempt),
-                None if attempt.subrequest else request.method,
-                is_answered(attempt),
-                error,
-            ),
-        ]
-        if attempt.received_bytes is not None:
+        fields = self._sent_fields(UPSTREAM_EXCHANGE, request, number, _is_reused(attempt), is_answered(attempt), error)
+        if self._response_size is not None and attempt.received_bytes is not None:
             fields.append(self._response_size(attempt.received_bytes))
-        if attempt.sent_bytes is not None:
+        if self._request_size is not None and attempt.sent_bytes is not None:
             fields.append(self._request_size(attempt.sent_bytes))
         first_byte_ns = time_to_first_byte_ns(attempt)
         if first_byte_ns is not None:
             fields.append(self._first_byte(first_byte_ns))
         return tuple(fields)
 
+    def _sent_fields(
+        self, phase: str, request: Request, number: int, reused: bool | None, answered: bool, error: str | None
+    ) -> list[F]:
+        """Returns the fields of a CLIENT span: what the peer was sent, or would have been sent."""
+        attempt = request.attempts[number - 1]
+        peer, tls, asked = attempt.peer, attempt.tls, attempt.sent_host
+        method = version = target = None
+        if attempt.sent_line is not None:
+            method, target, version = parse_line(attempt.sent_line)
+            if not target.startswith("/"):
+                asked = _host_of(target, asked)
+        fields = [
+            self._sent(
+                phase,
+                number,
+                peer,
+                attempt.upstream,
+                attempt.status,
+                attempt.subrequest_uri,
+                attempt.protocol,
+                tls,
+                sent_method(request, attempt, method),
+                version,
+                asked,
+                reused,
+                answered,
+                error,
+            ),
+        ]
+        if target is not None:
+            fields.append(self._url(target, attempt.sent_host, peer, tls))
+        if number > 1 and (count := resend_count(request.attempts, number)):
+            fields.append(self._resend_count(count))
+        return fields
+
+
+def _number_if(
+    name: str, chosen: frozenset[str], number: Callable[[str], Callable[[int], F]]
+) -> Callable[[int], F] | None:
+    return number(name) if name in chosen else None
+
+
+def _trust(proxies: tuple[str, ...]) -> Callable[[bytes], bool] | None:
+    """Returns a function that tells whether a socket's peer is a trusted proxy. `None`: no peer is."""
+    if not proxies:
+        return None
+    from otel_nginx_ebpf.traces.trusted_proxies import TrustedProxies  # brings ipaddress, which few users need
+
+    return TrustedProxies(proxies).has
+
+
+def _host_of(target: str, host: str | None) -> str | None:
+    """Returns the authority of a request target in absolute form, which wins over Host (RFC 9112, 3.2.2)."""
+    absolute = of_absolute_form(target)
+    return absolute[1] if absolute else host
+
 
 @lru_cache
-def _readable(query: bool) -> SpanBuilder[SpanFields]:
-    return SpanBuilder(lambda fields: fields, lambda name: lambda value: SpanFields({name: value}), query=query)
+def _readable(choices: SpanChoices) -> SpanBuilder[SpanFields]:
+    return SpanBuilder(lambda fields: fields, lambda name: lambda value: SpanFields({name: value}), choices)
 
 
 def build_trace(
@@ -193,7 +267,7 @@ def build_trace(
     unix_offset_ns: int,
     ids: IdGenerator,
     *,
-    query: bool = True,
+    choices: SpanChoices = DEFAULT_CHOICES,
     resource: Mapping[str, AttributeValue] | None = None,
 ) -> Trace:
     """Returns the trace of one request in the readable model.
@@ -202,10 +276,10 @@ def build_trace(
         request: The decoded record.
         unix_offset_ns: Unix time minus monotonic time, for all times of this request.
         ids: Makes the spans' ids.
-        query: Whether to keep the URI's query string. Sensitive values in it are redacted.
+        choices: What the spans have.
         resource: Resource attributes of the nginx that served the request.
     """
-    server, *children = _readable(query).build(request, ids.generate_span_id)
+    server, *children = _readable(choices).build(request, ids.generate_span_id)
 
     def span(built: BuiltSpan[SpanFields], parent_span_id: int | None) -> Span:
         (start_mono_ns, end_mono_ns, _, _, error), span_id, fields = built

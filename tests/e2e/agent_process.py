@@ -16,6 +16,8 @@ import psutil
 from e2e.nginx_server import PATIENCE, wait_until
 
 EMPTY: Mapping[str, str] = {}
+OPT_IN: Mapping[str, str] = {"OTEL_NGINX_EBPF_OPT_IN_ATTRIBUTES": "client.port,http.request.size,http.response.size"}
+"""Facts that nginx logs, too: the oracle compares them. By default spans do not have them."""
 PROGRAM = Path(sys.executable).with_name("otel-nginx-ebpf")
 
 
@@ -72,7 +74,8 @@ class Trace:
 class AgentProcess:
     """Attaches the program to an nginx. The probes are live when the constructor returns.
 
-    `arguments` replace `run` with the JSON exporter. The program gets only the OTEL_* variables in `environment`.
+    `arguments` replace `run` with the JSON exporter. The program gets only the OTEL_* variables in `OPT_IN` and
+    `environment`.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class AgentProcess:
         with self._stderr_path.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [program, *(arguments or default)],
-                env={**inherited, **environment},
+                env={**inherited, **OPT_IN, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,

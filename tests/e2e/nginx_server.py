@@ -29,7 +29,7 @@ LOG_VARIABLES = """
     remote_addr remote_port http_user_agent host ssl_protocol
     upstream_addr upstream_status upstream_connect_time upstream_header_time upstream_response_time
     upstream_bytes_sent upstream_bytes_received upstream_cache_status
-    http_traceparent http_b3 http_x_b3_traceid
+    http_traceparent http_b3 http_x_b3_traceid http_forwarded http_x_forwarded_proto
 """
 
 LogLine = dict[str, str]

@@ -11,12 +11,7 @@ from typing import Any
 from e2e.agent_process import Span, Trace
 from e2e.nginx_server import LogLine
 
-KINDS = {
-    "downstream read": "INTERNAL",
-    "upstream connect": "INTERNAL",
-    "upstream exchange": "CLIENT",
-    "downstream write": "INTERNAL",
-}
+CHILDREN = {"downstream read", "upstream connect", "upstream exchange", "downstream write"}
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
 
 # An HTTP/0.9 request has no version in its text.
@@ -116,10 +111,12 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     # A request has no method, version and URI if nginx could not read its first line. An internal redirect overwrites
     # $request_method, but not $request.
     method, route = log["request_method"] and log["request"].partition(" ")[0], attributes.get("http.route")
-    if status in (400, 505) and "http.request.method" not in attributes:
+    original = attributes.get("http.request.method_original")
+    if status in (400, 505) and attributes.get("http.request.method") == "_OTHER" and original is None:
         method = ""  # with error_page, nginx logs GET
     known = method if method in KNOWN_METHODS else "_OTHER"
-    yield from _differ("method", attributes.get("http.request.method"), known if method else None)
+    yield from _differ("method", attributes.get("http.request.method"), known)
+    yield from _differ("original method", original, method if method and known == "_OTHER" else None)
     name = method if method in KNOWN_METHODS else "HTTP"
     yield from _differ("name", server.name, f"{name} {route}" if route else name)
     version = PROTOCOL_VERSIONS.get(log["server_protocol"], "0.9" if method and not log["server_protocol"] else None)
@@ -144,7 +141,8 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
         # An address from a header (realip) has no port.
         port = int(log["remote_port"]) if log["remote_port"] else None
         yield from _differ("client port", attributes.get("client.port"), port)
-    yield from _differ("scheme", attributes.get("url.scheme"), "https" if log["ssl_protocol"] else "http")
+    if not (log["http_forwarded"] or log["http_x_forwarded_proto"]):  # nginx itself does not look there
+        yield from _differ("scheme", attributes.get("url.scheme"), "https" if log["ssl_protocol"] else "http")
 
 
 def _check_tree(trace: Trace) -> Iterator[str]:
@@ -159,7 +157,11 @@ def _check_tree(trace: Trace) -> Iterator[str]:
         if len(trace.named(name)) > 1:
             yield f"{len(trace.named(name))} spans {name}"
     for span in trace.spans[1:]:
-        yield from _differ(f"{span.name} kind", span.kind, KINDS.get(span.name))
+        if span.name not in CHILDREN:
+            yield f"a span {span.name!r}"
+        # A connect that failed is all that a peer saw of the request.
+        asks = span.name == "upstream exchange" or (span.name == "upstream connect" and span.status == "ERROR")
+        yield from _differ(f"{span.name} kind", span.kind, "CLIENT" if asks else "INTERNAL")
         yield from _differ(f"{span.name} parent", span.parent_span_id, trace.server.span_id)
     for span in trace.spans:
         error = span.attributes.get("error.type")
@@ -189,10 +191,13 @@ def _check_attempt(attempt: TracedAttempt, logged: LoggedAttempt | None, given_u
     for span in attempt.spans:
         peer = span.attributes.get("nginx.upstream.peer", "")
         host, _, port = peer.rpartition(":")
-        expected = (peer, None) if peer.startswith("unix:") else (host.strip("[]"), port)
-        number = span.attributes.get("server.port")
-        traced = span.attributes.get("server.address"), None if number is None else str(number)
-        yield from _differ(f"{span.name} server address", traced, expected)
+        unix = peer.startswith("unix:")
+        expected = (peer.removeprefix("unix:") or None, None) if unix else (host.strip("[]"), port)
+        number = span.attributes.get("network.peer.port")
+        traced = span.attributes.get("network.peer.address"), None if number is None else str(number)
+        yield from _differ(f"{span.name} peer address", traced, expected)
+        for name in ("http.request.method", "server.address"):
+            yield from _differ(f"{span.name} has {name}", name in span.attributes, span.kind == "CLIENT")
         if logged:
             yield from _differ(f"{span.name} peer", peer, logged.peer)
     if connect and (connect.status == "ERROR") != (exchange is None) and not given_up:

@@ -24,8 +24,8 @@ ATTRIBUTES = {
     "CLIENT": (
         "http.request.method",
         "http.response.status_code",
-        "server.address",
-        "server.port",
+        "network.peer.address",
+        "network.peer.port",
         "nginx.upstream.name",
         "error.type",
     ),
@@ -42,7 +42,12 @@ def measured_spans(traces: Iterable[Trace]) -> Iterable[Span]:
 
 def series_of(span: Span) -> Series:
     names = ATTRIBUTES[span.kind]
-    return METRICS[span.kind], frozenset((name, span.attributes[name]) for name in names if name in span.attributes)
+    attributes = {name: span.attributes[name] for name in names if name in span.attributes}
+    if span.kind == "CLIENT":  # the span has the host that was asked for, which a client may choose
+        server = {"server.address": attributes.get("nginx.upstream.name", attributes.get("network.peer.address"))}
+        server["server.port"] = attributes.get("network.peer.port")
+        attributes |= {name: value for name, value in server.items() if value is not None}
+    return METRICS[span.kind], frozenset(attributes.items())
 
 
 def expected(traces: Iterable[Trace]) -> dict[Series, Histogram]:

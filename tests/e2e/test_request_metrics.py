@@ -259,10 +259,12 @@ def test_they_count_what_is_not_sampled(stand: Stand) -> None:
     found: Counter[tuple[str, Any]] = Counter()
     for metric in metrics:
         for point in metric.histogram.data_points:
-            found[metric.name, attributes(point.attributes)["http.response.status_code"]] += point.count
+            found[metric.name, attributes(point.attributes).get("http.response.status_code")] += point.count
     wanted = Counter((METRICS["SERVER"], int(line["status"])) for line in lines)
-    # Only its last attempt of each has an exchange.
+    # The last attempt of each has an exchange; the attempts before it have a refused connect.
     wanted.update((METRICS["CLIENT"], 200) for line in lines if line["upstream_addr"])
+    wanted[METRICS["CLIENT"], None] = sum(line["upstream_addr"].count(",") for line in lines)
+    assert wanted[METRICS["CLIENT"], None]
     assert found == wanted
     assert check_exemplars(metrics, agent.traces) > 0
     assert {span.span_id for span in measured_spans(agent.traces)}
@@ -334,6 +336,29 @@ def scrape(address: str, name: str) -> dict[tuple[tuple[str, str], ...], float]:
         for sample in family.samples
         if sample.name == name
     }
+
+
+def test_known_methods_and_names(stand: Stand) -> None:
+    """Spans and series know the same methods. The names of CLIENT spans change nothing else."""
+    known = {"OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS": "GET,PROPFIND"}
+    agent = stand.agent("methods", "--metrics", "--span-names=semconv", **known)
+    methods = ["GET", "POST", "BREW"]
+    try:
+        stand.send([get("/", "PROPFIND")])
+        stand.send([get(path, method) for method in methods for path in ("/", "/app/x", "/dead/")])
+    finally:
+        agent.stop()
+    assert differences(told(stand.metrics("methods"), attributes), expected(agent.traces)) == []
+    servers = [trace.server for trace in agent.traces]
+    assert {(span.name.split()[0], span.attributes.get("http.request.method_original")) for span in servers} == {
+        ("GET", None),
+        ("PROPFIND", None),
+        ("HTTP", "POST"),
+        ("HTTP", "BREW"),
+    }
+    clients = [span for trace in agent.traces for span in trace.spans if span.kind == "CLIENT"]
+    assert len(clients) == len(methods) * (1 + 2)
+    assert {span.name for span in clients} == {"GET", "HTTP"}
 
 
 def test_they_can_be_left_out(stand: Stand) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from io import StringIO
 from itertools import count
 from pathlib import Path
+from typing import get_args
 from unittest.mock import patch
 
 import pytest
@@ -41,9 +42,11 @@ from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
 from otel_nginx_ebpf.nginx.layouts import _measured
 from otel_nginx_ebpf.planner.sites import BOUNDARIES
 from otel_nginx_ebpf.settings import sources
+from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces import capture
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
 from otel_nginx_ebpf.traces.capture import CaptureError
+from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.plausibility import doubt
 from otel_nginx_ebpf.traces.record import RecordError, decode
 from otel_nginx_ebpf.traces.spans import build_trace
@@ -65,6 +68,7 @@ class Target:
 
 _OFFSET = struct.Struct("<q")
 _RESOURCE = Resource({"service.name": "nginx"})
+_EVERYTHING = SpanChoices(opt_in=frozenset(get_args(OptInAttribute)), trusted_proxies=("0.0.0.0/0", "::/0", "unix:"))
 _CONSOLE = make_renderer(StringIO(), "never")
 
 
@@ -90,7 +94,7 @@ def check_record(data: bytes) -> None:
         request = decode(data[8:])
     except RecordError:
         return
-    trace = build_trace(request, unix_offset_ns, _Ids())
+    trace = build_trace(request, unix_offset_ns, _Ids(), choices=_EVERYTHING)
     line, console, text = to_line(trace), _CONSOLE(trace), to_json(trace, _RESOURCE)
     assert line[-1] == "\n"
     assert line[:-1].isprintable()
@@ -101,7 +105,7 @@ def check_record(data: bytes) -> None:
     assert text.isascii()
     assert len(json.loads(text)["spans"]) == len(trace.spans)
     try:
-        encoded, spans = Encoder(_Ids().generate_span_id).encode(request, unix_offset_ns)
+        encoded, spans = Encoder(_Ids().generate_span_id, _EVERYTHING).encode(request, unix_offset_ns)
     except RecordError:
         with pytest.raises(RecordError):
             Encoder(_Ids().generate_span_id).encode_trace(trace)
@@ -117,6 +121,7 @@ def record_seeds() -> Iterator[bytes]:
     strings = {kind: f"{kind} é\x1b[31m\u202e\n, &sig=1?X-Amz-Signature=2".encode() + b"\xff" for kind in STRING_KINDS}
     for sockaddr in (CLIENT, CLIENT_V6, b"\1\0/run/\x1b.sock\0"):
         strings |= {"STRING_CLIENT_SOCKADDR": sockaddr, "STRING_LOCAL_SOCKADDR": sockaddr}
+        strings |= {"STRING_PEER_SOCKADDR": sockaddr, "STRING_FORWARDED": 'for="\\",";proto=https, host="[::1]:80"'}
         yield offset + record(strings, [("unix:/a b", {"connect_errno": 111, "ended_ns": 5})], ("a=1,b=2", "c@d=3"))
     yield offset + record({}, [], created_ns=2**64 - 1, ended_ns=2**63)
     for status, rc in ((101, 0), (408, 408), (499, 499), (502, 0), (200, 0)):
@@ -143,8 +148,10 @@ def check_capture(data: bytes) -> None:
         with suppress(UserError, CaptureError):
             capture.read_header(SCRATCH)
         with suppress(UserError, CaptureError):
-            pipeline.replay(capture.read_capture(SCRATCH), _Readable(exporters, query=False), stats)
-        report = Report(Stats(), query=True)
+            pipeline.replay(
+                capture.read_capture(SCRATCH), _Readable(exporters, choices=SpanChoices(query=False)), stats
+            )
+        report = Report(Stats(), SpanChoices())
         if data[:1] >= b"\xf0":
             with suppress(UserError, CaptureError):
                 pipeline.replay(capture.read_capture(SCRATCH), report, Stats())

@@ -141,7 +141,6 @@ def static_trace(**attributes: AttributeValue) -> Trace:
         "url.path": "/index.html",
         "http.response.status_code": 200,
         "client.address": "192.0.2.7",
-        "client.port": 51234,
     }
     server |= {name.replace("__", "."): value for name, value in attributes.items()}
     return trace_of(
@@ -160,7 +159,6 @@ def retried_trace(trace_id: int = 0xABC) -> Trace:
         "url.query": "id=1",
         "http.response.status_code": 200,
         "client.address": "::1",
-        "client.port": 51234,
     }
     refused: dict[str, AttributeValue] = {"nginx.upstream.peer": "127.0.0.1:9", "nginx.upstream.attempt": 1}
     live: dict[str, AttributeValue] = {"nginx.upstream.peer": "[::1]:8080", "nginx.upstream.attempt": 2}

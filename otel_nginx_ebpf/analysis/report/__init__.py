@@ -27,6 +27,7 @@ from otel_nginx_ebpf.export.interface import Completed
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.traces.attributes import NGINX_UPSTREAM_PEER, NGINX_UPSTREAM_TTFB
+from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.model import Span, Trace
 from otel_nginx_ebpf.traces.phases import DOWNSTREAM_READ, DOWNSTREAM_WRITE, UPSTREAM_CONNECT, UPSTREAM_EXCHANGE
 from otel_nginx_ebpf.traces.record import Request
@@ -46,9 +47,9 @@ class Report:
 
     at_once = 1024
 
-    def __init__(self, stats: Stats, *, query: bool) -> None:
+    def __init__(self, stats: Stats, choices: SpanChoices) -> None:
         self._stats = stats
-        self._query = query
+        self._choices = choices
         self._tally = Tally()
         self._timeline = Timeline()
         self._slowest: list[tuple[int, int, Request, int]] = []
@@ -75,7 +76,7 @@ class Report:
         locations, peers = rows_of(self._tally, View(peers=True))
         seconds = max(self._end_unix_ns - self._start_unix_ns, 0) / 1e9
         slowest = [
-            build_trace(request, unix_offset_ns, RandomIds(), query=self._query)
+            build_trace(request, unix_offset_ns, RandomIds(), choices=self._choices)
             for _, _, request, unix_offset_ns in sorted(self._slowest, reverse=True)
         ]
         style, script = _text("page.css"), _text("page.js")

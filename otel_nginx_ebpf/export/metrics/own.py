@@ -23,6 +23,7 @@ from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.metrics.totals import RequestDurations
 from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.traces.choices import choices_of
 from otel_nginx_ebpf.traces.losses import INCOMPLETE, LEFT_OUT, LOST, of_kind
 
 # The time limit of the last transmission, at least and at most, in seconds.
@@ -40,7 +41,7 @@ class Metrics:
     def __init__(self, settings: Settings, stats: Stats, resource: Resource) -> None:
         """Starts the export. `resource` belongs to requests whose nginx is not known."""
         readers: list[MetricReader] = []
-        self.exemplars = Exemplars()
+        self.exemplars = Exemplars(choices_of(settings).known_methods)
         requests = stats.durations, self.exemplars, Resources(resource)
         if settings.metrics:
             readers.append(_to_collector(settings.otlp_protocol, OtlpRequestMetrics(*requests)))

@@ -14,6 +14,7 @@ from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.traces.attributes import SpanFields
+from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request
 from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder
@@ -162,10 +163,10 @@ class _NumberAttribute(dict[int, bytes]):
 class Encoder:
     """Encodes the spans of requests or of readable traces, as `spans` fields of ScopeSpans."""
 
-    def __init__(self, new_id: Callable[[], int], *, query: bool = True) -> None:
-        """`new_id` makes span ids. Without `query`, the query strings of URIs are left out."""
+    def __init__(self, new_id: Callable[[], int], choices: SpanChoices = DEFAULT_CHOICES) -> None:
+        """`new_id` makes span ids."""
         self._new_id = new_id
-        builder = SpanBuilder(encode_fields, lambda name: _NumberAttribute(name).__getitem__, query=query)
+        builder = SpanBuilder(encode_fields, lambda name: _NumberAttribute(name).__getitem__, choices)
         self._build = builder.build
 
     def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[BuiltSpan[bytes]]]:

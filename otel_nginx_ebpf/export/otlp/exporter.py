@@ -22,6 +22,7 @@ from otel_nginx_ebpf.export.otlp.sender import Answer, Sender
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.metrics.stats import Size, Stats
 from otel_nginx_ebpf.printable import printable
+from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request
 from otel_nginx_ebpf.traces.spans import RandomIds
@@ -78,7 +79,7 @@ class OtlpExporter:
         queue_bytes: int,
         batch_spans: int,
         delay_s: float,
-        query: bool = True,
+        choices: SpanChoices = DEFAULT_CHOICES,
         wait_for_room: bool = False,
         queue_dir: QueueDir | None = None,
         exemplars: "Exemplars | None" = None,
@@ -89,7 +90,7 @@ class OtlpExporter:
         """
         self._sender = sender
         sender.report = self._report
-        self._encoder = Encoder(RandomIds().generate_span_id, query=query)
+        self._encoder = Encoder(RandomIds().generate_span_id, choices)
         self._resources = Resources(resource)
         self._stats = stats
         self._queue_spans = queue_spans

@@ -14,6 +14,7 @@ from otel_nginx_ebpf.analysis.report.charts import latency_chart, rate_chart, ti
 from otel_nginx_ebpf.analysis.report.timeline import SLOTS_MAX, Timeline
 from otel_nginx_ebpf.analysis.tally import Row, Tally
 from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.record import Request, decode
 from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
 
@@ -21,7 +22,7 @@ HOSTILE = """/</script><script>alert(1)</script>'"><img src=x onerror=alert(1)>{
 
 
 def report_of(*requests: Request, query: bool = True) -> Report:
-    report = Report(Stats(), query=query)
+    report = Report(Stats(), SpanChoices(query=query))
     report.take([(request, UNIX_OFFSET_NS, {}) for request in requests])
     return report
 

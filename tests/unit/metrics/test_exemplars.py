@@ -8,8 +8,9 @@ from otel_nginx_ebpf.export.otlp.encoding import Encoder
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.series import bucket, of_phase
 from otel_nginx_ebpf.metrics.totals import Measured
+from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
-from otel_nginx_ebpf.traces.phases import REQUEST, UPSTREAM_EXCHANGE, phases_of
+from otel_nginx_ebpf.traces.phases import REQUEST, UPSTREAM_CONNECT, UPSTREAM_EXCHANGE, phases_of
 from otel_nginx_ebpf.traces.record import Request, decode
 from unit.sample_traces import RETRIED, UNIX_OFFSET_NS
 
@@ -26,9 +27,10 @@ def found(exemplars: Exemplars, request: Request) -> dict[str, tuple[int, int]]:
     """By peer, or for the request: the span's id and end."""
     examples = {}
     for phase in phases_of(request):
-        start_mono_ns, end_mono_ns, kind, number, _ = phase
-        series = of_phase(request, phase)
-        assert (series is not None) == (kind in (REQUEST, UPSTREAM_EXCHANGE))
+        start_mono_ns, end_mono_ns, kind, number, error = phase
+        series = of_phase(request, phase, KNOWN_METHODS)
+        failed = kind == UPSTREAM_CONNECT and error is not None
+        assert (series is not None) == (failed or kind in (REQUEST, UPSTREAM_EXCHANGE))
         if series is not None:
             of_buckets = exemplars.of(Measured(RESOURCE, series, ()))
             example = of_buckets[bucket(end_mono_ns - start_mono_ns)]
@@ -59,7 +61,7 @@ def test_readable_traces_offer_the_same() -> None:
         def shutdown(self, timeout_s: float) -> None: ...
 
     exemplars, request, kept = Exemplars(), with_two_attempts_at_once(), Kept()
-    _Readable([kept], query=True, exemplars=exemplars).take([(request, UNIX_OFFSET_NS, RESOURCE)])
+    _Readable([kept], exemplars=exemplars).take([(request, UNIX_OFFSET_NS, RESOURCE)])
     server, *others = kept.trace.spans
     expected = {REQUEST: (server.span_id, server.end_unix_ns)} | {
         span.attributes["nginx.upstream.peer"]: (span.span_id, span.end_unix_ns)

@@ -78,6 +78,22 @@ def test_standard_variables_count_and_the_more_special_one_wins(
     assert getattr(load({name: text}, path), name) == value
 
 
+def test_the_standard_variable_of_known_methods_is_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load({}).known_methods == ()
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", "GET,PROPFIND, brew")
+    assert load({}).known_methods == ("GET", "PROPFIND", "brew")
+    monkeypatch.setenv("OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS", "GET,NO METHOD")
+    with pytest.raises(UserError, match=r"OTEL_INSTRUMENTATION_HTTP_KNOWN_METHODS.* must be methods"):
+        load({})
+
+
+def test_trusted_proxies_are_networks_addresses_and_unix_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_NGINX_EBPF_TRUSTED_PROXY", "10.1.2.3/8, 2001:db8::/32,127.0.0.1,unix:")
+    assert load({}).trusted_proxy == ("10.1.2.3/8", "2001:db8::/32", "127.0.0.1", "unix:")
+    with pytest.raises(UserError, match=r"--trusted-proxy .* must be networks or addresses, .*; it is '10\.0/8'"):
+        load({"trusted_proxy": ["10.0/8"]})
+
+
 def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.125")
@@ -116,7 +132,8 @@ def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in SettingsSource.model_fields if name not in ("output", "binary", "queue_dir")]
+    "name",
+    [name for name in SettingsSource.model_fields if name not in ("output", "binary", "queue_dir", "known_methods")],
 )
 def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -149,6 +166,10 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
         ("sampler_arg", "1.1"),
         ("sampler_arg", "nan"),
         ("propagators", ["tracecontext", "xray"]),
+        ("opt_in_attributes", ["client.port", "user_agent.original"]),
+        ("trusted_proxy", ["10.0.0.0/33"]),
+        ("trusted_proxy", ["10.0.0.0/8", "proxy.example"]),
+        ("trusted_proxy", ["unix:/run/a.sock"]),
         ("keep_slower_than", "500"),
         ("keep_slower_than", "0ms"),
         ("keep_slower_than", "2 h"),

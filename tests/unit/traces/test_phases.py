@@ -3,11 +3,13 @@
 import ctypes
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf.traces.abi import LIMITS
-from otel_nginx_ebpf.traces.phases import REQUEST, UPSTREAM_EXCHANGE, phases_of
+from otel_nginx_ebpf.traces.phases import REQUEST, UPSTREAM_CONNECT, UPSTREAM_EXCHANGE, is_failed_connect, phases_of
 from otel_nginx_ebpf.traces.record import decode
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 from unit.c_compiler import compile_library
@@ -16,19 +18,22 @@ from unit.sample_traces import RETRIED, STATIC, record
 PROBES = Path(__file__).parents[3] / "probes"
 NONE = 2**64 - 1
 
-# The calls of probes/requests.c.
+# The calls of probes/requests.c and probes/metrics.c.
 _SOURCE = r"""
 #include <linux/types.h>
 #include "record.h"
 #include "metrics.h"
 
-u64 durations(const u8 *raw, u64 *exchanges)
+u64 durations(const u8 *raw, u64 *to_peers)
 {
     const struct request_record *record = (const struct request_record *)raw;
     const struct upstream_attempt *attempts = (const struct upstream_attempt *)(raw + sizeof(*record));
     u64 last_end_ns = read_end_ns(record);
-    for (u32 i = 0; i < record->attempts; i++)
-        exchanges[i] = exchange_ns(&attempts[i], &last_end_ns);
+    for (u32 i = 0; i < record->attempts; i++) {
+        to_peers[i] = exchange_ns(&attempts[i], &last_end_ns);
+        if (!to_peers[i])
+            to_peers[i] = failed_connect_ns(&attempts[i]);
+    }
     return request_ns(record, last_end_ns);
 }
 """
@@ -38,7 +43,7 @@ _library.durations.restype = ctypes.c_uint64
 
 
 def by_the_kernel(raw: bytes) -> tuple[int, list[int]]:
-    """How long the request took, and each of its attempts' exchanges; 0: had none."""
+    """How long the request took, and each of its attempts' exchange or failed connect; 0: neither."""
     aligned = (ctypes.c_uint64 * (len(raw) // 8)).from_buffer_copy(raw)
     exchanges = (ctypes.c_uint64 * LIMITS["ATTEMPTS_MAX"])()
     request_ns = _library.durations(aligned, exchanges)
@@ -50,8 +55,9 @@ def by_phases(raw: bytes) -> tuple[int, list[int]]:
     (start_ns, end_ns, kind, *_), *others = phases_of(request)
     assert kind == REQUEST
     exchanges = [0] * len(request.attempts)
-    for start, end, kind, number, _ in others:
-        if kind == UPSTREAM_EXCHANGE:
+    for start, end, kind, number, error in others:
+        failed = kind == UPSTREAM_CONNECT and is_failed_connect(request.attempts[number - 1], error)
+        if kind == UPSTREAM_EXCHANGE or failed:
             exchanges[number - 1] = end - start
     return max(end_ns - start_ns, 0), exchanges
 
@@ -67,6 +73,8 @@ attempts = st.fixed_dictionaries(
         "connect_msec": st.sampled_from([0, 3, NONE]),
         "header_msec": st.sampled_from([3, NONE]),
         "status": st.sampled_from([0, 200, 502]),
+        "connect_errno": st.sampled_from([0, 0, 111]),
+        "outcome": st.integers(0, 3),
         "subrequest": st.booleans(),
         "ends_with_read": st.booleans(),
     }
@@ -103,6 +111,26 @@ def test_a_mirror_that_ends_later_counts_in_the_kernel() -> None:
         ends_with_write=1,
     )
     assert by_the_kernel(raw) == by_phases(raw) == (30, [22])
+
+
+REFUSED = {"connect_start_ns": 15, "connect_failed_ns": 18, "ended_ns": 19, "connect_msec": NONE, "header_msec": NONE}
+
+
+@pytest.mark.parametrize(
+    ("facts", "counted_ns"),
+    [
+        ({"connect_errno": 111, "status": 502}, 3),
+        ({"status": 504, "connect_failed_ns": 0}, 4),
+        ({"outcome": 3}, 0),
+        ({"outcome": 3, "connect_errno": 110}, 3),
+    ],
+    ids=["refused", "timed out", "abandoned", "failed, then abandoned"],
+)
+def test_a_connect_counts_as_a_request_if_it_failed(facts: dict[str, int], counted_ns: int) -> None:
+    raw = record({}, [("127.0.0.1:9", REFUSED | facts)], first_read_ns=9, created_ns=10, ended_ns=41)
+    assert by_the_kernel(raw) == by_phases(raw) == (32, [counted_ns])
+    connect = build_trace(decode(raw), 0, RandomIds()).spans[2]
+    assert (connect.name, connect.kind) == ("upstream connect", SpanKind.CLIENT if counted_ns else SpanKind.INTERNAL)
 
 
 def test_each_phase_has_its_span() -> None:

@@ -3,20 +3,24 @@
 import socket
 import struct
 from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.trace import SpanKind
 
+from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
 from otel_nginx_ebpf.traces.attributes import redact_query
-from otel_nginx_ebpf.traces.model import Span, Trace
+from otel_nginx_ebpf.traces.choices import SpanChoices
+from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.record import Attempt, Request
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 OFFSET_NS = 10**18
 CLIENT = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 51234) + bytes([192, 0, 2, 7]) + bytes(8)
+BALANCER = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 40000) + bytes([192, 0, 2, 8]) + bytes(8)
 LISTENER = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 8080) + bytes([192, 0, 2, 1]) + bytes(8)
 
 REQUEST = Request(
@@ -60,6 +64,7 @@ REQUEST = Request(
     trace_state=None,
     ending=None,
     ends_with_write=True,
+    peer_sockaddr=BALANCER,
 )
 
 ATTEMPT = Attempt(
@@ -86,6 +91,11 @@ ATTEMPT = Attempt(
     span_id=None,
     outcome=None,
     ends_with_read=True,
+    protocol="http_1",
+    method_bit=2,
+    upstream_request=1,
+    sent_line="GET /users?id=1 HTTP/1.0",
+    sent_host="backend.example",
 )
 
 
@@ -100,8 +110,8 @@ class CountingIds:
         return self._last
 
 
-def build(request: Request, *, query: bool = True) -> Trace:
-    return build_trace(request, OFFSET_NS, CountingIds(), query=query)
+def build(request: Request, **chosen: Any) -> Trace:
+    return build_trace(request, OFFSET_NS, CountingIds(), choices=SpanChoices(**chosen))
 
 
 def children(request: Request) -> list[tuple[str, int, int, str | None]]:
@@ -117,8 +127,8 @@ def test_a_proxied_request() -> None:
     upstream = {
         "nginx.upstream.attempt": 1,
         "nginx.upstream.peer": "127.0.0.1:9000",
-        "server.address": "127.0.0.1",
-        "server.port": 9000,
+        "network.peer.address": "127.0.0.1",
+        "network.peer.port": 9000,
         "nginx.upstream.name": "backend",
         "nginx.upstream.status": 200,
     }
@@ -138,12 +148,11 @@ def test_a_proxied_request() -> None:
                 "url.query": "id=1",
                 "http.route": "/api/",
                 "http.response.status_code": 200,
-                "http.request.size": 80,
-                "http.response.size": 240,
                 "network.protocol.version": "1.1",
                 "user_agent.original": "curl/8",
                 "client.address": "192.0.2.7",
-                "client.port": 51234,
+                "network.peer.address": "192.0.2.8",
+                "network.peer.port": 40000,
                 "server.address": "example.com",
                 "server.port": 8080,
                 "nginx.connection.id": 7,
@@ -166,8 +175,10 @@ def test_a_proxied_request() -> None:
             | {
                 "http.request.method": "GET",
                 "http.response.status_code": 200,
-                "http.request.size": 70,
-                "http.response.size": 300,
+                "network.protocol.version": "1.0",
+                "server.address": "backend.example",
+                "server.port": 80,
+                "url.full": "http://backend.example/users?id=1",
                 "nginx.upstream.connection.reused": False,
                 "nginx.upstream.time_to_first_byte_ns": 1_500,
             },
@@ -340,11 +351,22 @@ def test_what_nginx_logs_for_no_status_is_no_status_code(status: int) -> None:
 
 @pytest.mark.parametrize(
     ("method", "name", "attribute"),
-    [("GET", "GET /api/", "GET"), ("BREW", "HTTP /api/", "_OTHER"), (None, "HTTP /api/", None)],
+    [("GET", "GET /api/", "GET"), ("BREW", "HTTP /api/", "_OTHER"), (None, "HTTP /api/", "_OTHER")],
 )
-def test_unknown_methods_do_not_make_span_names(method: str | None, name: str, attribute: str | None) -> None:
+def test_unknown_methods_do_not_make_span_names(method: str | None, name: str, attribute: str) -> None:
     server = build(replace(REQUEST, method=method)).spans[0]
-    assert (server.name, server.attributes.get("http.request.method")) == (name, attribute)
+    assert (server.name, server.attributes["http.request.method"]) == (name, attribute)
+    original = method if method == "BREW" else None
+    assert server.attributes.get("http.request.method_original") == original
+
+
+def test_the_users_list_of_known_methods_replaces_all_of_ours() -> None:
+    brewing = {"known_methods": frozenset({"BREW", "Get"})}
+    server = build(replace(REQUEST, method="BREW"), **brewing).spans[0]
+    assert (server.name, server.attributes["http.request.method"]) == ("BREW /api/", "BREW")
+    server = build(REQUEST, **brewing).spans[0]
+    assert (server.name, server.attributes["http.request.method"]) == ("HTTP /api/", "_OTHER")
+    assert server.attributes["http.request.method_original"] == "GET"
 
 
 @pytest.mark.parametrize(
@@ -355,6 +377,7 @@ def test_unknown_methods_do_not_make_span_names(method: str | None, name: str, a
         ("[::1]:8443", "::1", 8443),
         ("[::1]", "::1", 8080),
         (None, "192.0.2.1", 8080),
+        ("user:secret@example.com:1", "example.com", 1),
     ],
 )
 def test_the_server_is_the_one_the_client_named(host: str | None, address: str, port: int) -> None:
@@ -380,6 +403,8 @@ def test_without_query() -> None:
     attributes = build(REQUEST, query=False).spans[0].attributes
     assert attributes["url.path"] == "/api/users"
     assert "url.query" not in attributes
+    exchange = build(replace(REQUEST, attempts=(ATTEMPT,)), query=False).spans[3]
+    assert exchange.attributes["url.full"] == "http://backend.example/users"
 
 
 def test_a_cut_uri_says_so() -> None:
@@ -435,7 +460,10 @@ def test_every_string_that_can_be_cut_has_an_attribute_to_name() -> None:
     # The first is sent whole or not at all; the second is only counted.
     cut = tuple(STRING_KINDS.keys() - {"STRING_TRACESTATE", "STRING_UNSEEN_PEER"})
     trace = build(replace(REQUEST, cut=cut))
-    assert len(trace.spans[0].attributes["nginx.truncated_attributes"]) == len(cut)
+    names = trace.spans[0].attributes["nginx.truncated_attributes"]
+    assert isinstance(names, tuple)
+    assert len(names) == len(set(names))
+    assert all(build(replace(REQUEST, cut=(each,))).spans[0].attributes["nginx.truncated_attributes"] for each in cut)
 
 
 def test_an_exchange_that_a_leaving_client_ended_is_no_error() -> None:
@@ -463,7 +491,318 @@ def test_a_status_that_is_none_of_https_is_no_status_and_no_error(status: int) -
 
 
 def test_a_size_below_0_is_none() -> None:
-    trace = build(replace(REQUEST, request_bytes=None, attempts=(replace(ATTEMPT, received_bytes=None),)))
+    request = replace(REQUEST, request_bytes=None, attempts=(replace(ATTEMPT, received_bytes=None),))
+    trace = build(request, opt_in=frozenset({"http.request.size", "http.response.size"}))
     assert "http.request.size" not in trace.spans[0].attributes
     assert "http.response.size" not in trace.spans[3].attributes
     assert trace.spans[0].attributes["http.response.size"] == REQUEST.sent_bytes
+
+
+UNIX_LISTENER = struct.pack("=H", socket.AF_UNIX) + b"/run/nginx.sock\0"
+UNNAMED = struct.pack("=H", socket.AF_UNIX)
+
+
+def server(request: Request, **chosen: Any) -> dict[str, AttributeValue]:
+    return dict(build(request, **chosen).spans[0].attributes)
+
+
+def test_what_the_conventions_leave_out_by_default_can_be_chosen() -> None:
+    request = replace(REQUEST, attempts=(ATTEMPT,))
+    without, chosen = build(request), build(request, opt_in=frozenset(get_args(OptInAttribute)))
+    added = [
+        {name: value for name, value in some.attributes.items() if name not in less.attributes}
+        for less, some in zip(without.spans, chosen.spans, strict=True)
+    ]
+    assert added[0] == {
+        "client.port": 51234,
+        "http.request.size": 80,
+        "http.response.size": 240,
+        "network.local.address": "192.0.2.1",
+        "network.local.port": 8080,
+        "network.transport": "tcp",
+    }
+    assert added[3].items() >= {"http.request.size": 70, "http.response.size": 300}.items()
+    assert [added[index] for index in (1, 2, 4)] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize(
+    ("listener", "version", "transport"),
+    [(LISTENER, 1001, "tcp"), (LISTENER, 3000, "udp"), (UNIX_LISTENER, 2000, "unix")],
+)
+def test_the_transport(listener: bytes, version: int, transport: str) -> None:
+    chosen = frozenset({"network.transport", "network.local.address", "network.local.port"})
+    attributes = server(replace(REQUEST, local_sockaddr=listener, http_version=version), opt_in=chosen)
+    assert attributes["network.transport"] == transport
+    path = "/run/nginx.sock" if listener is UNIX_LISTENER else "192.0.2.1"
+    assert attributes["network.local.address"] == path
+    assert ("network.local.port" in attributes) == (listener is LISTENER)
+
+
+@pytest.mark.parametrize("peer", [None, UNNAMED])
+def test_a_peer_without_a_name_is_not_named(peer: bytes | None) -> None:
+    attributes = server(replace(REQUEST, peer_sockaddr=peer, client_sockaddr=UNNAMED))
+    assert not {"network.peer.address", "network.peer.port", "client.port"} & attributes.keys()
+    assert attributes["client.address"] == "unix:"
+
+
+def test_a_unix_socket_is_named_by_its_path() -> None:
+    attributes = server(replace(REQUEST, peer_sockaddr=UNIX_LISTENER, local_sockaddr=UNIX_LISTENER, host=None))
+    assert attributes["network.peer.address"] == attributes["server.address"] == "/run/nginx.sock"
+    assert not {"network.peer.port", "server.port"} & attributes.keys()
+
+
+@pytest.mark.parametrize(
+    ("target", "address", "port"),
+    [
+        ("http://asked.example:81/a?b HTTP/1.1", "asked.example", 81),
+        ("HTTP://asked.example HTTP/1.1", "asked.example", 8080),
+        ("http://user:secret@[::1]:82/ HTTP/1.1", "::1", 82),
+        ("http:///a HTTP/1.1", "example.com", 8080),
+    ],
+)
+def test_the_target_in_absolute_form_wins_over_host(target: str, address: str, port: int) -> None:
+    attributes = server(replace(REQUEST, request_target=target))
+    assert (attributes["server.address"], attributes["server.port"]) == (address, port)
+    assert "secret" not in str(attributes)
+
+
+TOLD = replace(REQUEST, forwarded="for=192.0.2.9;proto=https;host=shop.example")
+
+
+@pytest.mark.parametrize(
+    ("proxies", "told"),
+    [
+        (("192.0.2.0/24",), True),
+        (("198.51.100.1", "192.0.2.8"), True),
+        (("192.0.2.7",), False),
+        (("unix:", "2001:db8::/32"), False),
+        ((), False),
+    ],
+)
+def test_only_the_sockets_peer_can_be_a_trusted_proxy(proxies: tuple[str, ...], told: bool) -> None:
+    """The client's address (192.0.2.7) comes from a header, too."""
+    attributes = server(TOLD, trusted_proxies=proxies)
+    asked = [attributes[name] for name in ("url.scheme", "server.address", "server.port")]
+    assert asked == (["https", "shop.example", 443] if told else ["http", "example.com", 8080])
+
+
+def test_who_the_peer_is_must_be_known_to_trust_it() -> None:
+    unknown = replace(TOLD, peer_sockaddr=None)
+    assert server(unknown, trusted_proxies=("0.0.0.0/0", "::/0", "unix:"))["url.scheme"] == "http"
+
+
+def test_peers_of_unix_sockets_and_mapped_addresses_are_trusted() -> None:
+    mapped = (
+        struct.pack("=H", socket.AF_INET6)
+        + struct.pack("!HI", 1, 0)
+        + socket.inet_pton(socket.AF_INET6, "::ffff:192.0.2.8")
+        + bytes(4)
+    )
+    for peer, proxy in ((UNNAMED, "unix:"), (mapped, "192.0.2.8/32"), (mapped, "192.0.2.9/24")):
+        assert server(replace(TOLD, peer_sockaddr=peer), trusted_proxies=(proxy,))["url.scheme"] == "https"
+
+
+@pytest.mark.parametrize(
+    ("headers", "asked"),
+    [
+        ({"x_forwarded_proto": "https"}, ("https", "example.com", 443)),
+        ({"x_forwarded_proto": "https", "host": "example.com:8443"}, ("https", "example.com", 8443)),
+        ({"x_forwarded_host": "shop.example:81"}, ("http", "shop.example", 81)),
+        ({"x_forwarded_host": "shop.example", "tls": True}, ("https", "shop.example", 443)),
+        ({"x_forwarded_proto": "https", "host": None}, ("https", "192.0.2.1", 8080)),
+        ({"x_forwarded_host": "", "x_forwarded_proto": "gopher"}, ("http", "example.com", 8080)),
+        ({"forwarded": "proto=https", "cut": ("STRING_FORWARDED",)}, ("http", "example.com", 8080)),
+    ],
+)
+def test_what_a_trusted_proxy_says(headers: dict[str, Any], asked: tuple[str, str, int]) -> None:
+    attributes = server(replace(REQUEST, **headers), trusted_proxies=("192.0.2.8",))
+    assert tuple(attributes[name] for name in ("url.scheme", "server.address", "server.port")) == asked
+
+
+def exchange(request: Request = REQUEST, /, **facts: Any) -> dict[str, AttributeValue]:
+    (span,) = [
+        span
+        for span in build(replace(request, attempts=(replace(ATTEMPT, **facts),))).spans
+        if span.name == "upstream exchange"
+    ]
+    return dict(span.attributes)
+
+
+@pytest.mark.parametrize(
+    ("facts", "method", "original"),
+    [
+        ({"sent_line": "POST / HTTP/1.1", "method_bit": 2}, "POST", None),
+        ({"sent_line": "BREW / HTTP/1.1", "method_bit": 1}, "_OTHER", "BREW"),
+        ({"sent_line": None, "method_bit": 8}, "POST", None),
+        ({"sent_line": None, "method_bit": 0x400}, "_OTHER", "PROPFIND"),
+        ({"sent_line": None, "method_bit": 1}, "_OTHER", None),
+        ({"sent_line": None, "method_bit": 0}, "HEAD", None),
+        ({"sent_line": "GET /s HTTP/1.0", "subrequest": True}, "GET", None),
+        ({"sent_line": None, "method_bit": 2, "subrequest": True}, "GET", None),
+        ({"sent_line": None, "method_bit": 4, "subrequest": True}, "HEAD", None),
+        ({"sent_line": None, "method_bit": 0, "subrequest": True}, "_OTHER", None),
+    ],
+)
+def test_the_method_is_what_the_peer_was_sent(facts: dict[str, Any], method: str, original: str | None) -> None:
+    attributes = exchange(replace(REQUEST, method="HEAD", method_bit=4), **facts)
+    assert attributes["http.request.method"] == method
+    assert attributes.get("http.request.method_original") == original
+
+
+def test_an_unknown_method_of_the_clients_is_sent_on() -> None:
+    brewing = replace(REQUEST, method="BREW", method_bit=1)
+    attributes = exchange(brewing, sent_line=None, method_bit=1)
+    assert (attributes["http.request.method"], attributes["http.request.method_original"]) == ("_OTHER", "BREW")
+    other = exchange(brewing, sent_line=None, method_bit=1, subrequest=True)
+    assert "http.request.method_original" not in other
+
+
+@pytest.mark.parametrize(
+    ("facts", "name", "version"),
+    [
+        ({"sent_line": "GET / HTTP/1.1"}, None, "1.1"),
+        ({"sent_line": "GET / HTTP/1.0"}, None, "1.0"),
+        ({"sent_line": "GET /" + "a" * 500}, None, None),
+        ({"sent_line": "GET / HTTP/9"}, None, None),
+        ({"protocol": "http_2", "sent_line": None}, None, "2"),
+        ({"protocol": None, "sent_line": None}, None, None),
+        *(({"protocol": each, "sent_line": None}, each, None) for each in ("fastcgi", "uwsgi", "scgi", "memcached")),
+    ],
+)
+def test_the_protocol_of_the_upstream(facts: dict[str, Any], name: str | None, version: str | None) -> None:
+    attributes = exchange(**facts)
+    assert attributes.get("network.protocol.name") == name
+    assert attributes.get("network.protocol.version") == version
+
+
+@pytest.mark.parametrize(
+    ("facts", "server"),
+    [
+        ({"sent_host": "asked.example:81"}, ("asked.example", 81)),
+        ({"sent_host": "asked.example"}, ("asked.example", 80)),
+        ({"sent_host": "asked.example", "tls": True}, ("asked.example", 443)),
+        ({"sent_host": "[::1]:9"}, ("::1", 9)),
+        ({"sent_host": "user:secret@asked.example"}, ("asked.example", 80)),
+        ({"sent_line": "GET http://far.example:3128/a HTTP/1.1"}, ("far.example", 3128)),
+        ({"sent_host": None}, ("backend", 9000)),
+        ({"sent_host": None, "upstream": None}, ("127.0.0.1", 9000)),
+        ({"sent_host": None, "upstream": "[::1]", "peer": "[::1]:9"}, ("::1", 9)),
+        ({"sent_host": None, "peer": "unix:/run/app.sock"}, ("backend", None)),
+        ({"sent_host": None, "upstream": "unix:/run/app.sock", "peer": "unix:/run/app.sock"}, ("/run/app.sock", None)),
+        ({"sent_host": None, "upstream": None, "peer": None}, (None, None)),
+    ],
+)
+def test_the_upstreams_server_is_the_one_it_was_asked_for(
+    facts: dict[str, Any], server: tuple[str | None, int | None]
+) -> None:
+    attributes = exchange(**facts)
+    assert (attributes.get("server.address"), attributes.get("server.port")) == server
+    assert "secret" not in str(attributes)
+
+
+@pytest.mark.parametrize(
+    ("peer", "address", "port"),
+    [
+        ("[::1]:8080", "::1", 8080),
+        ("unix:/run/app.sock", "/run/app.sock", None),
+        ("unix:", None, None),
+        ("backend", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_peer_of_an_attempt(peer: str | None, address: str | None, port: int | None) -> None:
+    for span in build(replace(REQUEST, attempts=(replace(ATTEMPT, peer=peer),))).spans[2:4]:
+        attributes = span.attributes
+        assert (attributes.get("network.peer.address"), attributes.get("network.peer.port")) == (address, port)
+        assert attributes.get("nginx.upstream.peer") == peer
+        assert ("server.address" in attributes) == (span.kind is SpanKind.CLIENT)
+
+
+REFUSED = replace(
+    ATTEMPT,
+    connected_mono_ns=None,
+    connect_failed_mono_ns=1_400,
+    connect_ms=None,
+    connect_errno=111,
+    first_write_mono_ns=None,
+    last_write_mono_ns=None,
+    first_read_mono_ns=None,
+    last_read_mono_ns=None,
+    header_ms=None,
+    status=502,
+    peer="127.0.0.1:9",
+)
+
+
+def test_a_dead_peer_has_a_client_span() -> None:
+    connect = build(replace(REQUEST, attempts=(REFUSED,))).spans[2]
+    assert (connect.name, connect.kind, connect.error) == ("upstream connect", SpanKind.CLIENT, "ECONNREFUSED")
+    assert connect.attributes == {
+        "error.type": "ECONNREFUSED",
+        "http.request.method": "GET",
+        "network.peer.address": "127.0.0.1",
+        "network.peer.port": 9,
+        "network.protocol.version": "1.0",
+        "nginx.upstream.attempt": 1,
+        "nginx.upstream.name": "backend",
+        "nginx.upstream.peer": "127.0.0.1:9",
+        "nginx.upstream.status": 502,
+        "server.address": "backend.example",
+        "server.port": 80,
+        "url.full": "http://backend.example/users?id=1",
+    }
+
+
+def test_a_connect_that_nginx_abandoned_says_nothing_about_its_peer() -> None:
+    abandoned = replace(REFUSED, connect_errno=0, outcome="abandoned", status=None)
+    connect = build(replace(REQUEST, attempts=(abandoned,))).spans[2]
+    assert (connect.kind, connect.error) == (SpanKind.INTERNAL, None)
+
+
+def test_each_further_attempt_of_one_request_is_a_resend() -> None:
+    """Of two requests to the upstream, the main one and a mirror; the fifth attempt's request is not known."""
+    attempts = (
+        REFUSED,
+        replace(ATTEMPT, upstream_request=2, subrequest=True, subrequest_uri="/mirror"),
+        ATTEMPT,
+        replace(REFUSED, connect_start_mono_ns=1_700, connect_failed_mono_ns=1_800),
+        replace(ATTEMPT, upstream_request=0),
+        replace(ATTEMPT, upstream_request=0),
+    )
+    counts = {
+        span.attributes["nginx.upstream.attempt"]: span.attributes.get("http.request.resend_count")
+        for span in build(replace(REQUEST, attempts=attempts)).spans
+        if span.kind is SpanKind.CLIENT
+    }
+    assert counts == {1: None, 2: None, 3: 1, 4: 2, 5: None, 6: None}
+    connects = [span for span in build(replace(REQUEST, attempts=attempts)).spans if span.kind is SpanKind.INTERNAL]
+    assert not any("http.request.resend_count" in span.attributes for span in connects)
+
+
+def test_the_scheme_and_transport_of_an_upstream_are_opted_in() -> None:
+    def chosen(**facts: Any) -> tuple[AttributeValue | None, AttributeValue | None]:
+        attempts = (replace(ATTEMPT, **facts),)
+        opted = frozenset({"url.scheme", "network.transport"})
+        attributes = build(replace(REQUEST, attempts=attempts), opt_in=opted).spans[3].attributes
+        return attributes.get("url.scheme"), attributes.get("network.transport")
+
+    assert chosen() == ("http", "tcp")
+    assert chosen(tls=True, peer="unix:/run/app.sock") == ("https", "unix")
+    assert chosen(protocol="fastcgi", sent_line=None, sent_host=None) == (None, "tcp")
+
+
+def test_client_spans_may_have_the_conventions_names() -> None:
+    attempts = (REFUSED, replace(ATTEMPT, sent_line="POST / HTTP/1.1"), replace(ATTEMPT, sent_line="BREW / HTTP/1.1"))
+    named = build(replace(REQUEST, attempts=attempts), clients_by_method=True).spans
+    assert sorted((span.name, span.kind.name) for span in named) == [
+        ("GET", "CLIENT"),
+        ("GET /api/", "SERVER"),
+        ("HTTP", "CLIENT"),
+        ("POST", "CLIENT"),
+        ("downstream read", "INTERNAL"),
+        ("downstream write", "INTERNAL"),
+        ("upstream connect", "INTERNAL"),
+        ("upstream connect", "INTERNAL"),
+    ]
+    phases = build(replace(REQUEST, attempts=attempts)).spans
+    assert [replace(span, name="") for span in named] == [replace(span, name="") for span in phases]

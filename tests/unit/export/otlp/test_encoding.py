@@ -1,7 +1,7 @@
 """Our OTLP messages equal the SDK's messages for equal spans, whatever a record contains."""
 
 import struct
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +10,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
+from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request, decode
 from otel_nginx_ebpf.traces.spans import build_trace
@@ -32,17 +34,17 @@ class CountingIds:
         return self._last
 
 
-def ours(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
-    encoder = Encoder(CountingIds().generate_span_id, query=query)
+def ours(*requests: Request, choices: SpanChoices = DEFAULT_CHOICES) -> ExportTraceServiceRequest:
+    encoder = Encoder(CountingIds().generate_span_id, choices)
     encoded = [encoder.encode(request, UNIX_OFFSET_NS) for request in requests]
     message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [spans for spans, _ in encoded]))
     assert sum(len(spans) for _, spans in encoded) == len(message.resource_spans[0].scope_spans[0].spans)
     return message
 
 
-def sdks(*requests: Request, query: bool = True) -> ExportTraceServiceRequest:
+def sdks(*requests: Request, choices: SpanChoices = DEFAULT_CHOICES) -> ExportTraceServiceRequest:
     ids = CountingIds()
-    return sdk_encoding([build_trace(request, UNIX_OFFSET_NS, ids, query=query) for request in requests], RESOURCE)
+    return sdk_encoding([build_trace(each, UNIX_OFFSET_NS, ids, choices=choices) for each in requests], RESOURCE)
 
 
 u64 = st.integers(0, 2**64 - 1)
@@ -79,6 +81,7 @@ def structs(layout: CStruct, **given_fields: st.SearchStrategy[int]) -> st.Searc
 texts = st.one_of(
     st.binary(max_size=40),
     st.text(max_size=40).map(str.encode),
+    st.sampled_from([b"GET /a?b=c&sig=x HTTP/1.1", b"BREW http://u:p@h:1/a HTTP/1.0", b"proto=https;host=a:1", b"a:1"]),
     st.sampled_from([b"GET", b"/a?b=c&sig=x", b"127.0.0.1:80", b"unix:/s", b"[::1]:443", b"a=b,c=d"]),
     st.integers(0, LIMITS["STRING_BYTES_MAX"]).map(lambda size: b"\xc3\xa4%" * size),
 )
@@ -87,12 +90,27 @@ sockaddrs = st.sampled_from(
 )
 
 
+_SOCKADDRS = {number for kind, number in STRING_KINDS.items() if kind.endswith("_SOCKADDR")}
+choices = st.sampled_from(
+    [
+        SpanChoices(),
+        SpanChoices(query=False),
+        SpanChoices(
+            known_methods=frozenset({"BREW"}),
+            opt_in=frozenset(get_args(OptInAttribute)),
+            trusted_proxies=("0.0.0.0/0", "::/0", "unix:"),
+            clients_by_method=True,
+        ),
+    ]
+)
+
+
 @st.composite
 def strings(draw: st.DrawFn, attempts: int) -> bytes:
     encoded = b""
     for kind in draw(st.permutations(sorted(STRING_KINDS.values()))):
         for attempt in range(max(attempts, 1)):
-            data = draw(sockaddrs if kind in (7, 8) else texts)[: LIMITS["STRING_BYTES_MAX"]]
+            data = draw(sockaddrs if kind in _SOCKADDRS else texts)[: LIMITS["STRING_BYTES_MAX"]]
             cut = draw(st.integers(0, 1)) if kind != STRING_KINDS["STRING_TRACESTATE"] else 0
             header = STRING_HEADER.struct.pack(kind, attempt, len(data), len(data) + cut)
             encoded += header + data + bytes(-len(data) % 8)
@@ -116,11 +134,11 @@ def records(draw: st.DrawFn) -> bytes:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(records(), min_size=1, max_size=3), st.booleans())
-def test_any_records(raws: list[bytes], query: bool) -> None:
+@given(st.lists(records(), min_size=1, max_size=3), choices)
+def test_any_records(raws: list[bytes], choices: SpanChoices) -> None:
     requests = [decode(raw) for raw in raws]
     # Twice, as the second time their parts are known already.
-    assert ours(*requests, *requests, query=query) == sdks(*requests, *requests, query=query)
+    assert ours(*requests, *requests, choices=choices) == sdks(*requests, *requests, choices=choices)
 
 
 def test_a_time_that_no_clock_shows_is_a_damaged_record() -> None:
