@@ -141,7 +141,7 @@ static __always_inline void recall_trace(struct process *process, const struct a
     process->incoming.parent_span_id = active->trace.parent_span_id;
     process->incoming.decision = active->trace.parent_said_no ? DECISION_NO : DECISION_NONE;
     process->incoming.valid = active->trace.parent_span_id != 0;
-    if (active->trace.has_tracestate || ADOPT_UPSTREAM_CONTEXT)
+    if (active->trace.has_tracestate || ADOPT_UPSTREAM_CONTEXT || TRUSTED_PROXIES)
         find_context_headers(process);
 }
 
