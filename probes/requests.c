@@ -163,6 +163,12 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     struct request_trace *trace = &process->trace;
     u64 told_span_id = 0;
+    bool reads_headers = HEADERS_ARE_READ;
+#if PROPAGATE && !ADOPT_UPSTREAM_CONTEXT && !TRUSTED_PROXIES
+    reads_headers = !active.decided || active.trace.has_tracestate;
+#endif
+    if (reads_headers)
+        find_context_headers(process);
 #if PROPAGATE
     told_span_id = active.told_span_id;
     if (active.decided)

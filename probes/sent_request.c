@@ -27,13 +27,15 @@
 /* Returns the length of the first buffer that nginx sends to a peer; 0: there is none. */
 static __always_inline u64 sent_buffer(u64 upstream, u64 *start)
 {
-    u64 chain = 0, buffer = 0, last = 0;
+    u8 buffer[OFFSET_ngx_buf_s__start + 8] = {}; /* pos, last, …, start */
+    u64 chain = 0, address = 0;
     if (!read_quietly(&chain, upstream + OFFSET_ngx_http_upstream_s__request_bufs) || !chain
-        || !read_quietly(&buffer, chain + OFFSET_ngx_chain_s__buf) || !buffer
-        || !read_quietly(start, buffer + OFFSET_ngx_buf_s__start) || !*start
-        || !read_quietly(&last, buffer + OFFSET_ngx_buf_s__last) || last < *start)
+        || !read_quietly(&address, chain + OFFSET_ngx_chain_s__buf) || !address
+        || bpf_probe_read_user(buffer, sizeof(buffer), (void *)address) != 0)
         return 0;
-    return last - *start;
+    u64 last = MEMBER(buffer, u64, ngx_buf_s, last);
+    *start = MEMBER(buffer, u64, ngx_buf_s, start);
+    return *start && last > *start ? last - *start : 0;
 }
 
 /* Copies a part of the buffer to process->sent, from `before` on. Each further part repeats the last bytes of the part before it,

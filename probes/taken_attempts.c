@@ -45,7 +45,8 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 r, 
         end_ns = now;
     last->upstream = upstream;
     last->settled = 1;
-    note_sent(process, last, r, MEMBER(process->request, u64, ngx_http_request_s, method));
+    bool is_redirected = REQUEST_STR(method_name)->data == process->redirected_method;
+    note_sent(process, last, r, is_redirected ? 0 : MEMBER(process->request, u64, ngx_http_request_s, method));
     last->attempt.ended_ns = end_ns;
     if (state.connect_msec == -1ULL) {
         last->attempt.connect_start_ns = start_ns;

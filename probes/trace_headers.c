@@ -29,6 +29,10 @@ static __always_inline void note_header(struct process *process, u8 *header, u32
     if (hash == HASH_##name)                                                                                           \
     note_header(process, header, place, LENGTH_##name, NAME_LOW_##name, NAME_HIGH_##name)
 
+#define HEADERS_ARE_READ                                                                                               \
+    (PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE              \
+     || ADOPT_UPSTREAM_CONTEXT || TRUSTED_PROXIES)
+
 /* Goes through the list at r->headers_in.headers; process->request holds r. */
 static __always_inline void find_context_headers(struct process *process)
 {
@@ -111,16 +115,12 @@ static __always_inline u64 read_header_value(struct process *process, u32 place)
             read(context, process->context_value, length);                                                             \
     } while (0)
 
-/* Reads the request's incoming context into process->incoming; process->request holds r. */
+/* Reads the request's incoming context into process->incoming. find_context_headers has found its headers. */
 static __always_inline void read_incoming_context(struct process *process)
 {
     struct trace_context *context = &process->incoming;
     __builtin_memset(context, 0, sizeof(*context));
     process->trace.has_tracestate = 0;
-#if PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE || ADOPT_UPSTREAM_CONTEXT \
-    || TRUSTED_PROXIES
-    find_context_headers(process);
-#endif
 #if PROPAGATOR_TRACECONTEXT
     if (process->header_lines[HEADER_TRACEPARENT] == 1) /* W3C: two of them count as none */
         READ_HEADER(HEADER_TRACEPARENT, read_traceparent);
