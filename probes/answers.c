@@ -52,19 +52,17 @@ static __always_inline bool had_answered(struct process *process, u64 bytes_sent
     return bytes_sent > 0 && length >= 0 && (s64)bytes_sent - header_size >= length;
 }
 
-/* Notes how the response stood when nginx sent the request of a post_action, whose own response replaces these facts.
- * ngx_http_post_action sets the request's version to 0.9, and so marks the request. It is called for the main request only. */
-static __always_inline void note_answer(
-    struct process *process, struct request_progress *progress, u64 main_request, u64 client_connection, u32 tgid)
+/* Notes how the response stood when nginx sent the request of a post_action, whose own response replaces these facts. */
+static __always_inline void note_answer(struct process *process, const struct begun_attempt *begun)
 {
-    u64 http_version = 0;
-    if (progress->answer
-        || bpf_probe_read_user(&http_version, sizeof(http_version), (void *)(main_request + OFFSET_ngx_http_request_s__http_version)) != 0
-        || http_version != HTTP_VERSION_0_9
-        || bpf_probe_read_user(process->request, SIZEOF_ngx_http_request_s, (void *)main_request) != 0
-        || bpf_probe_read_user(process->connection, SIZEOF_ngx_connection_s, (void *)client_connection) != 0)
+    u64 connection = begun->key.connection;
+    struct request_key request_key = {.tgid = begun->key.tgid, .connection = connection};
+    struct request_progress *progress = find_progress(&request_key, begun->main_request);
+    if (!progress || progress->answer
+        || bpf_probe_read_user(process->request, SIZEOF_ngx_http_request_s, (void *)begun->main_request) != 0
+        || bpf_probe_read_user(process->connection, SIZEOF_ngx_connection_s, (void *)connection) != 0)
         return;
-    struct socket_key key = {.tgid = tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
+    struct socket_key key = {.tgid = request_key.tgid, .fd = MEMBER(process->connection, s32, ngx_connection_s, fd)};
     struct socket *socket = sockets.lookup(&key);
     u64 status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     if (!status)

@@ -30,12 +30,8 @@ struct owner {
     u64 client_connection;
     u64 upstream;             /* ngx_http_upstream_t * */
     u64 state;
+    u64 location;             /* r->loc_conf */
 };
-
-static __always_inline bool read_quietly(u64 *value, u64 address)
-{
-    return bpf_probe_read_user(value, sizeof(*value), (void *)address) == 0;
-}
 
 /* Tells whether a state is the last one that ngx_http_upstream_connect pushed to r->upstream_states. */
 static __always_inline bool is_latest_state(u64 request, u64 state)
@@ -47,14 +43,12 @@ static __always_inline bool is_latest_state(u64 request, u64 state)
 }
 
 /* Tells whether `request` is a request whose upstream uses this connection now. Fills in `owner`. */
-static __always_inline bool is_owned_by(struct owner *owner, u64 request, u64 connection)
+static __always_inline bool is_owned_by(struct process *process, struct owner *owner, u64 request, u64 connection)
 {
-    struct {
-        u64 signature;
-        u64 connection;
-    } head = {};
+    u8 *head = process->sent; /* signature, connection, …, loc_conf */
     u64 peer_connection = 0;
-    if (!request || bpf_probe_read_user(&head, sizeof(head), (void *)request) != 0 || (u32)head.signature != HTTP_MODULE
+    if (!request || bpf_probe_read_user(head, OFFSET_ngx_http_request_s__loc_conf + 8, (void *)request) != 0
+        || MEMBER(head, u32, ngx_http_request_s, signature) != HTTP_MODULE
         || !read_quietly(&owner->upstream, request + OFFSET_ngx_http_request_s__upstream) || !owner->upstream
         || !read_quietly(&peer_connection, owner->upstream + OFFSET_ngx_http_upstream_s__peer + OFFSET_ngx_peer_connection_s__connection)
         || peer_connection != connection
@@ -63,7 +57,8 @@ static __always_inline bool is_owned_by(struct owner *owner, u64 request, u64 co
         || !is_latest_state(request, owner->state))
         return false;
     owner->request = request;
-    owner->client_connection = head.connection;
+    owner->client_connection = MEMBER(head, u64, ngx_http_request_s, connection);
+    owner->location = MEMBER(head, u64, ngx_http_request_s, loc_conf);
     return true;
 }
 
@@ -115,6 +110,31 @@ static __always_inline void settle(struct attempt_state *state, struct socket *s
     state->settled = 1;
 }
 
+/* Notes what the attempt that began in this system call sends, and where its request is at this time: an internal redirect changes
+ * both. This comes last in the program, because the verifier follows it anew for each state that is left from before. */
+static __always_inline void examine_begun(struct process *process)
+{
+    struct begun_attempt *begun = &process->begun;
+    u8 *line = process->sent;
+    u32 main_method = 0;
+    begun->is_new = 0;
+    struct attempt_state *attempt = attempts.lookup(&begun->key);
+    if (!attempt)
+        return;
+    if (bpf_probe_read_user(line, LINE_BYTES, (void *)(begun->main_request + OFFSET_ngx_http_request_s__method)) == 0) {
+        main_method = OF_LINE(line, method);
+        /* For post_action nginx sets the version to HTTP/0.9. */
+        attempt->acts = !attempt->request && OF_LINE(line, http_version) == HTTP_VERSION_0_9;
+        if (!attempt->request && !attempt->acts) {
+            attempt->location = begun->location;
+            attempt->method_name = ((struct ngx_str *)&OF_LINE(line, method_name))->data;
+        }
+    }
+    if (attempt->acts)
+        note_answer(process, begun);
+    note_sent(process, attempt, attempt->request ? attempt->request : begun->main_request, main_method);
+}
+
 static __always_inline void begin_attempt(
     struct process *process, struct socket_key *key, struct socket *socket, struct owner *owner, u64 now)
 {
@@ -136,8 +156,6 @@ static __always_inline void begin_attempt(
         progress = keep_progress(&request_key, owner->main_request);
     if (!progress)
         return;
-    if (owner->request == owner->main_request)
-        note_answer(process, progress, owner->main_request, owner->client_connection, key->tgid);
     if (progress->attempts >= ATTEMPTS_MAX) {
         count_loss(PARTIAL_ATTEMPTS_LIMIT);
         return;
@@ -148,7 +166,6 @@ static __always_inline void begin_attempt(
     begun->upstream = owner->upstream;
     begun->serial = ++process->attempt_serial;
     begun->fd = key->fd;
-    begun->acts = progress->answer != 0;
     if (owner->request != owner->main_request) {
         begun->request = owner->request;
         begun->attempt.subrequest = 1;
@@ -162,6 +179,10 @@ static __always_inline void begin_attempt(
     socket->attempt_index = progress->attempts;
     socket->attempt_serial = begun->serial;
     progress->attempts++;
+    process->begun.key = attempt_key;
+    process->begun.main_request = owner->main_request;
+    process->begun.location = owner->location;
+    process->begun.is_new = 1;
 }
 
 /* epoll_ctl(epfd, op, fd, event) */

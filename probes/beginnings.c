@@ -95,8 +95,21 @@ static __always_inline u64 monotonic_ns_of_start(struct process *process, u64 lo
     return 0;
 }
 
+/* Reads the places in r->header_in, the buffer with the client's header, or with its last part. ngx_buf_t: pos, last, …, start */
+static __always_inline void read_header_in(struct process *process)
+{
+    u8 buffer[OFFSET_ngx_buf_s__start + 8];
+    u64 header_in = MEMBER(process->request, u64, ngx_http_request_s, header_in);
+    process->header_pos = process->header_last = process->header_start = 0;
+    if (bpf_probe_read_user(buffer, sizeof(buffer), (void *)header_in) != 0)
+        return;
+    process->header_pos = MEMBER(buffer, u64, ngx_buf_s, pos);
+    process->header_last = MEMBER(buffer, u64, ngx_buf_s, last);
+    process->header_start = MEMBER(buffer, u64, ngx_buf_s, start);
+}
+
 #if !DETAIL_REQUEST
-#if defined OFFSET_ngx_connection_s__proxy_protocol && defined OFFSET_ngx_http_request_s__header_in && defined OFFSET_ngx_buf_s__pos
+#ifdef OFFSET_ngx_connection_s__proxy_protocol
 /* Tells whether a header of the PROXY protocol may have been read before the request. */
 static __always_inline bool was_introduced(struct process *process, struct socket *socket)
 {
@@ -106,13 +119,7 @@ static __always_inline bool was_introduced(struct process *process, struct socke
 /* Tells whether the next request's first bytes came with this one's last bytes (ngx_http_set_keepalive, "the pipelined request"). */
 static __always_inline bool next_has_begun(struct process *process)
 {
-    struct {
-        u64 pos;
-        u64 last;
-    } header_in = {};
-    u64 buffer = MEMBER(process->request, u64, ngx_http_request_s, header_in);
-    return bpf_probe_read_user(&header_in, sizeof(header_in), (void *)(buffer + OFFSET_ngx_buf_s__pos)) == 0
-        && header_in.pos < header_in.last;
+    return process->header_pos < process->header_last;
 }
 #else
 /* nginx before 1.17.6, and layouts from an old catalogue: every request needs the probe. */
@@ -193,6 +200,8 @@ static __always_inline bool take_times(struct process *process, struct request_k
     }
     if (socket) {
         record->accepted_ns = socket->opened_ns;
+        for (int i = 0; i < SOCKADDR_WORDS; i++)
+            process->peer[i] = socket->peer[i];
         record->last_write_ns =
             record->multiplexed ? last_frame_ns(process, &socket_key, socket, active) : last_response_byte_ns(process, socket);
     }

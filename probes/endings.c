@@ -53,10 +53,17 @@ static __always_inline bool did_client_leave(struct process *process, struct soc
     return is_out_closed(process) || socket->peer_closed;
 }
 
-/* Tells whether error_page or X-Accel-Redirect may have redirected the request. They replace its method with a GET of nginx's. */
-static __always_inline bool was_redirected(struct process *process)
+/* Tells whether r->method_name.data belongs to a request that nginx has redirected to another URI by error_page or X-Accel-Redirect:
+ * then nginx has replaced the method, unless it was HEAD. For the GET of an HTTP/2 stream nginx may use the same text. */
+static __always_inline bool is_of_a_redirect(struct process *process, u64 method_name)
 {
-    return MEMBER(process->request, u64, ngx_http_request_s, stream) || REQUEST_STR(method_name)->data != REQUEST_STR(request_line)->data;
+    struct request_record *record = (struct request_record *)process->record;
+    struct ngx_str *line = REQUEST_STR(request_line);
+    if (record->multiplexed && record->method == METHOD_GET)
+        return false;
+    if (process->redirected_method)
+        return method_name == process->redirected_method;
+    return !record->multiplexed && method_name != line->data; /* not exported; a module may have set the method, too */
 }
 
 /* Returns how an incomplete response of the main request's last attempt ended, if the client was still there. */
@@ -73,7 +80,7 @@ static __always_inline u8 ending_of_answer(struct process *process, u8 outcome)
         return ENDED_WHOLE;
     if (answer & ANSWER_LEFT)
         return ENDED_CLIENT_CLOSED_REQUEST;
-    if (outcome == OUTCOME_ABANDONED && !(answer & ANSWER_CUT) && was_redirected(process))
+    if (outcome == OUTCOME_ABANDONED && !(answer & ANSWER_CUT) && is_of_a_redirect(process, REQUEST_STR(method_name)->data))
         return ENDED_WHOLE; /* X-Accel-Redirect: nginx did not want the rest */
     if (outcome != OUTCOME_WHOLE)
         return ending_of_outcome(process, outcome);
@@ -94,7 +101,7 @@ static __always_inline u8 ending_of(
         return ENDED_CLIENT_CLOSED_REQUEST;
     if (process->answer)
         return ending_of_answer(process, outcome);
-    if (record->location_unknown && outcome == OUTCOME_ABANDONED && socket && socket->peer_closed)
+    if (process->acted && outcome == OUTCOME_ABANDONED && socket && socket->peer_closed)
         return ENDED_CLIENT_CLOSED_REQUEST; /* before a post_action without an upstream */
     if (was_finalized(process, load_address))
         return outcome == OUTCOME_WHOLE ? ENDED_WHOLE : ending_of_outcome(process, outcome);

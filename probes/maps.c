@@ -1,11 +1,11 @@
 /*
  * What the probes remember between their hits: processes, sockets, running requests, finished upstream attempts.
  *
- * planner/program.py puts in front of this text record.h, metrics.h, x86_64.h, trace_context.h, layout.h, layout_upstream.h, and before
- * them these constants:
+ * planner/program.py puts in front of this text record.h, metrics.h, x86_64.h, trace_context.h, layout.h, layout_upstream.h, text.h, and
+ * before them these constants:
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    the layout, in bytes
  *     SITE_ngx_http_free_request, ADDRESS_<symbol>    virtual addresses in the binary
- *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE    the settings (planner/sampling.py)
+ *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE, TRUSTED_PROXIES    the settings (planner/sampling.py)
  *     HASH_<header>, LENGTH_<header>, NAME_LOW_<header>, NAME_HIGH_<header>    nginx's hash of a header's name, and its bytes
  *     OF_FORK    1: the binary is a fork of nginx
  *     FOLLOW_ALL    1: trace every process that hits a probe; 0: only the processes that user space named, and their children
@@ -41,11 +41,17 @@ enum context_header {
     HEADER_B3_SAMPLED,
     HEADER_B3_FLAGS,
     HEADER_REQUEST_ID,
+    HEADER_FORWARDED,         /* from here on not a trace context; the last line counts */
+    HEADER_X_FORWARDED_PROTO,
+    HEADER_X_FORWARDED_HOST,
     CONTEXT_HEADERS,
 };
 
 #define HEADERS_IN_PART 20    /* ngx_list_init(&r->headers_in.headers, r->pool, 20, …), for every protocol; more headers take more parts */
 #define TRACESTATE_LINES_MAX 4
+
+#define SOCKADDR_BYTES 28 /* struct sockaddr_in6 */
+#define SOCKADDR_WORDS 4
 
 /* The decision about a request's trace. */
 struct request_trace {
@@ -59,8 +65,19 @@ struct request_trace {
     u32 reserved;
 };
 
+/* The request line that a peer is sent. */
+struct sent_line {
+    u64 text;                 /* its address; 0: not known */
+    u64 bytes;
+};
+
 struct attempt_state {
     struct upstream_attempt attempt;
+    u64 location;             /* the main request's r->loc_conf when the attempt began; 0: a subrequest's, or not known */
+    u64 method_name;          /* r->method_name.data at that time */
+    struct sent_line sent_line;
+    u64 sent_host;            /* the address of the value of Host; 0: there is none */
+    u64 sent_host_bytes;
     u64 state;                /* ngx_http_upstream_state_t *; readable until the request ends, because pools free nothing earlier */
     u64 upstream;             /* ngx_http_upstream_t *; readable as long as `state` */
     u64 request;              /* the subrequest's ngx_http_request_t *, or 0 */
@@ -70,6 +87,43 @@ struct attempt_state {
     u8 peer_closed;           /* the socket saw end of file or an error before the attempt was settled */
     u8 acts;                  /* 1: of a post_action */
     u8 reserved;
+};
+
+struct attempt_key {
+    u32 tgid;
+    u32 index;
+    u64 connection;
+};
+
+/* The attempt that began in the latest system call. */
+struct begun_attempt {
+    struct attempt_key key;
+    u64 main_request;
+    u64 location;             /* r->loc_conf of the (sub)request */
+    u64 is_new;
+};
+
+/* How much of what is sent to a peer is examined at once, in steps of 8 bytes and one more for each line. */
+#define SENT_BYTES 1024
+#define SENT_STEPS_MAX 160
+#define SENT_TURNS_MAX 8      /* parts and lines: enough for the longest request line of a record and for Host behind it */
+#define SENT_GUARD 16         /* bytes in front of it and behind it that may be read, too */
+
+/* Offsets in what is sent are from its beginning; `at` and `end` are from the beginning of the part in process->sent. */
+struct sent_search {
+    u64 start;                /* the address of what is sent */
+    u64 bytes;
+    u64 first;                /* the first 8 bytes */
+    u64 at;
+    u64 end;
+    u64 before;               /* the offset of the part in process->sent */
+    u64 is_last_part;
+    u64 begins_line;          /* 1: a line begins at `at` */
+    u64 is_header;            /* 1: the request line is over, and Host was not found yet */
+    u64 line_end;             /* behind the request line and its line end; 0: not found */
+    u64 version;              /* the request line's last 8 bytes */
+    u64 host;                 /* where the value of Host begins; 0: not found */
+    u64 host_end;             /* behind its line end; 0: not found */
 };
 
 #if REQUEST_METRICS
@@ -113,9 +167,21 @@ struct process {
     struct layout_look layout;
     struct layout_trust layout_trust[LAYOUT_PARTS];
     struct attempt_state attempt;
+    struct begun_attempt begun;
+    struct sent_search sent_search;
+    u8 sent[SENT_GUARD + SENT_BYTES + SENT_GUARD]; /* a part of what is sent to a peer */
+    u64 redirected_method;                     /* the data of ngx_http_core_get_method; 0: not known */
+    u64 header_pos;                            /* r->header_in->pos, last and start */
+    u64 header_last;
+    u64 header_start;
+    u64 location;                              /* r->loc_conf of the location that the client asked for; 0: not known */
+    u64 location_method;                       /* r->method_name.data when the request was there */
+    u64 last_sent_line;
+    u64 peer[SOCKADDR_WORDS];                  /* as in struct socket */
     struct ngx_str method_name;                /* as the client sent it */
     u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
     u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
+    struct sent_line sent_lines[ATTEMPTS_MAX];
     u64 seen_peers[ATTEMPTS_MAX];              /* the peers of the main request's own attempts */
     u64 unseen_peers[ATTEMPTS_MAX];
     u64 seen_peers_count;
@@ -123,14 +189,14 @@ struct process {
     u64 next_seen;
     u64 main_tls;                              /* the main request's last attempt used TLS */
     u64 main_outcome;                          /* enum outcome of the main request's last attempt, before a post_action */
-    u64 answer;                                /* request_progress.answer of a request with a post_action, else 0 */
+    u64 acted;                                 /* nginx ran a post_action on the request */
+    u64 answer;                                /* request_progress.answer then, else 0 */
     u64 exchange_ns[ATTEMPTS_MAX];             /* how long each attempt's exchange took; 0: no exchange. It and the
                                                   next two need TIMES_REQUESTS */
     u64 last_end_ns;
     u64 request_ns;
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];
-    u64 method;
     struct duration_name name;
     struct client_key client_key;
 #endif
@@ -176,6 +242,7 @@ struct socket {
     u32 attempt_index;        /* upstream connection: the attempt that it serves, or served last */
     u64 attempt_serial;       /* the serial of that attempt; 0: none */
     u64 client_connection;    /* the client's ngx_connection_t * of that attempt's request */
+    u64 peer[SOCKADDR_WORDS]; /* client connection: the struct sockaddr that accept() returned; 0: not seen */
     u64 connection;           /* the socket's own ngx_connection_t *; 0: not known */
     u64 earlier_write_ns;     /* client over TLS: the last write but one */
     u64 last_sent;            /* client over TLS: ngx_connection_s.sent at the last write, without that write's bytes */
@@ -213,12 +280,6 @@ struct active_request {
 #endif
 };
 
-struct attempt_key {
-    u32 tgid;
-    u32 index;
-    u64 connection;
-};
-
 /* An HTTP/2 connection that began to send at a time. The value is the time of the last write. */
 struct flush_key {
     u32 tgid;
@@ -228,6 +289,7 @@ struct flush_key {
 
 BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
 BPF_ARRAY(new_processes, struct process, 1); /* all zero; too large for the stack */
+BPF_ARRAY(new_sockets, struct socket, 1);    /* as well */
 BPF_ARRAY(live, u32, 1); /* 1: all probes are attached. Earlier no process is added, because only some probes would see it */
 BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
 BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
@@ -339,6 +401,11 @@ static __always_inline u64 random_id(void)
 {
     u64 id = (u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32();
     return id ? id : 1;
+}
+
+static __always_inline bool read_quietly(u64 *value, u64 address)
+{
+    return bpf_probe_read_user(value, sizeof(*value), (void *)address) == 0;
 }
 
 /* Reads nginx's memory. If that fails, counts a lost request and returns false; the caller must give up. */

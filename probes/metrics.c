@@ -133,7 +133,7 @@ static __always_inline void measure_exchange(
     u64 peer_name = 0;
     __builtin_memset(key, 0, sizeof(*key));
     key->series.tgid = ((struct request_record *)process->record)->worker_pid;
-    key->series.method = process->method & ((u64)attempt->subrequest - 1);
+    key->series.method = attempt->method;
     key->series.upstream = process->upstream_configurations[index];
     key->series.status = attempt->status;
     key->series.connect_errno = attempt->connect_errno;
@@ -166,7 +166,6 @@ int measure_request(struct pt_regs *ctx)
     u32 method = measured_method(process, record->method);
 
     u32 taken = record->attempts;
-    process->method = method;
     EACH(i, taken, ATTEMPTS_MAX) {
         u64 ns = process->exchange_ns[i];
         if (!ns)
@@ -178,8 +177,7 @@ int measure_request(struct pt_regs *ctx)
     struct server_series series = {
         .tgid = tgid,
         .method = method,
-        .location = record->location_unknown ? 0
-            : core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, loc_conf)),
+        .location = process->location ? core_conf(process, process->location) : 0,
         .server = core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, srv_conf)),
         .http_version = record->http_version,
         .ending = record->ending,

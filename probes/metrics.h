@@ -49,7 +49,7 @@ struct server_series {
 
 struct client_series {
     __u32 tgid;
-    __u32 method;             /* the method of the client's request; 0: a subrequest's attempt */
+    __u32 method;             /* the method that the peer was sent, as in the record's attempt; 0: not known */
     __u64 upstream;           /* ngx_http_upstream_srv_conf_t *; 0: no upstream */
     __u16 status;             /* as in the record's attempt */
     __u16 connect_errno;

@@ -112,6 +112,7 @@ int enter_ngx_http_process_request(struct pt_regs *ctx)
         count_loss(PARTIAL_PROPAGATION_UNSAFE);
         return 0;
     }
+    find_context_headers(process);
     read_incoming_context(process);
     decide_trace(process);
     active->trace = process->trace;
@@ -141,8 +142,6 @@ static __always_inline void recall_trace(struct process *process, const struct a
     process->incoming.parent_span_id = active->trace.parent_span_id;
     process->incoming.decision = active->trace.parent_said_no ? DECISION_NO : DECISION_NONE;
     process->incoming.valid = active->trace.parent_span_id != 0;
-    if (active->trace.has_tracestate || ADOPT_UPSTREAM_CONTEXT)
-        find_context_headers(process);
 }
 
 #endif

@@ -181,7 +181,7 @@ struct request_record {
     __u8 coarse_start;        /* 1: created_ns comes from r->start_sec and r->start_msec, at most 1 ms off; first_read_ns is 0 */
     __u8 ending;
     __u8 ends_with_write;     /* 1: the request ended with last_write_ns; 0: with ended_ns */
-    __u8 location_unknown;    /* 1: the request's own location is not the location in which nginx ended it (post_action) */
+    __u8 location_unknown;    /* 1: the location that the client asked for is not known: nginx redirected the request (error_page, post_action) */
     __u8 peer_known;          /* 1: the socket's peer is STRING_PEER_SOCKADDR, or STRING_CLIENT_SOCKADDR if there is none */
     __u8 reserved;
     __u32 reserved_too;

@@ -5,6 +5,21 @@ static __always_inline void learn_core_module_index(struct process *process, u64
     if (bpf_probe_read_user(&process->core_module_index, sizeof(u64),
                             (void *)(load_address + ADDRESS_ngx_http_core_module + OFFSET_ngx_module_s__ctx_index)) == 0)
         process->core_module_index_known = 1;
+    if (ADDRESS_ngx_http_core_get_method)
+        read_quietly(&process->redirected_method, load_address + ADDRESS_ngx_http_core_get_method + sizeof(u64));
+}
+
+/* Sets the location that the client asked for: the location where the main request's first attempt began, or else the location
+ * that nginx has found at the end, unless it is the location of post_action. */
+static __always_inline void find_location(struct process *process, struct request_record *record)
+{
+    if (!process->location && !process->acted) {
+        process->location = MEMBER(process->request, u64, ngx_http_request_s, loc_conf);
+        process->location_method = REQUEST_STR(method_name)->data;
+    }
+    if (is_of_a_redirect(process, process->location_method))
+        process->location = 0;
+    record->location_unknown = !process->location;
 }
 
 /* Returns the reason to send a request that the sampler left out. KEPT_SAMPLED: there is no reason. */
@@ -16,39 +31,15 @@ static __always_inline u8 keep(const struct process *process, const struct reque
     return KEEP_SLOWER_THAN_NS && process->request_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
 }
 
-#define METHOD_BYTES_MAX 16 /* including the space after the method; a longer method stays as nginx has it */
+#define METHOD_BYTES_MAX 16
 
-/* Returns the bit of a method. `text` is its text as a little-endian number. 1: another method. */
-static __always_inline u32 method_of_text(u64 text)
-{
-    switch (text) {
-    case 0x544547: /* GET */
-        return METHOD_GET;
-    case 0x44414548: /* HEAD */
-        return METHOD_HEAD;
-    case 0x54534f50: /* POST */
-        return METHOD_POST;
-    case 0x545550: /* PUT */
-        return METHOD_PUT;
-    case 0x4554454c4544: /* DELETE */
-        return METHOD_DELETE;
-    case 0x534e4f4954504f: /* OPTIONS */
-        return METHOD_OPTIONS;
-    case 0x4843544150: /* PATCH */
-        return METHOD_PATCH;
-    case 0x4543415254: /* TRACE */
-        return METHOD_TRACE;
-    }
-    return 1;
-}
-
-/* Finds the method that the client sent. An internal redirect sets r->method and r->method_name to GET, but does not
- * change the request line. r->method_name points to the start of the request line, unless the request was redirected or
- * came over HTTP/2. */
+/* Finds the method that the client sent. An internal redirect sets r->method and r->method_name to GET, and modules set other
+ * methods. None of them changes the request line. r->method_name points to its beginning, unless nginx or a module has
+ * overwritten r->method_name, or the request came over HTTP/2 or HTTP/3, for which nginx makes up a request line. */
 static __always_inline void find_method(struct process *process, struct request_record *record)
 {
-    struct ngx_str *name = REQUEST_STR(method_name), *line = REQUEST_STR(request_line);
-    u8 text[METHOD_BYTES_MAX] = {};
+    struct ngx_str *name = REQUEST_STR(method_name), *line = REQUEST_STR(request_line), *uri = REQUEST_STR(unparsed_uri);
+    u64 text[METHOD_BYTES_MAX / 8] = {};
     process->method_name = *name;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
     if (!line->len && !record->multiplexed) { /* nginx could not parse it; nginx itself sets a method for error_page */
@@ -59,19 +50,14 @@ static __always_inline void find_method(struct process *process, struct request_
     if (name->data == line->data || !line->len
         || bpf_probe_read_user(text, sizeof(text), (void *)line->data) != 0)
         return;
-    u64 bytes = 0, number = 0;
-    for (int i = 0; i < METHOD_BYTES_MAX; i++) {
-        if (text[i] == ' ')
-            break;
-        if (i < 8)
-            number |= (u64)text[i] << (8 * i);
-        bytes = i + 1;
-    }
-    if (!bytes || bytes == METHOD_BYTES_MAX || (bytes == name->len && record->method != METHOD_GET))
+    u64 bytes = bytes_before_space(text[0], text[1]);
+    if (bytes == METHOD_BYTES_MAX) /* METHOD URI HTTP/1.1 */
+        bytes = line->len - uri->len - 10;
+    if (bytes >= line->len)
         return;
-    u32 method = method_of_text(bytes <= 8 ? number : 0);
-    if (method == record->method)
-        return;
+    u32 method = bytes < 8 ? method_of_text(first_bytes(text[0], bytes)) : 1;
+    if (bytes == name->len && (method == record->method || method == 1) && record->multiplexed)
+        return; /* as received, and nginx may know the method */
     process->method_name.data = line->data;
     process->method_name.len = bytes;
     record->method = method;
@@ -128,7 +114,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     struct active_request active = {};
     u64 http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
     record->http_version = asked_version(process, http_version);
-    record->location_unknown = record->http_version != http_version;
+    process->location = 0;
+    process->peer[0] = 0;
     record->multiplexed =
         MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || record->http_version == HTTP_VERSION_3;
 #ifdef OFFSET_ngx_connection_s__ssl
@@ -146,6 +133,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->peer_known = 0;
     record->reserved = 0;
     record->reserved_too = 0;
+    read_header_in(process);
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     struct socket *socket = NULL;
 #if DETAIL_REQUEST
@@ -162,6 +150,12 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     struct request_trace *trace = &process->trace;
     u64 told_span_id = 0;
+    bool reads_headers = HEADERS_ARE_READ;
+#if PROPAGATE && !ADOPT_UPSTREAM_CONTEXT && !TRUSTED_PROXIES
+    reads_headers = !active.decided || active.trace.has_tracestate;
+#endif
+    if (reads_headers)
+        find_context_headers(process);
 #if PROPAGATE
     told_span_id = active.told_span_id;
     if (active.decided)
@@ -180,7 +174,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     }
 #endif
 #if DETAIL_REQUEST
-    active.progress.attempts = recall_last_attempt(process, &active.created_ns, now);
+    active.progress.attempts = recall_last_attempt(process, r, &active.created_ns, now);
 #endif
     record->created_ns = active.created_ns;
     record->ended_ns = now;
@@ -193,8 +187,9 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
+    process->acted = record->http_version != http_version;
     process->answer = 0;
-    if (record->location_unknown) { /* nginx has the status of the post_action's response */
+    if (process->acted) { /* nginx has the status of the post_action's response */
         process->answer = active.progress.answer;
         record->err_status = 0;
         record->out_status = process->answer >> ANSWER_STATUS;
@@ -222,6 +217,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     asm volatile("" ::: "memory"); /* as with record_bytes: read back, it is one unknown number, not 33 known numbers */
     u32 taken = record->attempts;
     find_unseen(process, record);
+    find_location(process, record);
     record->ending = ending_of(process, socket, record, process->main_outcome, load_address);
     record->ends_with_write = ends_with_write(process, socket, record, load_address);
     if (TIMES_REQUESTS)
@@ -256,6 +252,10 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 
     process->record_bytes = sizeof(struct request_record) + taken * sizeof(struct upstream_attempt);
     append_request_strings(process);
+    process->last_sent_line = 0;
+    EACH(i, taken, ATTEMPTS_TAKEN_MAX)
+        append_sent_line(process, i);
+    append_common_strings(process);
     EACH(i, taken, ATTEMPTS_TAKEN_MAX) {
         attempt_key.index = i;
         append_attempt_strings(process, &attempt_key);

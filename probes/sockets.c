@@ -19,19 +19,26 @@ static __always_inline struct socket *find_or_add_socket(struct socket_key *key)
     struct socket *socket = sockets.lookup(key);
     if (socket)
         return socket;
-    struct socket opened_before_attach = {};
-    if (sockets.update(key, &opened_before_attach) != 0) {
+    u32 zero = 0;
+    struct socket *opened_before_attach = new_sockets.lookup(&zero);
+    if (!opened_before_attach || sockets.update(key, opened_before_attach) != 0) {
         count_loss(PARTIAL_SOCKETS_FULL);
         return NULL;
     }
     return sockets.lookup(key);
 }
 
-static __always_inline void opened(struct socket_key *key, u64 now, u8 client)
+/* `peer`: the address of accept()'s second argument; 0: a socket without a client. */
+static __always_inline void opened(struct socket_key *key, u64 now, u8 client, u64 peer)
 {
-    struct socket socket = {.opened_ns = now, .client = client};
-    if (sockets.update(key, &socket) != 0)
-        count_loss(PARTIAL_SOCKETS_FULL);
+    struct socket *socket = find_or_add_socket(key);
+    if (!socket)
+        return;
+    __builtin_memset(socket, 0, sizeof(*socket)); /* the key's earlier socket was closed unseen */
+    socket->opened_ns = now;
+    socket->client = client;
+    if (peer)
+        bpf_probe_read_user(socket->peer, SOCKADDR_BYTES, (void *)peer);
 }
 
 /* Why the request of a connection must be found. */
@@ -226,7 +233,7 @@ static __always_inline void look_for_attempt(
         request = wanted == WANTED_TO_CONNECT ? connecting_request(socket->connection) : sending_request(socket->connection);
     else if (wanted == WANTED_TO_SEND || wanted == WANTED_BY_EVENT)
         process->wanted_until_ns = now + WANTED_NS;
-    if (is_owned_by(&owner, request, socket->connection)) {
+    if (is_owned_by(process, &owner, request, socket->connection)) {
         if (wanted == WANTED_TO_READ && !socket->ready_ns) {
             socket->ready_ns = socket->first_write_ns;
             socket->first_read_ns = now;
@@ -326,12 +333,12 @@ static __always_inline int system_call_ended(
     case SYS_accept4:
         key.fd = result;
         if (result >= 0)
-            opened(&key, now, 1);
+            opened(&key, now, 1, entry.argument2);
         break;
     case SYS_socket:
         key.fd = result;
         if (result >= 0)
-            opened(&key, now, 0);
+            opened(&key, now, 0, 0);
         break;
     case SYS_epoll_ctl:
         key.fd = entry.argument3;
@@ -370,6 +377,8 @@ static __always_inline int system_call_ended(
     }
     if (wanted)
         look_for_attempt(process, &key, wanted, began_ns, now);
+    if (process->begun.is_new)
+        examine_begun(process);
     return 0;
 }
 

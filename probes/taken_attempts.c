@@ -18,7 +18,7 @@ static __always_inline struct attempt_state *find_attempt(struct process *proces
 #if DETAIL_REQUEST
 /* Fills in the request's own last attempt by nginx's clock: u->start_time and the times of its state, each rounded outward to a
  * whole millisecond. Returns false if there is no attempt, or if its times are not within the request. */
-static __always_inline bool recall_last_attempt(struct process *process, u64 *began_ns, u64 now)
+static __always_inline bool recall_last_attempt(struct process *process, u64 r, u64 *began_ns, u64 now)
 {
     struct attempt_state *last = &process->attempt;
     u64 upstream = MEMBER(process->request, u64, ngx_http_request_s, upstream), start_msec = 0;
@@ -45,6 +45,8 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 *be
         end_ns = now;
     last->upstream = upstream;
     last->settled = 1;
+    bool is_redirected = REQUEST_STR(method_name)->data == process->redirected_method;
+    note_sent(process, last, r, is_redirected ? 0 : MEMBER(process->request, u64, ngx_http_request_s, method));
     last->attempt.ended_ns = end_ns;
     if (state.connect_msec == -1ULL) {
         last->attempt.connect_start_ns = start_ns;
@@ -88,6 +90,7 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     u64 configuration = 0;
     bpf_probe_read_user(&configuration, sizeof(u64), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__upstream));
     process->upstream_configurations[index] = configuration;
+    process->sent_lines[index] = ended->sent_line;
 #if REQUEST_METRICS
     process->attempt_states[index] = ended->state;
 #endif
@@ -107,6 +110,10 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     process->attempt_peers[index] = MEMBER(state, u64, ngx_http_upstream_state_t, peer);
     attempt->outcome = outcome_of(ended, attempt);
     if (!ended->request) {
+        if (!process->seen_peers_count) {
+            process->location = ended->location;
+            process->location_method = ended->method_name;
+        }
         process->seen_peers[slot(process->seen_peers_count)] = process->attempt_peers[index];
         process->seen_peers_count++;
         if (process->answer ? !ended->acts : ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream)) {
@@ -122,6 +129,17 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     return true;
 }
 
+/* Appends the request line that an attempt's peer was sent. Retries that send the same have it only once. */
+static __always_inline void append_sent_line(struct process *process, u32 index)
+{
+    struct sent_line *line = &process->sent_lines[slot(index)];
+    u64 limit = process->record_bytes < SENT_LINES_BYTES_MAX ? STRING_BYTES_MAX : SENT_LINE_BYTES_MIN;
+    if (line->text == process->last_sent_line)
+        return;
+    process->last_sent_line = line->text;
+    append_string(process, STRING_SENT_LINE, index, line->text, line->bytes, limit);
+}
+
 static __always_inline void append_attempt_strings(struct process *process, struct attempt_key *key)
 {
     struct attempt_state *ended = find_attempt(process, key);
@@ -133,6 +151,7 @@ static __always_inline void append_attempt_strings(struct process *process, stru
     if (configuration)
         append_str_at(process, STRING_UPSTREAM, index, configuration + OFFSET_ngx_http_upstream_srv_conf_s__host,
                       SHORT_STRING_BYTES_MAX);
+    append_string(process, STRING_SENT_HOST, index, ended->sent_host, ended->sent_host_bytes, SHORT_STRING_BYTES_MAX);
     if (ended->request)
         append_str_at(process, STRING_SUBREQUEST_URI, index, ended->request + OFFSET_ngx_http_request_s__uri,
                       SHORT_STRING_BYTES_MAX);

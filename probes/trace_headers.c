@@ -5,12 +5,14 @@
 
 #define HEADER_PARTS_MAX 8
 
-/* Notes where a header's value is, if the header has this name. Repeated headers: the first counts; each tracestate counts. */
+/* Notes where a header's value is, if the header has this name. Repeated headers: the first counts; each tracestate
+ * counts; of the headers of proxies the last. */
 static __always_inline void note_header(struct process *process, u8 *header, u32 place, u64 length, u64 name_low, u64 name_high)
 {
     u64 name[2] = {};
+    u64 compared = length > sizeof(name) ? sizeof(name) : length; /* the hash confirms a longer name */
     if (MEMBER(header, u64, ngx_table_elt_t, key) != length
-        || bpf_probe_read_user(name, length, (void *)MEMBER(header, u64, ngx_table_elt_t, lowcase_key)) != 0
+        || bpf_probe_read_user(name, compared, (void *)MEMBER(header, u64, ngx_table_elt_t, lowcase_key)) != 0
         || name[0] != name_low || name[1] != name_high)
         return;
     u64 line = process->header_lines[place]++;
@@ -18,7 +20,7 @@ static __always_inline void note_header(struct process *process, u8 *header, u32
         if (line >= TRACESTATE_LINES_MAX)
             return;
         process->tracestate[line & (TRACESTATE_LINES_MAX - 1)] = *(struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value);
-    } else if (line == 0) {
+    } else if (line == 0 || place >= HEADER_FORWARDED) {
         process->header_values[place] = *(struct ngx_str *)(header + OFFSET_ngx_table_elt_t__value);
     }
 }
@@ -26,6 +28,10 @@ static __always_inline void note_header(struct process *process, u8 *header, u32
 #define NOTE_HEADER(name, place)                                                                                       \
     if (hash == HASH_##name)                                                                                           \
     note_header(process, header, place, LENGTH_##name, NAME_LOW_##name, NAME_HIGH_##name)
+
+#define HEADERS_ARE_READ                                                                                               \
+    (PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE              \
+     || ADOPT_UPSTREAM_CONTEXT || TRUSTED_PROXIES)
 
 /* Goes through the list at r->headers_in.headers; process->request holds r. */
 static __always_inline void find_context_headers(struct process *process)
@@ -64,6 +70,11 @@ static __always_inline void find_context_headers(struct process *process)
 #endif
 #if PROPAGATOR_XREQUESTID
             NOTE_HEADER(x_request_id, HEADER_REQUEST_ID);
+#endif
+#if TRUSTED_PROXIES
+            NOTE_HEADER(forwarded, HEADER_FORWARDED);
+            NOTE_HEADER(x_forwarded_proto, HEADER_X_FORWARDED_PROTO);
+            NOTE_HEADER(x_forwarded_host, HEADER_X_FORWARDED_HOST);
 #endif
         }
         if (!next)
@@ -104,15 +115,12 @@ static __always_inline u64 read_header_value(struct process *process, u32 place)
             read(context, process->context_value, length);                                                             \
     } while (0)
 
-/* Reads the request's incoming context into process->incoming; process->request holds r. */
+/* Reads the request's incoming context into process->incoming. find_context_headers has found its headers. */
 static __always_inline void read_incoming_context(struct process *process)
 {
     struct trace_context *context = &process->incoming;
     __builtin_memset(context, 0, sizeof(*context));
     process->trace.has_tracestate = 0;
-#if PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE || ADOPT_UPSTREAM_CONTEXT
-    find_context_headers(process);
-#endif
 #if PROPAGATOR_TRACECONTEXT
     if (process->header_lines[HEADER_TRACEPARENT] == 1) /* W3C: two of them count as none */
         READ_HEADER(HEADER_TRACEPARENT, read_traceparent);
@@ -143,7 +151,6 @@ static __always_inline void read_incoming_context(struct process *process)
 #define BLANK_LINE 0x0a0d0a0d
 #define RESPONSE 0x50545448 /* "HTTP" */
 
-#define LOWER_CASE 0x2020202020202020ULL
 #define RACEPARE 0x6572617065636172ULL /* "racepare", the middle of "traceparent" */
 
 /* Returns where the value begins, given "racepare" at `at`. 0: this is not the name of a header.

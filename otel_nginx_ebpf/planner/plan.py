@@ -76,7 +76,7 @@ class Plan:
             {
                 f"SITE_{end.function}": end.address,
                 **{f"ADDRESS_{name}": self.binary.address(name) for name in sites.OBJECTS},
-                **{f"ADDRESS_{name}": self.binary.symbols.get(name, 0) for name in sites.ENDINGS},
+                **{f"ADDRESS_{name}": self.binary.symbols.get(name, 0) for name in sites.ENDINGS + sites.REDIRECTS},
                 "OF_FORK": int(self.binary.is_fork),
                 "DETAIL_REQUEST": int(settings.detail == "request"),
                 "REQUEST_METRICS": int(settings.measures_requests),

@@ -4,13 +4,14 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
-_HEADERS = ("record.h", "metrics.h", "x86_64.h", "trace_context.h", "layout.h", "layout_upstream.h")
+_HEADERS = ("record.h", "metrics.h", "x86_64.h", "trace_context.h", "layout.h", "layout_upstream.h", "text.h")
 _SOURCES = (
     "maps.c",
     "processes.c",
     "layout.c",
     "beginnings.c",
     "answers.c",
+    "sent_request.c",
     "attempts.c",
     "sockets.c",
     "trace_headers.c",
@@ -34,6 +35,9 @@ _CONTEXT_HEADERS = (
     "x-b3-sampled",
     "x-b3-flags",
     "x-request-id",
+    "forwarded",
+    "x-forwarded-proto",
+    "x-forwarded-host",
 )
 
 
@@ -81,7 +85,7 @@ def program_text(
         device, defined["PID_NAMESPACE_INODE"] = pid_namespace
         defined["PID_NAMESPACE_DEVICE"] = os.major(device) << 20 | os.minor(device)  # the kernel's own dev_t
     for header in _CONTEXT_HEADERS:
-        name, padded = header.replace("-", "_"), header.encode().ljust(16, b"\0")
+        name, padded = header.replace("-", "_"), header.encode()[:16].ljust(16, b"\0")
         defined |= {
             f"HASH_{name}": _ngx_hash(header),
             f"LENGTH_{name}": len(header),

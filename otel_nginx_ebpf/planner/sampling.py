@@ -17,6 +17,7 @@ def constants(settings: Settings) -> dict[str, int]:
     KEEP_SLOWER_THAN_NS: Requests that took longer, in nanoseconds, are kept too; 0 turns this off.
     PROPAGATOR_TRACECONTEXT, PROPAGATOR_B3, PROPAGATOR_B3MULTI, PROPAGATOR_XREQUESTID: These headers are read.
     ADOPT_UPSTREAM_CONTEXT, PROPAGATE: The setting is on.
+    TRUSTED_PROXIES: Some peers are trusted, so the headers Forwarded and X-Forwarded-… are read.
     """
     sampler = settings.sampler.removeprefix(_PARENT_BASED)
     ratio = {"always_on": 1.0, "always_off": 0.0}.get(sampler, settings.sampler_arg)
@@ -35,4 +36,5 @@ def constants(settings: Settings) -> dict[str, int]:
         "PROPAGATOR_XREQUESTID": int("xrequestid" in propagators),
         "ADOPT_UPSTREAM_CONTEXT": int(settings.adopt_upstream_context),
         "PROPAGATE": int(settings.propagate),
+        "TRUSTED_PROXIES": int(bool(getattr(settings, "trusted_proxy", ()))),
     }

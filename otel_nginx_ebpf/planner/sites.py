@@ -98,3 +98,6 @@ server; the others are nginx's clock."""
 
 ENDINGS = ("ngx_http_request_empty_handler", "ngx_http_discarded_request_body_handler", "ngx_exiting")
 """Exported functions and objects that tell how a request ended. Without them no response is reported as incomplete."""
+
+REDIRECTS = ("ngx_http_core_get_method",)
+"""Exported object with the method that nginx sets for an internal redirect. Without it the program guesses."""

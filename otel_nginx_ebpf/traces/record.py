@@ -49,7 +49,9 @@ _SOCKADDRS = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR, _PEER_SOCKADDR})
 
 # Kinds of strings that differ from request to request. A record's strings begin with such strings. The section after
 # them is mostly equal to the section of another record, so decoded sections are cached.
-_VARYING = frozenset({_URI, _REQUEST_TARGET, _USER_AGENT, _CLIENT_SOCKADDR, _PEER_SOCKADDR, _TRACESTATE})
+_VARYING = frozenset(
+    {_URI, _REQUEST_TARGET, _USER_AGENT, _CLIENT_SOCKADDR, _PEER_SOCKADDR, _FORWARDED, _TRACESTATE, _SENT_LINE}
+)
 _KEPT_SECTIONS = 1024
 _KEPT_SECTION_BYTES_MAX = 1024
 
@@ -259,7 +261,8 @@ def _trace_state(strings: dict[int, Any]) -> str | None:
     return ",".join(strings[key] for key in lines) if lines else None
 
 
-def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
+def _attempt(raw: bytes, index: int, string: Callable[[int], Any], lines: dict[int, str]) -> Attempt:
+    """Decodes an attempt. `lines` has the earlier attempts' request lines; a retry has its line from there."""
     (
         connect_start_ns,
         connected_ns,
@@ -287,6 +290,8 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
     ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
     times = connect_msec, header_msec, response_msec
     impossible = sum([_MS_MAX <= msec < _NONE for msec in times]) if max(times) >= _MS_MAX else 0
+    if (line := string(_SENT_LINE + 256 * index)) is not None:
+        lines[upstream_request] = line
     impossible += (bytes_sent < -1) + (bytes_received < 0) + (status != 0 and http_status(status) is None)
     return Attempt(
         connect_start_ns or None,
@@ -315,7 +320,7 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any]) -> Attempt:
         PROTOCOLS.get(protocol),
         method_bit,
         upstream_request,
-        string(_SENT_LINE + 256 * index),
+        lines.get(upstream_request),
         string(_SENT_HOST + 256 * index),
         impossible,
     )
@@ -386,7 +391,8 @@ def decode(raw: bytes) -> Request:
     strings |= common
     cut |= common_cut
     string = strings.get
-    attempts = tuple([_attempt(raw, index, string) for index in range(attempts_count)]) if attempts_count else ()
+    lines: dict[int, str] = {}
+    attempts = tuple([_attempt(raw, index, string, lines) for index in range(attempts_count)]) if attempts_count else ()
     if coarse_start and attempts:  # nginx's clock may be 1 ms late, but a request began before its attempts
         created_ns = min(
             created_ns, *(each.connect_start_mono_ns or each.first_write_mono_ns or created_ns for each in attempts)
