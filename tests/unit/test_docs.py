@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from otel_nginx_ebpf import cli
+from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.settings import document, sources
 from otel_nginx_ebpf.traces import attributes
 from otel_nginx_ebpf.traces.abi import c_enum
@@ -58,6 +59,10 @@ def test_the_tables_of_the_registry(path: Path) -> None:
 def test_each_table_of_the_registry_is_in_a_page() -> None:
     found = [name for path in PAGES for name in re.findall(r"^<!-- table ([\w.]+) -->$", _read(path), re.MULTILINE)]
     assert sorted(found) == sorted(registry.document.TABLES)
+
+
+def test_the_schema() -> None:
+    assert SCHEMA_URL in _read(DOCS / "registry.md")
 
 
 def test_losses() -> None:
