@@ -136,6 +136,13 @@ def check_resource(attributes: Mapping[str, object], said: Iterable[str] = ()) -
     return found + _check_entities(attributes)
 
 
+def check_program(attributes: Mapping[str, object]) -> list[str]:
+    """Checks the resource of the program itself, which its own metrics have."""
+    return [finding for name, value in attributes.items() for finding in check_value(name, value)] + _check_entities(
+        attributes
+    )
+
+
 def _check_entities(attributes: Mapping[str, object]) -> list[str]:
     """Checks that each entity of the conventions with any attribute has all attributes that it requires."""
     return [
@@ -166,3 +173,20 @@ def check_metric(name: str, instrument: str, unit: str, points: Iterable[Mapping
     for point in points:
         found += [f"{name}: {finding}" for finding in check_group(group.id, point)]
     return found
+
+
+# Labels that Prometheus, the SDK's exporter or ours add: the bucket, the instance and the scope.
+_LABELS = frozenset({"le", "service_name", "service_instance_id"})
+
+
+def check_labels(family: str, names: Iterable[str]) -> list[str]:
+    """Checks a family of Prometheus metrics. Its name and its labels have `_` instead of `.`."""
+    groups = [group for group in own().of_type("metric") if family.startswith((group.name or "").replace(".", "_"))]
+    if not groups:
+        return [f"{family}: our registry has no such metric"]
+    known = {name.replace(".", "_") for group in groups for name in group.attributes} | _LABELS
+    return [
+        f"{family}: no label {name} in our registry"
+        for name in names
+        if name not in known and not name.startswith("otel_scope_")
+    ]
