@@ -23,7 +23,12 @@ SERVER = {
     "nginx.worker.pid": 2,
     "nginx.truncated_attributes": ["url.path"],
 }
-CONNECT = {"nginx.upstream.attempt": 1, "nginx.upstream.peer": "10.0.0.7:80", "network.peer.address": "10.0.0.7"}
+CONNECT = {
+    "nginx.upstream.attempt": 1,
+    "nginx.upstream.peer": "10.0.0.7:80",
+    "network.peer.address": "10.0.0.7",
+    "network.peer.port": 80,
+}
 ASKED = CONNECT | {
     "http.request.method": "GET",
     "url.full": "http://app/",
@@ -51,6 +56,7 @@ FASTCGI = without(EXCHANGE | {"network.protocol.name": "fastcgi"}, "url.full", "
     [
         ("SERVER", "GET /", "UNSET", SERVER),
         ("SERVER", "HTTP", "UNSET", UNPARSED),
+        ("SERVER", "GET", "UNSET", without(SERVER | {"http.response.status_code": 400}, "url.path")),
         ("SERVER", "HTTP /", "UNSET", ODD),
         ("SERVER", "GET /", "ERROR", SERVER | {"error.type": "500"}),
         ("INTERNAL", "downstream read", "UNSET", {}),
@@ -64,7 +70,7 @@ FASTCGI = without(EXCHANGE | {"network.protocol.name": "fastcgi"}, "url.full", "
             "CLIENT",
             "upstream exchange",
             "UNSET",
-            without(EXCHANGE, "server.port") | {"nginx.upstream.peer": "unix:/run/app.sock"},
+            without(EXCHANGE, "server.port", "network.peer.port") | {"nginx.upstream.peer": "unix:/run/app.sock"},
         ),
     ],
 )
@@ -83,6 +89,7 @@ def test_spans_that_are_right(kind: str, name: str, status: str, attributes: Att
         ("SERVER", "GET /", "UNSET", SERVER | {"nginx.termination": "tired"}, "nginx.termination: 'tired' is none of"),
         ("SERVER", "GET /", "UNSET", without(SERVER, "url.path"), "url.path: missing"),
         ("SERVER", "GET /", "UNSET", without(SERVER, "http.request.method"), "http.request.method: missing"),
+        ("SERVER", "GET /", "UNSET", without(SERVER, "url.scheme"), "url.scheme: missing"),
         ("SERVER", "GET /", "UNSET", without(SERVER, "nginx.worker.pid"), "nginx.worker.pid: missing"),
         ("SERVER", "GET /", "ERROR", SERVER, "error.type: missing"),
         ("SERVER", "GET /", "UNSET", SERVER | {"error.type": "500"}, "error.type: there, without"),
