@@ -35,6 +35,14 @@ def _registry_of_the_module() -> Iterator[None]:
     _check_what_was_seen()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List every attribute that the tests read of real programs, and what was excused."""
+    if lines := seen.summary():
+        terminalreporter.section("attributes held against the registries")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     """Turn a skip into a failure in CI, where every requirement is set up."""

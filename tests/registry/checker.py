@@ -85,8 +85,20 @@ def _rules(name: str) -> Rules:
     return group.attributes, tuple(demanded)
 
 
-def check_group(name: str, attributes: Mapping[str, object], facts: Mapping[str, object] | None = None) -> list[str]:
-    """Checks attributes against a group of our registry. `facts` are the attributes and what else conditions name."""
+def check_group(
+    name: str,
+    attributes: Mapping[str, object],
+    facts: Mapping[str, object] | None = None,
+    excused: list[str] | None = None,
+) -> list[str]:
+    """Checks attributes against a group of our registry.
+
+    Args:
+        name: The group's id.
+        attributes: Their values by name.
+        facts: The attributes, and what else conditions name. `None`: the attributes.
+        excused: Gets a text for each required attribute that is missing by an exception.
+    """
     allowed, demanded = _rules(name)
     facts = attributes if facts is None else facts
     found = []
@@ -103,8 +115,11 @@ def check_group(name: str, attributes: Mapping[str, object], facts: Mapping[str,
         conditional = reference.present_if and own().groups[name].level(reference.name) == CONDITIONALLY
         if conditional and not _any_holds(reference.present_if, facts):
             continue
-        if not _any_holds(reference.missing, facts):
+        exception = next((each for each in reference.missing if _holds(each, facts)), None)
+        if exception is None:
             found.append(f"{reference.name}: missing, though required")
+        elif excused is not None:
+            excused.append(f"{name} without {reference.name}: {exception}")
     return found
 
 
@@ -119,12 +134,14 @@ def span_group(kind: str, name: str) -> str | None:
     return groups.get((kind, name)) or groups.get((kind, None))
 
 
-def check_span(kind: str, name: str, status: str, attributes: Mapping[str, object]) -> list[str]:
+def check_span(
+    kind: str, name: str, status: str, attributes: Mapping[str, object], excused: list[str] | None = None
+) -> list[str]:
     """Checks a span. `kind` and `status` are OTLP's words, such as `SERVER` and `ERROR`."""
     group = span_group(kind, name)
     if group is None:
         return [f"our registry has no {kind} span {name!r}"]
-    return check_group(group, attributes, {**attributes, "span.status": status})
+    return check_group(group, attributes, {**attributes, "span.status": status}, excused)
 
 
 def check_resource(attributes: Mapping[str, object], said: Iterable[str] = ()) -> list[str]:
