@@ -20,6 +20,7 @@ _examples: dict[str, str] = {}
 _told: Counter[tuple[str, str]] = Counter()
 """How often a group of our registry was seen with an attribute."""
 _excused: Counter[str] = Counter()
+_last_resource: Mapping[str, Any] | None = None
 
 
 class Span(Protocol):
@@ -33,9 +34,16 @@ class Span(Protocol):
     def attributes(self) -> Mapping[str, Any]: ...
 
 
+def _resource(attributes: Mapping[str, Any]) -> None:
+    global _last_resource
+    if attributes != _last_resource:  # thousands of traces in a row have one
+        _last_resource = attributes
+        _findings.update(f"resource: {each}" for each in check_resource(attributes, _SAID))
+        _told.update(("entity.nginx", name) for name in attributes)
+
+
 def trace(resource: Mapping[str, Any], spans: Iterable[Span]) -> None:
-    _findings.update(f"resource: {each}" for each in check_resource(resource, _SAID))
-    _told.update(("entity.nginx", name) for name in resource)
+    _resource(resource)
     excused: list[str] = []
     for span in spans:
         group = span_group(span.kind, span.name) or ""
@@ -57,7 +65,7 @@ def metric(
     if resource.get("service.name") == "otel-nginx-ebpf":
         _findings.update(f"resource of the program: {each}" for each in check_program(resource))
     else:
-        _findings.update(f"resource: {each}" for each in check_resource(resource, _SAID))
+        _resource(resource)
     _findings.update(check_metric(name, instrument, unit, points))
 
 
@@ -85,4 +93,5 @@ def take() -> list[str]:
     """Returns the findings since the last call, each once, with the number of times and an example."""
     found = [f"{text}; {count} times {_examples.pop(text, '')}" for text, count in _findings.items()]
     _findings.clear()
+    _examples.clear()
     return found

@@ -54,7 +54,9 @@ def _constants(path: Path) -> Iterator[str]:
                     yield getattr(importlib.import_module(node.module), each.name)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
-            yield getattr(importlib.import_module(modules[node.value.id]), node.attr)
+            value = getattr(importlib.import_module(modules[node.value.id]), node.attr)
+            if isinstance(value, str):  # not an enumeration of values
+                yield value
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value not in _NO_ATTRIBUTES:
             name = node.value
             if name.startswith("nginx.") and all(part.isidentifier() for part in name.split(".")):
