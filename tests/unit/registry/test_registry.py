@@ -33,6 +33,10 @@ from registry.reader import (
 from otel_nginx_ebpf.export.metrics import own as own_metrics
 from otel_nginx_ebpf.export.metrics.requests import DESCRIPTIONS
 from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces.abi import c_enum
+from otel_nginx_ebpf.traces.record import decode
+from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
+from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
 
 SOURCES = sorted((ROOT / "otel_nginx_ebpf").rglob("*.py"))
 _NAMESPACES = ("opentelemetry.semconv.attributes", "opentelemetry.semconv._incubating.attributes")
@@ -177,3 +181,20 @@ def test_the_program_s_own_metrics() -> None:
     declared = {group.name for group in own().of_type("metric")}
     assert {metric.name for metric in told} == declared - DESCRIPTIONS.keys()
     assert declared >= DESCRIPTIONS.keys()
+
+
+@pytest.mark.parametrize("raw", [STATIC, RETRIED])
+def test_the_values_of_spans_have_the_declared_types(raw: bytes) -> None:
+    trace = build_trace(decode(raw), UNIX_OFFSET_NS, RandomIds())
+    told = [pair for span in trace.spans for pair in span.attributes.items()]
+    assert told
+    assert [finding for pair in told for finding in check_value(*pair)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "enumeration", "prefix"),
+    [("nginx.termination", "ending", "ENDED_"), ("nginx.sampling.kept_for", "kept", "KEPT_")],
+)
+def test_the_members_are_those_of_the_kernel_program(name: str, enumeration: str, prefix: str) -> None:
+    told = [each.removeprefix(prefix).lower() for each, value in c_enum(enumeration).items() if value]
+    assert sorted(member["value"] for member in own().attributes[name].members) == sorted(told)
