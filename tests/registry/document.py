@@ -73,7 +73,7 @@ def everything() -> str:
         declared = declaration(name)
         assert declared, name
         attribute, by = declared
-        source = {"conventions": "conventions", "own": "own"}[by]
+        source = attribute.declared_in or {"conventions": "conventions", "own": "`registry.yaml`"}[by]
         rows.append(
             (f"`{name}`", attribute.type, attribute.stability.replace("_", " "), source, "; ".join(found[name]))
         )

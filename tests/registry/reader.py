@@ -27,7 +27,8 @@ class Attribute:
     members: tuple[Mapping[str, Any], ...]
     """The members of an enumeration. Others may be told, too, if a convention declares it."""
     stability: str
-    brief: str
+    declared_in: str = ""
+    """Who declares an attribute of our registry in truth. Empty: the registry itself."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _attribute(fields: Mapping[str, Any]) -> Attribute:
         members = tuple(declared["members"])
         declared = {str: "string", int: "int"}[type(members[0]["value"])]
     name = fields.get("id") or fields["key"]
-    return Attribute(name, declared, members, fields["stability"], " ".join(fields["brief"].split()))
+    notes = fields.get("annotations", {})
+    return Attribute(name, declared, members, fields["stability"], notes.get("declared_in", ""))
 
 
 def _reference(fields: Mapping[str, Any]) -> Reference:

@@ -178,6 +178,8 @@ def test_the_program_s_own_metrics() -> None:
         points = [dict(point.attributes or {}) for point in metric.data.data_points]
         assert points
         assert check_metric(metric.name, _instrument(metric), metric.unit or "", points) == []
+    for name, text in DESCRIPTIONS.items():
+        assert conventions().groups[f"metric.{name}"].brief == text
     declared = {group.name for group in own().of_type("metric")}
     assert {metric.name for metric in told} == declared - DESCRIPTIONS.keys()
     assert declared >= DESCRIPTIONS.keys()
