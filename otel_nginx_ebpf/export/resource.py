@@ -8,9 +8,13 @@ from opentelemetry.semconv._incubating.attributes.telemetry_attributes import (
     TELEMETRY_DISTRO_NAME,
     TELEMETRY_DISTRO_VERSION,
 )
+from opentelemetry.semconv.schemas import Schemas
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.traces.model import AttributeValue
+
+SCHEMA_URL = Schemas.V1_44_0.value
+"""The release of the semantic conventions whose names spans, metrics and resources have (docs/registry.yaml)."""
 
 
 def make_resource() -> Resource:
@@ -26,7 +30,7 @@ def make_resource() -> Resource:
         if name in said or name not in (SERVICE_INSTANCE_ID, SERVICE_NAME) or _named(name, value)
     }
     ours = {TELEMETRY_DISTRO_NAME: "otel-nginx-ebpf", TELEMETRY_DISTRO_VERSION: __version__, SERVICE_NAME: "nginx"}
-    return Resource({**ours, **found})
+    return Resource({**ours, **found}, SCHEMA_URL)
 
 
 def _named(name: str, value: object) -> bool:

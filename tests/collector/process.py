@@ -15,6 +15,9 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, MetricsData
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status, TracesData
+from registry import seen
+
+from otel_nginx_ebpf.export.resource import SCHEMA_URL
 
 
 def build(program: str = "collector") -> Path:
@@ -141,6 +144,10 @@ def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Tr
         for group in message.resource_spans:
             resource = attributes(group.resource.attributes)
             if wanted(resource):
+                for scope in group.scope_spans:
+                    if scope.scope.name == "otel_nginx_ebpf":
+                        seen.trace(resource, map(_span, scope.spans))
+                        seen.schema(SCHEMA_URL, group.schema_url, scope.schema_url)
                 for span in (span for scope in group.scope_spans for span in scope.spans):
                     first, spans = traces.setdefault((span.trace_id, resource["service.name"]), (resource, []))
                     assert first == resource, "a service with two resources in a trace"
@@ -150,14 +157,25 @@ def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Tr
 
 def collected_metrics(output: Path, service: str) -> list[Metric]:
     """Return a service's metrics in a collector's output file, in order of arrival."""
-    return [
-        metric
-        for message in _messages(output, MetricsData)
-        for group in message.resource_metrics
-        if attributes(group.resource.attributes)["service.name"] == service
-        for scope in group.scope_metrics
-        for metric in scope.metrics
-    ]
+    metrics = []
+    for message in _messages(output, MetricsData):
+        for group in message.resource_metrics:
+            resource = attributes(group.resource.attributes)
+            if resource["service.name"] == service:
+                for scope in group.scope_metrics:
+                    if scope.scope.name == "otel_nginx_ebpf":
+                        seen.schema(SCHEMA_URL, group.schema_url, scope.schema_url)
+                        for metric in scope.metrics:
+                            _see(resource, metric)
+                    metrics += scope.metrics
+    return metrics
+
+
+def _see(resource: dict[str, Any], metric: Metric) -> None:
+    kind = metric.WhichOneof("data")
+    instrument = kind if kind != "sum" else "counter" if metric.sum.is_monotonic else "updowncounter"
+    points = (attributes(point.attributes) for point in getattr(metric, kind).data_points)
+    seen.metric(resource, metric.name, instrument, metric.unit, points)
 
 
 def _trace(resource: dict[str, Any], spans: list[OtlpSpan]) -> Trace:

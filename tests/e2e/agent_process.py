@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from registry import seen
 
 from e2e.nginx_server import PATIENCE, wait_until
 
@@ -52,6 +53,7 @@ class Trace:
     def parse(cls, line: bytes) -> "Trace":
         fields = json.loads(line)
         spans = tuple(Span(**span) for span in fields["spans"])
+        seen.trace(fields["resource"], spans)
         return cls(fields["trace_id"], fields["trace_flags"], fields["trace_state"], fields["resource"], spans)
 
     @property

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
+import pytest
 
 from e2e.agent_process import PROGRAM, AgentProcess, Trace
 from e2e.nginx_server import NGINX, nginx_release, wait_until
@@ -39,6 +40,40 @@ def test_two_builds_at_once_each_with_its_resource(make_nginx: type[PrivateNginx
         assert resource["process.executable.path"] == str(nginx.binary)
         assert resource["host.name"] == Path("/etc/hostname").read_text().strip()
     assert found["/one"]["service.instance.id"] != found["/two"]["service.instance.id"]
+
+
+def test_nginx_in_a_pod(
+    make_nginx: type[PrivateNginx], start_agent: StartAgent, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the two files that the kubelet mounts into every container, in its own mount namespace."""
+    uid = "0a1b2c3d-1111-2222-3333-444455556666"
+    folder = directory / "pods" / uid
+    (folder / "containers" / "edge").mkdir(parents=True)
+    (folder / "containers" / "edge" / "7c3f90ab").touch()
+    (folder / "etc-hosts").write_text("# Kubernetes-managed hosts file.\n127.0.0.1\tlocalhost\n")
+    (directory / "termination-log").touch()
+    mounts = (
+        f"mount --bind {folder}/etc-hosts /etc/hosts"
+        f" && mount --bind {folder}/containers/edge/7c3f90ab {directory}/termination-log"
+    )
+    contained = make_nginx("contained", command=("unshare", "--mount", "sh", "-c", f'{mounts} && exec "$@"', "sh"))
+    beside = make_nginx("beside")
+    contained.start()
+    beside.start()
+    monkeypatch.setenv("K8S_NODE_NAME", "node-7")
+    agent = start_agent("--binary", contained.binary, "--binary", beside.binary)
+    wait_for_ready_lines(agent, 2)
+    contained.get("/contained")
+    beside.get("/beside")
+    wait_for_paths(agent, "/contained", "/beside")
+    agent.stop()
+    found = {path: _of_kubernetes(resource) for path, resource in resources(agent.traces).items()}
+    pod = {"k8s.pod.uid": uid, "k8s.container.name": "edge", "k8s.pod.name": Path("/etc/hostname").read_text().strip()}
+    assert found == {"/contained": {**pod, "k8s.node.name": "node-7"}, "/beside": {"k8s.node.name": "node-7"}}
+
+
+def _of_kubernetes(resource: dict[str, object]) -> dict[str, object]:
+    return {name: value for name, value in resource.items() if name.startswith("k8s.")}
 
 
 def test_one_binary_two_instances(make_nginx: type[PrivateNginx], start_agent: StartAgent) -> None:

@@ -13,6 +13,7 @@ import pytest
 from collector.process import attributes, collected_metrics, official
 from opentelemetry.proto.metrics.v1.metrics_pb2 import AggregationTemporality, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from registry import seen
 
 from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import Http1Connection, request_bytes
@@ -325,7 +326,11 @@ def test_a_prometheus_server_fetches_them(stand: Stand) -> None:
 def scraped(address: str) -> list[Any]:
     request = Request(f"http://{address}/metrics", headers={"Accept": "application/openmetrics-text"})
     with urlopen(request) as answer:
-        return list(text_string_to_metric_families(answer.read().decode()))
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    for family in families:
+        if family.name.startswith(("http_", "otel_nginx_ebpf_")):
+            seen.labels(family.name, {name for sample in family.samples for name in sample.labels})
+    return families
 
 
 def scrape(address: str, name: str) -> dict[tuple[tuple[str, str], ...], float]:

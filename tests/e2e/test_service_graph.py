@@ -13,18 +13,18 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlsplit
 
 import pytest
-from collector.process import collected, jaeger, official
+from collector.process import collected, official
 
 from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import Http1Connection
+from e2e.jaeger_backend import Jaeger
 from e2e.nginx_server import NginxServer, free_ports, wait_until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -40,25 +40,6 @@ service:
   telemetry: { metrics: { level: none } }
   pipelines:
     traces: { receivers: [otlp], exporters: [file, otlp_grpc] }
-"""
-
-JAEGER = """\
-extensions:
-  jaeger_storage: { backends: { memory: { memory: { max_traces: 1000 } } } }
-  jaeger_query:
-    storage: { traces: memory }
-    enable_tracing: false  # of itself, to a fixed port
-    http: { endpoint: "127.0.0.1:%(jaeger)d" }
-    grpc: { endpoint: "127.0.0.1:%(jaeger_grpc)d" }
-receivers:
-  otlp: { protocols: { grpc: { endpoint: "127.0.0.1:%(jaeger_otlp)d" } } }
-exporters:
-  jaeger_storage_exporter: { trace_storage: memory }
-service:
-  extensions: [jaeger_storage, jaeger_query]
-  telemetry: { metrics: { level: none } }
-  pipelines:
-    traces: { receivers: [otlp], exporters: [jaeger_storage_exporter] }
 """
 
 NGINX = """
@@ -124,6 +105,7 @@ class Application:
 class Stand:
     ports: dict[str, int]
     output: Path
+    jaeger: Jaeger
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.ports['nginx']}{path}"
@@ -157,11 +139,6 @@ class Stand:
         wait_until(complete, f"{services} to tell of {path}", 20)
         return by_id
 
-    def ask_jaeger(self, path: str, **parameters: Any) -> Any:
-        with closing(HTTPConnection("127.0.0.1", self.ports["jaeger"], timeout=10)) as connection:
-            connection.request("GET", f"{path}?{urlencode(parameters)}")
-            return json.loads(connection.getresponse().read()).get("data")
-
 
 def concerns(told: dict[str, Trace], path: str) -> bool:
     return any(
@@ -175,14 +152,15 @@ def concerns(told: dict[str, Trace], path: str) -> bool:
 def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Stand]:
     directory = public_directory / "service_graph"
     directory.mkdir()
-    names = ("otlp", "jaeger", "jaeger_grpc", "jaeger_otlp")
-    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    ports = {"otlp": free_ports(1)[0]}
     endpoint = f"http://127.0.0.1:{ports['otlp']}"
     with ExitStack() as stops:
-        backend = jaeger(JAEGER % ports, [ports["jaeger"], ports["jaeger_otlp"]], directory)
+        backend = Jaeger(directory)
         stops.callback(backend.stop)
         output = directory / "collected.bin"
-        collector = official(COLLECTOR % {**ports, "output": output}, [ports["otlp"]], directory)
+        collector = official(
+            COLLECTOR % {**ports, "jaeger_otlp": backend.otlp, "output": output}, [ports["otlp"]], directory
+        )
         stops.callback(collector.stop)
         application = Application(endpoint, directory)
         stops.callback(application.stop)
@@ -193,7 +171,7 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
         command = ["run", "--pid", str(nginx.pid), "--adopt-upstream-context"]
         agent = AgentProcess(nginx.pid, directory, command, environment("nginx", endpoint))
         stops.callback(agent.stop)
-        yield Stand(ports, output)
+        yield Stand(ports, output, backend)
     assert nginx.problems() == []
     assert "lost 0" in agent.stderr()
 
@@ -265,7 +243,7 @@ def test_jaeger(stand: Stand) -> None:
         wait_until(lambda: jaegers_tree(stand, trace_id) == expected, f"{expected} in Jaeger")  # noqa: B023
 
     def edges() -> dict[tuple[str, str], int]:
-        found = stand.ask_jaeger("/api/dependencies", endTs=time.time_ns() // 10**6, lookback=3_600_000) or []
+        found = stand.jaeger.ask("/api/dependencies", endTs=time.time_ns() // 10**6, lookback=3_600_000) or []
         between = [each for each in found if each["parent"] != each["child"]]
         return {(each["parent"], each["child"]): each["callCount"] for each in between}
 
@@ -290,6 +268,6 @@ def jaegers_tree(stand: Stand, trace_id: str) -> set[tuple[str, str, str, str | 
             span["spanID"],
             next((each["spanID"] for each in span["references"] if each["refType"] == "CHILD_OF"), None),
         )
-        for found in stand.ask_jaeger(f"/api/traces/{trace_id}") or []
+        for found in stand.jaeger.ask(f"/api/traces/{trace_id}") or []
         for span in found["spans"]
     }

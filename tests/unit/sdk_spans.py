@@ -11,6 +11,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
 from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.traces.model import Trace
 
 
@@ -34,7 +35,7 @@ def to_readable_spans(trace: Trace, resource: Resource) -> list[ReadableSpan]:
             status=Status() if span.error is None else Status(StatusCode.ERROR, span.error),
             start_time=span.start_unix_ns,
             end_time=span.end_unix_ns,
-            instrumentation_scope=InstrumentationScope("otel_nginx_ebpf", __version__),
+            instrumentation_scope=InstrumentationScope("otel_nginx_ebpf", __version__, SCHEMA_URL),
         )
         for span in trace.spans
     ]

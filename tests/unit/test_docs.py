@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import registry.document
 import typer
 import yaml
 
 from otel_nginx_ebpf import cli
+from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.settings import document, sources
 from otel_nginx_ebpf.traces import attributes
 from otel_nginx_ebpf.traces.abi import c_enum
@@ -47,17 +49,27 @@ def test_attributes(name: str) -> None:
     assert f"`{name}`" in _read(DOCS / "spans-and-attributes.md")
 
 
+@pytest.mark.parametrize("path", PAGES, ids=_name)
+def test_the_tables_of_the_registry(path: Path) -> None:
+    assert registry.document.written(_read(path)) == _read(path), (
+        "PYTHONPATH=tests python -m registry.document writes it"
+    )
+
+
+def test_each_table_of_the_registry_is_in_a_page() -> None:
+    found = [name for path in PAGES for name in re.findall(r"^<!-- table ([\w.]+) -->$", _read(path), re.MULTILINE)]
+    assert sorted(found) == sorted(registry.document.TABLES)
+
+
+def test_the_schema() -> None:
+    assert SCHEMA_URL in _read(DOCS / "registry.md")
+
+
 def test_losses() -> None:
     kernel = {name.lower() for name in c_enum("loss")} - {"loss_causes"}
     causes = kernel | set(re.findall(r'(?:\.lose\w*\(|Lost\(|cause=)"(\w+)"', SOURCES))
     first_columns = re.findall(r"^\| (.*?) \|", _read(DOCS / "reliability.md"), re.MULTILINE)
     assert causes == set(re.findall(r"`((?:lost|partial|began|not)_\w+)`", "".join(first_columns)))
-
-
-def test_own_metrics() -> None:
-    names = re.findall(r'f"\{prefix\}\.([\w.]+)"', SOURCES)
-    assert names
-    assert [name for name in names if f"`otel_nginx_ebpf.{name}`" not in _read(DOCS / "metrics.md")] == []
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=_name)

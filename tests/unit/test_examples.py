@@ -14,6 +14,8 @@ import promql_parser
 import pytest
 import yaml
 
+from otel_nginx_ebpf.nginx.resource import NODE_VARIABLE
+
 _COLLECTOR = Path(__file__).parents[2] / "examples" / "collector"
 _COMPOSE = _COLLECTOR / "compose.yaml"
 _KUBERNETES = ("kubernetes.yaml", "kubernetes-node.yaml")
@@ -63,6 +65,12 @@ def test_sidecars_have_the_least_rights() -> None:
     for each in sidecars:
         assert each["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": _CAPABILITIES}
         assert each["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_sidecars_are_told_the_node() -> None:
+    for each in _sidecars():
+        told = {variable["name"]: variable for variable in each["env"]}
+        assert told[NODE_VARIABLE]["valueFrom"] == {"fieldRef": {"fieldPath": "spec.nodeName"}}
 
 
 def test_kubernetes_configuration_is_made() -> None:

@@ -18,7 +18,7 @@ from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResou
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
-from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.metrics.totals import RequestDurations
@@ -47,7 +47,7 @@ class Metrics:
             readers.append(_to_collector(settings.otlp_protocol, OtlpRequestMetrics(*requests)))
         if settings.metrics_listen:
             readers.append(_to_prometheus(settings.metrics_listen, *requests))
-        own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__})
+        own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__}, SCHEMA_URL)
         attributes = OTELResourceDetector().detect().attributes
         said = Resource({name: value for name, value in attributes.items() if name != SERVICE_NAME})
         self._provider = MeterProvider(readers, own.merge(said), shutdown_on_exit=False)
@@ -123,7 +123,7 @@ def _resident_bytes() -> int:
 
 
 def _measure(provider: MeterProvider, stats: Stats) -> None:
-    meter = provider.get_meter("otel_nginx_ebpf", __version__)
+    meter = provider.get_meter("otel_nginx_ebpf", __version__, SCHEMA_URL)
 
     def causes(kind: tuple[str, ...]) -> list[Callable[[CallbackOptions], Iterable[Observation]]]:
         return [

@@ -15,7 +15,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURATION, HTTP_SERVER_REQUEST_DURATION
 
 from otel_nginx_ebpf import __version__
-from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.series import BOUNDS_S
 from otel_nginx_ebpf.metrics.totals import Counts, RequestDurations, Series
@@ -24,7 +24,7 @@ DESCRIPTIONS = {
     HTTP_SERVER_REQUEST_DURATION: "Duration of HTTP server requests.",
     HTTP_CLIENT_REQUEST_DURATION: "Duration of HTTP client requests.",
 }
-_SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__)
+_SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__, SCHEMA_URL)
 
 
 class OtlpRequestMetrics:
@@ -55,11 +55,12 @@ class OtlpRequestMetrics:
             )
         return [
             ResourceMetrics(
-                resource=self._resources.of(resources[instance]),
-                scope_metrics=[ScopeMetrics(_SCOPE, [_metric(*each) for each in by_metric.items()], "")],
-                schema_url="",
+                resource=resource,
+                scope_metrics=[ScopeMetrics(_SCOPE, [_metric(*each) for each in by_metric.items()], SCHEMA_URL)],
+                schema_url=resource.schema_url,
             )
             for instance, by_metric in by_instance.items()
+            for resource in (self._resources.of(resources[instance]),)
         ]
 
 

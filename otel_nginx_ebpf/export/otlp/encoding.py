@@ -13,6 +13,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.model import Trace
@@ -229,7 +230,7 @@ def _parent(span_id: int | None, *, remote: bool) -> bytes:
     return _PARENT_ID + span_id.to_bytes(8, "big") + (_REMOTE_PARENT if remote else _LOCAL_PARENT)
 
 
-_SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__))
+_SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__)) + _text(3, SCHEMA_URL)
 
 
 def encode_resource_spans(resource: Resource, spans: Iterable[bytes | bytearray]) -> bytes:

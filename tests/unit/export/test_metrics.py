@@ -21,6 +21,7 @@ from opentelemetry.sdk.resources import Resource
 from otel_nginx_ebpf.emitter.loop import tell_losses
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.metrics.own import Metrics
+from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.settings.sources import load
@@ -72,6 +73,7 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
     resource = {pair.key: pair.value.string_value for pair in resource_metrics.resource.attributes}
     assert (resource["service.name"], resource["host.name"]) == ("otel-nginx-ebpf", "here")
     (scope,) = resource_metrics.scope_metrics
+    assert resource_metrics.schema_url == scope.schema_url == SCHEMA_URL
     metrics = {metric.name: metric for metric in scope.metrics}
     assert metrics["otel_nginx_ebpf.requests.received"].sum.data_points[0].as_int == 10
     assert metrics["otel_nginx_ebpf.requests.received"].sum.is_monotonic

@@ -2,9 +2,10 @@ import os
 
 import pytest
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.semconv.schemas import Schemas
 
 from otel_nginx_ebpf import __version__
-from otel_nginx_ebpf.export.resource import Resources, make_resource
+from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources, make_resource
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,15 @@ def test_resource_detectors_of_the_sdk_run(monkeypatch: pytest.MonkeyPatch) -> N
     assert "os.type" not in make_resource().attributes
     monkeypatch.setenv("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "os")
     assert make_resource().attributes["os.type"] == "linux"
+
+
+def test_the_resource_names_the_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest that the installed package of the conventions knows."""
+    assert make_resource().schema_url == list(Schemas)[-1].value == SCHEMA_URL
+    monkeypatch.setenv("OTEL_EXPERIMENTAL_RESOURCE_DETECTORS", "os,process")
+    base = make_resource()
+    assert base.schema_url == SCHEMA_URL
+    assert Resources(base).of({"process.pid": 1}).schema_url == SCHEMA_URL
 
 
 def test_each_nginx_has_its_own_resource_below_what_the_user_said() -> None:
