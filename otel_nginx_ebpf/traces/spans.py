@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
-from opentelemetry.semconv.attributes import http_attributes
+from opentelemetry.semconv.attributes import http_attributes, url_attributes
 
 from otel_nginx_ebpf.traces import attributes, upstream_attributes
 from otel_nginx_ebpf.traces.attributes import SpanFields
@@ -38,7 +38,7 @@ from otel_nginx_ebpf.traces.phases import (
     time_to_first_byte_ns,
 )
 from otel_nginx_ebpf.traces.record import Attempt, Request
-from otel_nginx_ebpf.traces.sent import parse_line, resend_count, sent_method
+from otel_nginx_ebpf.traces.sent import full_url, parse_line, resend_count, sent_method
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.trace_state import canonical
 
@@ -77,9 +77,13 @@ class SpanBuilder(Generic[F]):
     """
 
     def __init__(
-        self, make: Callable[[SpanFields], F], number: Callable[[str], Callable[[int], F]], choices: SpanChoices
+        self,
+        make: Callable[[SpanFields], F],
+        number: Callable[[str], Callable[[int], F]],
+        text: Callable[[str], Callable[[str], F]],
+        choices: SpanChoices,
     ) -> None:
-        """`number(name)` returns a function that makes an attribute whose value differs from request to request."""
+        """`number(name)` and `text(name)` return functions that make an attribute whose value requests do not share."""
 
         def kept(fields: Callable[..., SpanFields], count: int = _KEPT_FIELDS) -> Callable[..., F]:
             return lru_cache(count)(lambda *facts: make(fields(*facts)))
@@ -87,7 +91,8 @@ class SpanBuilder(Generic[F]):
         self._server = kept(partial(attributes.server_fields, choices))
         self._connect = kept(upstream_attributes.connect_fields)
         self._sent = kept(partial(upstream_attributes.request_fields, choices))
-        self._url = kept(partial(upstream_attributes.url_fields, choices.query), _KEPT_OWN_FIELDS)
+        self._url = text(url_attributes.URL_FULL)
+        self._query = choices.query
         self._uri = kept(lambda uri: attributes.uri_fields(uri, choices.query), _KEPT_OWN_FIELDS)
         self._client = kept(partial(attributes.client_fields, choices), _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
@@ -230,7 +235,9 @@ class SpanBuilder(Generic[F]):
             ),
         ]
         if target is not None:
-            fields.append(self._url(target, attempt.sent_host, peer, tls))
+            url = full_url(target, attempt.sent_host, peer, tls, self._query)
+            if url is not None:
+                fields.append(self._url(url))
         if number > 1 and (count := resend_count(request.attempts, number)):
             fields.append(self._resend_count(count))
         return fields
@@ -259,7 +266,10 @@ def _host_of(target: str, host: str | None) -> str | None:
 
 @lru_cache
 def _readable(choices: SpanChoices) -> SpanBuilder[SpanFields]:
-    return SpanBuilder(lambda fields: fields, lambda name: lambda value: SpanFields({name: value}), choices)
+    def attribute(name: str) -> Callable[[AttributeValue], SpanFields]:
+        return lambda value: SpanFields({name: value})
+
+    return SpanBuilder(lambda fields: fields, attribute, attribute, choices)
 
 
 def build_trace(

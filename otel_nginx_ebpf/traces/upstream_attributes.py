@@ -27,7 +27,6 @@ from otel_nginx_ebpf.traces.methods import known_method
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT
 from otel_nginx_ebpf.traces.record import http_status
-from otel_nginx_ebpf.traces.sent import full_url
 from otel_nginx_ebpf.traces.sockaddr import Address, parse_peer
 
 # Attempt.protocol, where it is not HTTP. The values are those of network.protocol.name, too.
@@ -136,8 +135,3 @@ def _add_server(
 def server_name(upstream: str) -> str:
     """Returns the upstream's name as server.address: an IPv6 address without brackets, a unix socket by its path."""
     return upstream.removeprefix("unix:").removeprefix("[").removesuffix("]")
-
-
-def url_fields(query: bool, target: str, host: str | None, peer: str | None, tls: bool) -> SpanFields:
-    url = full_url(target, host, peer, tls, query)
-    return SpanFields({} if url is None else {url_attributes.URL_FULL: url})

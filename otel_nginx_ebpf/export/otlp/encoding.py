@@ -161,13 +161,26 @@ class _NumberAttribute(dict[int, bytes]):
         return encoded
 
 
+def _make_text_attribute(name: str) -> Callable[[str], bytes]:
+    """Returns a function that encodes an attribute by its text."""
+    headers = _text_headers(9, name)
+
+    def encode(value: str) -> bytes:
+        text = value.encode()
+        return headers[len(text)] + text
+
+    return encode
+
+
 class Encoder:
     """Encodes the spans of requests or of readable traces, as `spans` fields of ScopeSpans."""
 
     def __init__(self, new_id: Callable[[], int], choices: SpanChoices = DEFAULT_CHOICES) -> None:
         """`new_id` makes span ids."""
         self._new_id = new_id
-        builder = SpanBuilder(encode_fields, lambda name: _NumberAttribute(name).__getitem__, choices)
+        builder = SpanBuilder(
+            encode_fields, lambda name: _NumberAttribute(name).__getitem__, _make_text_attribute, choices
+        )
         self._build = builder.build
 
     def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[BuiltSpan[bytes]]]:
