@@ -2,11 +2,11 @@
 
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from e2e.agent_process import AgentProcess
+from e2e.agent_process import EMPTY, AgentProcess
 from e2e.http1_client import Http1Connection, Response, request_bytes
 from e2e.nginx_server import NginxServer, free_ports, wait_until
 from e2e.raw_upstream import RawUpstream
@@ -59,7 +59,13 @@ class RecordedNginx:
     """Runs nginx with servers that listen at `@0@`, `@1@`, …; words in capitals are addresses. Records its requests."""
 
     def __init__(
-        self, prefix: Path, http: str, words: dict[str, str], main: str = "", options: Sequence[str] = ()
+        self,
+        prefix: Path,
+        http: str,
+        words: dict[str, str],
+        main: str = "",
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] = EMPTY,
     ) -> None:
         prefix.mkdir(mode=0o755)
         ports = free_ports(http.count("listen @"))
@@ -68,7 +74,7 @@ class RecordedNginx:
             http = http.replace(f"@{index}@", f"127.0.0.1:{port}")
         for word, value in {**words, "PREFIX": str(prefix)}.items():
             http = http.replace(f"@{word}@", value)
-        self._directory, self._options = prefix, options
+        self._directory, self._options, self._environment = prefix, options, environment
         self.nginx = NginxServer(prefix, http, 1, main)
         self.nginx.start(self.addresses)
         self.attach()
@@ -76,7 +82,7 @@ class RecordedNginx:
     def attach(self) -> None:
         self.capture = self._directory / "requests.capture"
         command = ["record", "--pid", str(self.nginx.pid), "-o", self.capture, *self._options]
-        self.agent = AgentProcess(0, self._directory, command)
+        self.agent = AgentProcess(0, self._directory, command, self._environment)
 
     def connect(self, server: int = 0) -> Http1Connection:
         return Http1Connection(self.addresses[server])

@@ -371,3 +371,37 @@ def test_client_leaves_during_subrequests(nginx: RecordedNginx) -> None:
     request = nginx.request("/page")
     assert sorted(each.subrequest_uri or "" for each in request.attempts) == ["/one", "/slow-mirror", "/two"]
     assert all(each.subrequest for each in request.attempts)
+
+
+@pytest.fixture(scope="module")
+def trusting(public_directory: Path, peer: KeepingPeer) -> Iterator[RecordedNginx]:
+    """Yield an nginx behind proxies that are trusted."""
+    http = "server { listen @0@; location / { proxy_pass http://@UP@; } }"
+    environment = {"PYTHONPATH": str(Path(__file__).with_name("trusting"))}
+    nginx = RecordedNginx(public_directory / "trusting", http, {"UP": peer.address}, environment=environment)
+    yield nginx
+    nginx.stop()
+
+
+def test_headers_of_proxies(trusting: RecordedNginx, nginx: RecordedNginx) -> None:
+    """The last of several counts: the proxy next to nginx has added it."""
+    fields = [
+        "X-Forwarded-Proto: http",
+        "x-forwarded-proto: https",
+        "Forwarded: for=1.2.3.4;host=first",
+        *(f"X-Other-{index}: x" for index in range(30)),
+        "FORWARDED: for=1.2.3.4;proto=https;host=second",
+        "X-Forwarded-Host: named.example",
+        "X-Forwarded-Hosts: other.example",
+        "X-Forwarded-Protc: other",
+    ]
+    head = "\r\n".join(["GET /forwarded HTTP/1.1", "Host: localhost", *fields, "", ""]).encode()
+    trusting.send(head)
+    nginx.send(head, server=4)
+    request, other = trusting.request("/forwarded"), nginx.request("/forwarded")
+    assert request.forwarded == "for=1.2.3.4;proto=https;host=second"
+    assert (request.x_forwarded_proto, request.x_forwarded_host) == ("https", "named.example")
+    assert (other.forwarded, other.x_forwarded_proto, other.x_forwarded_host) == (None, None, None)
+    trusting.send(request_bytes("GET", "/direct"))
+    request = trusting.request("/direct")
+    assert (request.forwarded, request.x_forwarded_proto, request.x_forwarded_host) == (None, None, None)
