@@ -8,6 +8,7 @@ import pytest
 from e2e.agent_process import Span
 from e2e.http1_client import request_bytes
 from e2e.stage import Stage
+from e2e.timing import NO_SLACK, Slack
 
 AGENT_ENVIRONMENT = {"OTEL_NGINX_EBPF_TRUSTED_PROXY": "127.0.0.2"}
 
@@ -22,8 +23,8 @@ def ask(stage: Stage, source: str, data: bytes) -> None:
             pass
 
 
-def clients(stage: Stage, count: int = 1) -> list[Span]:
-    return [span for each in stage.exchanges(count) for span in each.trace.children if span.kind == "CLIENT"]
+def clients(stage: Stage, count: int = 1, slack: Slack = NO_SLACK) -> list[Span]:
+    return [span for each in stage.exchanges(count, slack) for span in each.trace.children if span.kind == "CLIENT"]
 
 
 def picked(span: Span, *names: str) -> list[Any]:
@@ -74,7 +75,7 @@ def test_a_dead_peer_a_retry_and_a_subrequest(stage: Stage) -> None:
 )
 def test_tls(stage: Stage) -> None:
     assert stage.get("/x").status == 200
-    (span,) = clients(stage)
+    (span,) = clients(stage, slack=Slack(first_byte_unseen=True))
     assert picked(span, "url.full", "server.address", "server.port") == ["https://tls.example/x", "tls.example", 443]
 
 
