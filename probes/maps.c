@@ -104,9 +104,9 @@ struct begun_attempt {
 };
 
 /* How much of what is sent to a peer is examined at once, in steps of 8 bytes and one more for each line. */
-#define SENT_BYTES 1024
-#define SENT_STEPS_MAX 160
-#define SENT_TURNS_MAX 8      /* parts and lines: enough for the longest request line of a record and for Host behind it */
+#define SENT_BYTES 256
+#define SENT_STEPS_MAX 48
+#define SENT_TURNS_MAX 24     /* parts and lines that count: enough for the longest request line of a record and for Host behind it */
 #define SENT_GUARD 16         /* bytes in front of it and behind it that may be read, too */
 
 /* Offsets in what is sent are from its beginning; `at` and `end` are from the beginning of the part in process->sent. */
@@ -118,6 +118,7 @@ struct sent_search {
     u64 end;
     u64 before;               /* the offset of the part in process->sent */
     u64 is_last_part;
+    u64 found;                /* 1: the line at `at` counts */
     u64 begins_line;          /* 1: a line begins at `at` */
     u64 is_header;            /* 1: the request line is over, and Host was not found yet */
     u64 line_end;             /* behind the request line and its line end; 0: not found */
@@ -137,72 +138,6 @@ struct client_key {
     u8 peer[PEER_BYTES_MAX];
 };
 #endif
-
-struct process {
-    u64 known_since_ns;       /* system calls are seen since then. Must be first: kernel/attachment.py writes it */
-    u64 last_event_ns;        /* the worker's latest system call exit or probe hit: the next event began no earlier */
-    u64 turn_began_ns;        /* the last return of epoll_wait() */
-    u64 wanted_until_ns;      /* until then, search epoll's events for the unknown ngx_connection_t of a socket */
-    u64 attempt_serial;       /* the serial of the latest attempt */
-    s32 latest_read_fd;       /* the descriptor of the last read in this turn; -1: none */
-    u32 system_call_seen;     /* sys_exit saw the end of the latest system call */
-    u32 core_module_index_known;
-    u64 core_module_index;
-    u64 plain_requests;
-    u8 request[REQUEST_BYTES_MAX]; /* scratch memory, per worker: a worker runs one probe at a time, but several workers share a CPU */
-    u8 connection[512];
-    u8 upstream_state[256];
-    u8 headers[HEADERS_IN_PART * SIZEOF_ngx_table_elt_t];
-    u64 headers_read; /* the number of headers; read as volatile, so that the verifier assumes any number */
-    u8 header_part[24];
-    u64 header_lines[CONTEXT_HEADERS];
-    struct ngx_str header_values[CONTEXT_HEADERS];
-    struct ngx_str tracestate[TRACESTATE_LINES_MAX];
-    u8 context_value[CONTEXT_VALUE_BYTES];
-    struct trace_context incoming;
-    struct trace_context told;
-    u64 client_span_id;
-    struct request_trace trace;
-    u64 found_at;
-    struct layout_look layout;
-    struct layout_trust layout_trust[LAYOUT_PARTS];
-    struct attempt_state attempt;
-    struct begun_attempt begun;
-    struct sent_search sent_search;
-    u8 sent[SENT_GUARD + SENT_BYTES + SENT_GUARD]; /* a part of what is sent to a peer */
-    u64 redirected_method;                     /* the data of ngx_http_core_get_method; 0: not known */
-    u64 header_pos;                            /* r->header_in->pos, last and start */
-    u64 header_last;
-    u64 header_start;
-    u64 location;                              /* r->loc_conf of the location that the client asked for; 0: not known */
-    u64 location_method;                       /* r->method_name.data when the request was there */
-    u64 last_sent_line;
-    u64 peer[SOCKADDR_WORDS];                  /* as in struct socket */
-    struct ngx_str method_name;                /* as the client sent it */
-    u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
-    u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
-    struct sent_line sent_lines[ATTEMPTS_MAX];
-    u64 seen_peers[ATTEMPTS_MAX];              /* the peers of the main request's own attempts */
-    u64 unseen_peers[ATTEMPTS_MAX];
-    u64 seen_peers_count;
-    u64 unseen_peers_count;
-    u64 next_seen;
-    u64 main_tls;                              /* the main request's last attempt used TLS */
-    u64 main_outcome;                          /* enum outcome of the main request's last attempt, before a post_action */
-    u64 acted;                                 /* nginx ran a post_action on the request */
-    u64 answer;                                /* request_progress.answer then, else 0 */
-    u64 exchange_ns[ATTEMPTS_MAX];             /* how long each attempt's exchange took; 0: no exchange. It and the
-                                                  next two need TIMES_REQUESTS */
-    u64 last_end_ns;
-    u64 request_ns;
-#if REQUEST_METRICS
-    u64 attempt_states[ATTEMPTS_MAX];
-    struct duration_name name;
-    struct client_key client_key;
-#endif
-    u64 record_bytes;
-    u8 record[RECORD_BYTES_MAX];
-};
 
 /* request_progress.answer: how the response stood when nginx sent the request of a post_action. 0: it did not. */
 #define ANSWER_NOTED 1
@@ -250,6 +185,73 @@ struct socket {
     u64 requests;             /* the number of requests that ended on this client connection */
     u64 next_began_ns;        /* the next request began with the last one's end, as its first bytes had come earlier; 0: they had not */
     struct request_progress progress;
+};
+
+struct process {
+    u64 known_since_ns;       /* system calls are seen since then. Must be first: kernel/attachment.py writes it */
+    u64 last_event_ns;        /* the worker's latest system call exit or probe hit: the next event began no earlier */
+    u64 turn_began_ns;        /* the last return of epoll_wait() */
+    u64 wanted_until_ns;      /* until then, search epoll's events for the unknown ngx_connection_t of a socket */
+    u64 attempt_serial;       /* the serial of the latest attempt */
+    s32 latest_read_fd;       /* the descriptor of the last read in this turn; -1: none */
+    u32 system_call_seen;     /* sys_exit saw the end of the latest system call */
+    u32 core_module_index_known;
+    u64 core_module_index;
+    u64 plain_requests;
+    u8 request[REQUEST_BYTES_MAX]; /* scratch memory, per worker: a worker runs one probe at a time, but several workers share a CPU */
+    u8 connection[512];
+    u8 upstream_state[256];
+    u8 headers[HEADERS_IN_PART * SIZEOF_ngx_table_elt_t];
+    u64 headers_read; /* the number of headers; read as volatile, so that the verifier assumes any number */
+    u8 header_part[24];
+    u64 header_lines[CONTEXT_HEADERS];
+    struct ngx_str header_values[CONTEXT_HEADERS];
+    struct ngx_str tracestate[TRACESTATE_LINES_MAX];
+    u8 context_value[CONTEXT_VALUE_BYTES];
+    struct trace_context incoming;
+    struct trace_context told;
+    u64 client_span_id;
+    struct request_trace trace;
+    u64 found_at;
+    struct layout_look layout;
+    struct layout_trust layout_trust[LAYOUT_PARTS];
+    struct attempt_state attempt;
+    struct socket opened_socket;               /* too large for the stack */
+    struct begun_attempt begun;
+    struct sent_search sent_search;
+    u8 sent[SENT_GUARD + SENT_BYTES + SENT_GUARD]; /* a part of what is sent to a peer */
+    u64 redirected_method;                     /* the data of ngx_http_core_get_method; 0: not known */
+    u64 header_pos;                            /* r->header_in->pos, last and start */
+    u64 header_last;
+    u64 header_start;
+    u64 location;                              /* r->loc_conf of the location that the client asked for; 0: not known */
+    u64 location_method;                       /* r->method_name.data when the request was there */
+    u64 last_sent_line;
+    u64 peer[SOCKADDR_WORDS];                  /* as in struct socket */
+    struct ngx_str method_name;                /* as the client sent it */
+    u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
+    u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
+    struct sent_line sent_lines[ATTEMPTS_MAX];
+    u64 seen_peers[ATTEMPTS_MAX];              /* the peers of the main request's own attempts */
+    u64 unseen_peers[ATTEMPTS_MAX];
+    u64 seen_peers_count;
+    u64 unseen_peers_count;
+    u64 next_seen;
+    u64 main_tls;                              /* the main request's last attempt used TLS */
+    u64 main_outcome;                          /* enum outcome of the main request's last attempt, before a post_action */
+    u64 acted;                                 /* nginx ran a post_action on the request */
+    u64 answer;                                /* request_progress.answer then, else 0 */
+    u64 exchange_ns[ATTEMPTS_MAX];             /* how long each attempt's exchange took; 0: no exchange. It and the
+                                                  next two need TIMES_REQUESTS */
+    u64 last_end_ns;
+    u64 request_ns;
+#if REQUEST_METRICS
+    u64 attempt_states[ATTEMPTS_MAX];
+    struct duration_name name;
+    struct client_key client_key;
+#endif
+    u64 record_bytes;
+    u8 record[RECORD_BYTES_MAX];
 };
 
 /* Every key begins with the process, so that user space finds the state of dead workers. */

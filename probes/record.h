@@ -13,11 +13,11 @@
  */
 
 enum string_kind {
-    STRING_METHOD = 1,        /* r->method_name, or the request line's method if nginx has overwritten r->method_name */
+    STRING_METHOD = 1,        /* as the client sent it, also if nginx or a module has overwritten r->method_name */
     STRING_URI = 2,           /* r->unparsed_uri */
-    STRING_HOST = 3,          /* the Host header, or :authority */
+    STRING_HOST = 3,          /* the Host header, or :authority. Over HTTP/1 it and the next are as the client sent them */
     STRING_USER_AGENT = 4,
-    STRING_LOCATION = 5,      /* ngx_http_core_loc_conf_t.name */
+    STRING_LOCATION = 5,      /* ngx_http_core_loc_conf_t.name of the location that the client asked for */
     STRING_SERVER_NAME = 6,   /* ngx_http_core_srv_conf_t.server_name */
     STRING_CLIENT_SOCKADDR = 7,
     STRING_LOCAL_SOCKADDR = 8,
@@ -28,7 +28,8 @@ enum string_kind {
     STRING_UNSEEN_PEER = 13,  /* an element of $upstream_addr that has no attempt in the record */
     STRING_REQUEST_TARGET = 14, /* what follows the method in the client's request line, if the target is in absolute form */
     STRING_PEER_SOCKADDR = 15, /* the socket's peer, if nginx has replaced the client's address (realip) */
-    STRING_SENT_LINE = 16,    /* the request line that nginx sent to the peer, without its line end (HTTP/1) */
+    STRING_SENT_LINE = 16,    /* the request line that nginx sent to the peer, without its line end (HTTP/1). Attempts with the
+                                 same upstream_request may have it only once */
     STRING_SENT_HOST = 17,    /* the Host header that nginx sent to the peer (HTTP/1) */
     STRING_FORWARDED = 18,    /* the last three: only with --trusted-proxy */
     STRING_X_FORWARDED_PROTO = 19,
@@ -181,7 +182,7 @@ struct request_record {
     __u8 coarse_start;        /* 1: created_ns comes from r->start_sec and r->start_msec, at most 1 ms off; first_read_ns is 0 */
     __u8 ending;
     __u8 ends_with_write;     /* 1: the request ended with last_write_ns; 0: with ended_ns */
-    __u8 location_unknown;    /* 1: the location that the client asked for is not known: nginx redirected the request (error_page, post_action) */
+    __u8 location_unknown;    /* 1: nginx redirected the request (error_page, X-Accel-Redirect, post_action), and had not tried a peer */
     __u8 peer_known;          /* 1: the socket's peer is STRING_PEER_SOCKADDR, or STRING_CLIENT_SOCKADDR if there is none */
     __u8 reserved;
     __u32 reserved_too;

@@ -58,24 +58,24 @@ static __always_inline bool read_sent(struct process *process, u64 before, u64 a
 }
 
 /* Goes on until a line begins that counts: the line after the request line, Host or the blank line, the line after Host. Returns
- * whether there is one. What the loop knows is in the map's memory, and it has no branches, so that to the verifier all its turns look
- * the same. */
+ * whether there is one in this part. What the loop knows is in the map's memory, and it has a single branch, so that to the verifier
+ * all its turns look the same. */
 static __always_inline bool find_line(struct process *process)
 {
     struct sent_search *search = &process->sent_search;
     for (int step = 0; step < SENT_STEPS_MAX; step++) {
         u64 at = *(volatile u64 *)&search->at;
-        if (at >= *(volatile u64 *)&search->end)
-            break;
         u64 word = *(u64 *)(process->sent + SENT_GUARD + (at & (SENT_BYTES - 1)));
         u64 other = is_not_0(((word | LOWER_CASE) & 0xffffffffff) ^ HOST_NAME) & is_not_0((word & 0xffff) ^ LINE_END);
-        if (*(volatile u64 *)&search->begins_line & ~(other & search->is_header))
-            return true;
+        u64 is_in_part = (at - *(volatile u64 *)&search->end) >> 63;
+        search->found = is_in_part & *(volatile u64 *)&search->begins_line & ~(other & search->is_header);
+        if ((is_in_part ^ *(volatile u64 *)&search->found) != 1)
+            break;
         u64 ends = zero_bytes(word ^ '\n' * EVERY_BYTE);
         search->begins_line = is_not_0(ends);
         search->at = at + bytes_through(ends);
     }
-    return false;
+    return *(volatile u64 *)&search->found;
 }
 
 /* Searches an HTTP/1 request for the end of its first line and for Host. */

@@ -29,16 +29,16 @@ static __always_inline struct socket *find_or_add_socket(struct socket_key *key)
 }
 
 /* `peer`: the address of accept()'s second argument; 0: a socket without a client. */
-static __always_inline void opened(struct socket_key *key, u64 now, u8 client, u64 peer)
+static __always_inline void opened(struct process *process, struct socket_key *key, u64 now, u8 client, u64 peer)
 {
-    struct socket *socket = find_or_add_socket(key);
-    if (!socket)
-        return;
-    __builtin_memset(socket, 0, sizeof(*socket)); /* the key's earlier socket was closed unseen */
+    struct socket *socket = &process->opened_socket;
+    __builtin_memset(socket, 0, sizeof(*socket));
     socket->opened_ns = now;
     socket->client = client;
     if (peer)
         bpf_probe_read_user(socket->peer, SOCKADDR_BYTES, (void *)peer);
+    if (sockets.update(key, socket) != 0)
+        count_loss(PARTIAL_SOCKETS_FULL);
 }
 
 /* Why the request of a connection must be found. */
@@ -333,12 +333,12 @@ static __always_inline int system_call_ended(
     case SYS_accept4:
         key.fd = result;
         if (result >= 0)
-            opened(&key, now, 1, entry.argument2);
+            opened(process, &key, now, 1, entry.argument2);
         break;
     case SYS_socket:
         key.fd = result;
         if (result >= 0)
-            opened(&key, now, 0, 0);
+            opened(process, &key, now, 0, 0);
         break;
     case SYS_epoll_ctl:
         key.fd = entry.argument3;

@@ -3,6 +3,7 @@
 The same nginx claims to be another release. Its structs are then not where the program expects them.
 """
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.agent_process import PROGRAM, AgentProcess, Trace
+from e2e.agent_process import OPT_IN, PROGRAM, AgentProcess, Trace
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import NGINX, AccessLog, NginxServer, free_ports, wait_until
 from e2e.oracle import check_facts
@@ -85,6 +86,7 @@ def test_a_layout_that_is_wrong_is_detached_from_and_makes_no_wrong_trace(direct
     output = directory / "traces.jsonl"
     agent = subprocess.Popen(
         [PROGRAM, "run", "--pid", str(liar.server.pid), "--exporter", "json", "--output", output],
+        env={**os.environ, **OPT_IN},
         stderr=subprocess.PIPE,
         text=True,
     )
