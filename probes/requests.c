@@ -42,7 +42,9 @@ static __always_inline void find_method(struct process *process, struct request_
     u64 text[METHOD_BYTES_MAX / 8] = {};
     process->method_name = *name;
     record->method = MEMBER(process->request, u64, ngx_http_request_s, method);
-    if (!line->len && !record->multiplexed) { /* nginx could not parse it; nginx itself sets a method for error_page */
+    /* nginx could not parse it, or it was too long (414). For error_page nginx itself sets a method then. */
+    bool unparsed = !line->len || !name->len || (!uri->len && !REQUEST_STR(http_protocol)->len);
+    if (unparsed && !record->multiplexed) {
         process->method_name.len = 0;
         record->method = 0;
         return;
