@@ -36,5 +36,5 @@ def constants(settings: Settings) -> dict[str, int]:
         "PROPAGATOR_XREQUESTID": int("xrequestid" in propagators),
         "ADOPT_UPSTREAM_CONTEXT": int(settings.adopt_upstream_context),
         "PROPAGATE": int(settings.propagate),
-        "TRUSTED_PROXIES": int(bool(getattr(settings, "trusted_proxy", ()))),
+        "TRUSTED_PROXIES": int(bool(settings.trusted_proxy)),
     }

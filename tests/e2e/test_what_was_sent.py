@@ -377,7 +377,7 @@ def test_client_leaves_during_subrequests(nginx: RecordedNginx) -> None:
 def trusting(public_directory: Path, peer: KeepingPeer) -> Iterator[RecordedNginx]:
     """Yield an nginx behind proxies that are trusted."""
     http = "server { listen @0@; location / { proxy_pass http://@UP@; } }"
-    environment = {"PYTHONPATH": str(Path(__file__).with_name("trusting"))}
+    environment = {"OTEL_NGINX_EBPF_TRUSTED_PROXY": "127.0.0.1"}
     nginx = RecordedNginx(public_directory / "trusting", http, {"UP": peer.address}, environment=environment)
     yield nginx
     nginx.stop()
