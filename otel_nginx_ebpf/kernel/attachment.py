@@ -70,6 +70,8 @@ class Attachment:
         self._socket_bytes: int = answer["socket_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
         """Why the kernel refused handlers that write to nginx's memory, such as `Invalid argument`."""
+        self.on_socket: dict[str, Any] | None = answer["on_socket"]
+        """How upstreams are told on the socket. `refused`: why not; `once`: only in a connection's first request."""
         given = iter(descriptors)
         maps = {name: next(given) for name in answer["maps"]}
         self._handlers = {name: next(given) for name in answer["handlers"]}

@@ -16,6 +16,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import loader_command
 from otel_nginx_ebpf.kernel.maps import create_map
 from otel_nginx_ebpf.kernel.release import release_numbers
+from otel_nginx_ebpf.kernel.socket_propagation import cgroup_root
 from otel_nginx_ebpf.kernel.uprobes import PERF_EVENTS_ADVICE, links_work
 from otel_nginx_ebpf.linux import Capability
 
@@ -174,6 +175,25 @@ def lockdown(text: str | None = None) -> Check:
         )
         return Check("lockdown", "fail", state, advice)
     return Check("lockdown", "ok", state)
+
+
+def _holds(capability: Capability) -> bool:
+    return bool(_effective_capabilities() >> capability & 1)
+
+
+def memory_refusal() -> str:
+    """Returns why upstreams cannot be told in nginx's memory here. Empty: they may be."""
+    state = lockdown().found
+    if state in ("integrity", "confidentiality"):
+        return f"the kernel is locked down ({state})"
+    return "" if _holds(Capability.SYS_ADMIN) else "CAP_SYS_ADMIN is missing"
+
+
+def socket_refusal() -> str:
+    """Returns why upstreams cannot be told on the socket here. Empty: they may be; the loader rehearses it."""
+    if cgroup_root() is None:
+        return "no cgroup2 is mounted"
+    return "" if _holds(Capability.NET_ADMIN) else "CAP_NET_ADMIN is missing"
 
 
 def tracefs() -> Check:

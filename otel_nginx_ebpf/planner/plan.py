@@ -89,12 +89,12 @@ class Plan:
             ring_buffer_bytes=settings.ring_buffer_mib << 20,
         )
         probes = tuple(
-            # --propagate keeps its decision in the state that this probe makes, so every request needs the probe.
+            # --propagate in memory keeps its decision in the state that this probe makes, so every request needs it.
             ProbeRequest(
                 f"enter_{site.function}",
                 site.file_offset,
                 writes=boundary.writes,
-                spared=boundary.spared and not settings.propagate,
+                spared=boundary.spared and not settings.tells_in_memory,
             )
             for boundary, site in sorted(self.chosen, key=lambda each: each[1] is end)
         )
@@ -105,6 +105,7 @@ class Plan:
             handlers(system_calls=settings.detail == "phases"),
             self.pids,
             request_metrics=settings.measures_requests,
+            tells_on_socket=settings.tells_on_socket,
         )
 
 

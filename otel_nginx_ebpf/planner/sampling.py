@@ -16,7 +16,8 @@ def constants(settings: Settings) -> dict[str, int]:
     KEEP_ERRORS: Requests that failed are kept even if they are not sampled.
     KEEP_SLOWER_THAN_NS: Requests that took longer, in nanoseconds, are kept too; 0 turns this off.
     PROPAGATOR_TRACECONTEXT, PROPAGATOR_B3, PROPAGATOR_B3MULTI, PROPAGATOR_XREQUESTID: These headers are read.
-    ADOPT_UPSTREAM_CONTEXT, PROPAGATE: The setting is on.
+    ADOPT_UPSTREAM_CONTEXT: The setting is on.
+    PROPAGATE, PROPAGATE_SOCKET: Upstreams are told the context in nginx's memory, on the socket.
     """
     sampler = settings.sampler.removeprefix(_PARENT_BASED)
     ratio = {"always_on": 1.0, "always_off": 0.0}.get(sampler, settings.sampler_arg)
@@ -34,5 +35,6 @@ def constants(settings: Settings) -> dict[str, int]:
         "PROPAGATOR_B3MULTI": int("b3multi" in propagators),
         "PROPAGATOR_XREQUESTID": int("xrequestid" in propagators),
         "ADOPT_UPSTREAM_CONTEXT": int(settings.adopt_upstream_context),
-        "PROPAGATE": int(settings.propagate),
+        "PROPAGATE": int(settings.tells_in_memory),
+        "PROPAGATE_SOCKET": int(settings.tells_on_socket),
     }

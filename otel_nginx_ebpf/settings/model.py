@@ -4,7 +4,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from otel_nginx_ebpf.settings.declaration import Declaration, lower, nanoseconds, openable, power_of_two, setting
+from otel_nginx_ebpf.settings.declaration import (
+    Declaration,
+    auto_if_true,
+    lower,
+    nanoseconds,
+    openable,
+    power_of_two,
+    setting,
+)
 
 ExporterName = Literal["otlp", "console", "line", "json"]
 Color = Literal["auto", "always", "never"]
@@ -17,6 +25,7 @@ Sampler = Literal[
     "parentbased_traceidratio",
 ]
 Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
+Propagate = Literal["off", "auto", "socket", "memory"]
 Detail = Literal["phases", "request"]
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
@@ -152,11 +161,15 @@ class Settings:
         "Use the ids of the traceparent that nginx itself sends upstream (proxy_set_header) for the spans.",
         commands=("run", "record"),
     )
-    propagate: bool = setting(
-        False,
-        "Write a traceparent into the requests that nginx sends upstream, in nginx's memory. "
-        "Needs a kernel that is not locked down.",
+    propagate: Propagate = setting(
+        "off",
+        "Write a traceparent into the requests that nginx sends upstream: on the socket (HTTP/1 over TCP), in nginx's "
+        "memory (every protocol, if the kernel is not locked down), or, without a value, what works here.",
         commands=("run", "record"),
+        allowed="socket, memory, auto, or off; true and false mean auto and off",
+        metavar="[=WAY]",
+        alone="auto",
+        read=auto_if_true,
     )
     detail: Detail = setting(
         "phases",
@@ -323,6 +336,16 @@ class Settings:
     )
     top: TopView | None = None
     """How to show requests instead of exporting them; `None`: export them."""
+
+    @property
+    def tells_in_memory(self) -> bool:
+        """Tells whether upstreams are told the context in nginx's memory."""
+        return self.propagate in ("auto", "memory")
+
+    @property
+    def tells_on_socket(self) -> bool:
+        """Tells whether upstreams are told the context on the socket."""
+        return self.propagate in ("auto", "socket")
 
     @property
     def measures_requests(self) -> bool:
