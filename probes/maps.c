@@ -187,6 +187,7 @@ struct socket {
     struct request_progress progress;
 #if PROPAGATE_SOCKET
     u64 peer;                 /* upstream connection: connection_number(), or NOT_OVER_TCP; 0: connect() was not seen */
+    u64 cookie;
 #endif
 };
 

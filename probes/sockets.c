@@ -172,6 +172,10 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
         socket->first_read_ns = now;
         socket->first_read_began_ns = began_ns + READ_NS_MAX > now ? began_ns : now - READ_NS_MAX;
         socket->running = socket->client && !socket->tls;
+#if PROPAGATE_SOCKET
+        if (socket->cookie)
+            answered(socket);
+#endif
     }
     bool answers_first_write = socket->first_write_ns > socket->last_read_ns;
     socket->last_read_ns = now;

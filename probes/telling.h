@@ -21,7 +21,8 @@ enum telling_result {
 struct telling {
     u64 connection;           /* message_connection() of the message; 0: nothing is to be told */
     u64 announced;            /* `connection` of the latest announcement */
-    u64 connected;            /* connection that the worker's latest connect() made */
+    u64 connected;            /* connection that the worker's latest connect() made, and its socket's cookie */
+    u64 connected_cookie;
     u64 trace_id_high;
     u64 trace_id_low;
     u64 span_id;
@@ -50,6 +51,6 @@ struct socket_use {
     u32 once;                 /* a connection leaves upstream_sockets when its first request is acknowledged */
     u32 rehearsed_port;       /* the port to which the loader connects, as bpf_sock_ops has it; 0: none */
     u32 enrolled;             /* how many connections to that port were put into upstream_sockets */
-    u32 reserved;
+    u32 overstayed;           /* how many answers came on connections that should have left upstream_sockets. Read by user space */
     struct telling rehearsed;
 };

@@ -42,6 +42,7 @@ static __always_inline void note_connection(struct socket_key *key)
     if (!telling || !telling->expects || !socket)
         return;
     socket->peer = telling->connected ? telling->connected : NOT_OVER_TCP;
+    socket->cookie = telling->connected ? telling->connected_cookie : 0;
     telling->expects = 0;
     telling->connected = 0;
 }
@@ -93,6 +94,17 @@ static __always_inline void note_told(struct process *process, struct socket_key
         count_untold(telling->result);
 }
 
+/* An answer's first bytes were read. Where a connection may be told only once, it has left upstream_sockets by then; else the watch
+ * in user space ends the telling (supervisor/propagation.py). */
+static __always_inline void answered(struct socket *socket)
+{
+    struct socket_use *use = socket_use();
+    u64 cookie = socket->cookie;
+    if (cookie && use && use->once && enrolling.lookup(&cookie))
+        lock_xadd(&use->overstayed, 1);
+    socket->cookie = 0;
+}
+
 /* nginx is about to send an attempt's request. */
 static __always_inline void announce(struct process *process, struct socket_key *key, struct owner *owner)
 {
@@ -123,6 +135,7 @@ int upstream_connection(struct bpf_sock_ops *ops)
             if (!telling || !telling->expects)
                 return 1;
             telling->connected = NUMBER_OF(ops);
+            telling->connected_cookie = bpf_get_socket_cookie(ops);
         }
         cookie = bpf_get_socket_cookie(ops);
         flags = ops->bpf_sock_ops_cb_flags;

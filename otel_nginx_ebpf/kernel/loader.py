@@ -153,7 +153,9 @@ def _attach_to_sockets(bcc: Any, lib: Any, program: Any) -> tuple[dict[str, Any]
         return {"refused": f"{type(error).__name__}: {error}"}, []
     program["tellers"][ctypes.c_int(0)] = ctypes.c_int(teller.fd)
     # Detached from the last to the first. The kernel empties a map of programs when no process holds the map.
-    return {"once": once}, [sockets, connection.fd, message.fd, program["tellers"].map_fd, link]
+    uses = program["socket_uses"]
+    descriptors = [uses.map_fd, sockets, connection.fd, message.fd, program["tellers"].map_fd, link]
+    return {"once": once, "descriptors": len(descriptors), "use_bytes": ctypes.sizeof(uses.Leaf)}, descriptors
 
 
 def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
@@ -178,20 +180,24 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     if request["request_metrics"]:
         measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         program["measuring"][ctypes.c_int(0)] = ctypes.c_int(measure.fd)
-    refused: list[str] = []
+    refused = {}
+    for probe in request["probes"]:
+        if probe["writes"]:
+            try:
+                program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
+            except Exception as error:
+                refused[probe["handler"]] = str(error).rsplit(": ", 1)[-1]
+    writes = any(probe["writes"] and probe["handler"] not in refused for probe in request["probes"])
     spared: dict[str, Any] | None = None
     spared_descriptors: list[int] = []
     for probe in request["probes"]:
-        try:
-            handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
-        except Exception as error:
-            if not probe["writes"]:
-                raise
-            refused.append(str(error).rsplit(": ", 1)[-1])
+        if probe["handler"] in refused:
             continue
+        handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         probes.append(_attach_uprobe(lib, handler.fd, probe["handler"], request["executable"], probe["file_offset"]))
         handlers[probe["handler"]] = handler.fd
-        if probe["spared"] and uprobes.links_work():
+        # The handler that writes keeps its decision in the state that the spared probe makes.
+        if probe["spared"] and not writes and uprobes.links_work():
             spared, spared_descriptors = probe, [probes.pop(), os.open(request["executable"], os.O_PATH)]
     on_socket: dict[str, Any] | None = None
     if request["tells_on_socket"]:
@@ -207,7 +213,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "probes": len(probes),
         "handlers": list(handlers),
         "spared": spared,
-        "refused": refused,
+        "refused": list(refused.values()),
         "on_socket": on_socket,
         "process_bytes": ctypes.sizeof(processes.Leaf),
         "socket_bytes": ctypes.sizeof(program["sockets"].Leaf),

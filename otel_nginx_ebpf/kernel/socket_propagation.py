@@ -16,13 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from otel_nginx_ebpf.kernel.maps import create_map
 from otel_nginx_ebpf.kernel.system_call import bpf
 
 # linux/bpf.h
+_BPF_MAP_UPDATE_ELEM = 2
 _BPF_PROG_ATTACH = 8
 _BPF_LINK_CREATE = 28
 _CGROUP_SOCK_OPS = 3
 _SK_MSG_VERDICT = 7
+_MAP_TYPE_SOCKMAP = 15
 
 _MOUNTS = Path("/proc/self/mounts")
 _WAIT_S = 5.0
@@ -41,6 +44,17 @@ class _AttachAttribute(ctypes.Structure):
     """union bpf_attr, the part for BPF_PROG_ATTACH."""
 
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("target_fd", "program", "attach_type", "flags", "replaced"))
+
+
+class _ElementAttribute(ctypes.Structure):
+    """union bpf_attr, the part for BPF_MAP_UPDATE_ELEM."""
+
+    _fields_ = (
+        ("map", ctypes.c_uint32),
+        ("key", ctypes.c_uint64),
+        ("value", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+    )
 
 
 class _LinkAttribute(ctypes.Structure):
@@ -71,6 +85,38 @@ def cgroup_root(mounts: str | None = None) -> str | None:
     text = _MOUNTS.read_text(encoding="ascii", errors="replace") if mounts is None else mounts
     fields = (line.split() for line in text.splitlines())
     return next((each[1] for each in fields if len(each) > 2 and each[2] == "cgroup2"), None)
+
+
+def sees_cgroup_of(pid: int) -> bool:
+    """Tells whether a program at `cgroup_root` sees a process: in a container it may see only the container's own."""
+    try:
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # the process has ended
+        return True
+    return not any(line.startswith("0::/..") for line in lines)
+
+
+def fionread_works() -> bool:
+    """Tells whether FIONREAD counts the bytes of a socket in a sockmap. Raises `OSError` if that is refused."""
+    sockets = create_map(_MAP_TYPE_SOCKMAP, 4, 4, 1)
+    with ExitStack() as stack:
+        stack.callback(os.close, sockets)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = stack.enter_context(socket.create_connection(listener.getsockname(), _WAIT_S))
+        server, _ = listener.accept()
+        stack.enter_context(server)
+        key, value = ctypes.c_uint32(0), ctypes.c_uint32(client.fileno())
+        bpf(_BPF_MAP_UPDATE_ELEM, _ElementAttribute(sockets, ctypes.addressof(key), ctypes.addressof(value)))
+        server.sendall(b"answer")
+        return _waiting_bytes(client) == len(b"answer")
+
+
+def _waiting_bytes(connection: socket.socket) -> int:
+    """Waits until something can be read, and returns what FIONREAD says."""
+    if not select.select([connection], [], [], _WAIT_S)[0]:
+        return 0
+    (waiting,) = struct.unpack("i", fcntl.ioctl(connection, termios.FIONREAD, b"\0" * 4))
+    return int(waiting)
 
 
 def attach(programs: Programs) -> tuple[int, bool]:
@@ -140,9 +186,6 @@ def _rehearse(uses: Any, *, once: bool) -> bool:
             if received != expected:
                 raise SocketRefusedError("a request of this process's own did not arrive as it should")
             server.sendall(b"answer")
-            if not select.select([client], [], [], _WAIT_S)[0]:
-                raise SocketRefusedError("an answer did not arrive")
-            (waiting,) = struct.unpack("i", fcntl.ioctl(client, termios.FIONREAD, b"\0" * 4))
-            return bool(waiting == len(b"answer") == len(client.recv(65536)))
+            return _waiting_bytes(client) == len(b"answer") == len(client.recv(65536))
         finally:
             uses[ctypes.c_int(0)] = uses.Leaf(once=once)

@@ -89,12 +89,11 @@ class Plan:
             ring_buffer_bytes=settings.ring_buffer_mib << 20,
         )
         probes = tuple(
-            # --propagate in memory keeps its decision in the state that this probe makes, so every request needs it.
             ProbeRequest(
                 f"enter_{site.function}",
                 site.file_offset,
                 writes=boundary.writes,
-                spared=boundary.spared and not settings.tells_in_memory,
+                spared=boundary.spared,
             )
             for boundary, site in sorted(self.chosen, key=lambda each: each[1] is end)
         )

@@ -175,7 +175,7 @@ class Tracing:
 
     def _attach(self, instances: tuple[Instance, ...]) -> _TracedBinary:
         silent = self._silent.get(instances[0].file_identity, frozenset())
-        target, load_request = make_target(instances, self._settings, silent)
+        target, load_request = make_target(instances, propagation.reachable(self._settings, instances), silent)
         attachment = Attachment(load_request)
         for instance in instances:  # workers that started after the list was made; the kernel program finds later ones
             with suppress(UserError):  # the instance has ended
@@ -242,6 +242,7 @@ class Tracing:
 
     def _look_after(self, traced: _TracedBinary) -> None:
         """Detaches from a binary if tracing it costs or loses more than the user allows."""
+        propagation.watch(traced.attachment, str(traced.target))
         reading = self._guard.look(traced.identity, traced.attachment)
         if reading:
             passed = bool(reading.because)

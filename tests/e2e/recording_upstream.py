@@ -103,6 +103,8 @@ class RecordingUpstream:
                     part, buffer = buffer[:left], buffer[left:]
                     left -= len(part)
                     digest.update(part)
+                if target[4]:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
                 self.received.append(Received(int(target[1]), head + end, digest.hexdigest(), self.address, first))
                 first = False
                 status, body = (503, b"busy") if self.fails else (int(target[3] or 200), pattern(int(target[2])))
