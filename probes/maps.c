@@ -72,7 +72,8 @@ struct attempt_state {
     u16 reserved;
 #if PROPAGATE_SOCKET
     u64 told_span_id;         /* the span id that the peer was told on the socket; 0: none */
-    u64 decided;              /* 1: `trace` is set. Only in a request's first attempt */
+    u32 decided;              /* 1: `trace` is set. Only in a request's first attempt */
+    u32 untold;               /* 1: that the peer is not told was counted */
     struct request_trace trace;
 #endif
 };

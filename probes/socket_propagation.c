@@ -6,6 +6,7 @@
  * were announced: the connection, the first bytes, a request line of HTTP/1, a whole head. nginx's own memory is never written.
  */
 
+#define TLS_HANDSHAKE 0x0316   /* the first bytes of a record that begins a handshake */
 #define CRLF 0x0a0d
 #define CRLF_CRLF 0x0a0d0a0d
 #define SPACE_HTTP_1 0x2e312f5054544820ULL /* " HTTP/1." */
@@ -168,7 +169,7 @@ static __always_inline u64 tell(struct sk_msg_md *msg, struct telling *telling)
     for (int i = 0; i < COMPARED_BYTES; i += 8)
         differs |= *(u64 *)(data + i) ^ *(u64 *)(telling->first + i);
     if (differs)
-        return TELLING_NOT_WHOLE;
+        return *(u16 *)data == TLS_HANDSHAKE ? TELLING_NOT_HTTP1 : TELLING_NOT_WHOLE;
     search_head(telling, data, end);
     if (telling->line_end < 15 || telling->line_end >= head_bytes || !is_http1(data, end, telling->line_end))
         return TELLING_NOT_HTTP1;
@@ -244,12 +245,15 @@ int tell_attempt(struct bpf_raw_tracepoint_args *ctx)
     process->told_fd = 0;
     if (!socket)
         return 0;
+    struct attempt_state *attempt = attempt_on(&socket_key, socket);
+    if (!attempt)
+        return 0;
     if (!socket->peer || !telling) {
-        count_untold(TELLING_UNSEEN);
+        count_untold(attempt, TELLING_UNSEEN);
         return 0;
     }
     if (socket->tls || socket->peer == NOT_OVER_TCP) {
-        count_untold(TELLING_NOT_HTTP1);
+        count_untold(attempt, TELLING_NOT_HTTP1);
         return 0;
     }
     struct request_key key = {.tgid = tgid, .connection = socket->client_connection};
@@ -257,7 +261,7 @@ int tell_attempt(struct bpf_raw_tracepoint_args *ctx)
     struct attempt_state *first = attempts.lookup(&first_key);
     telling->connection = 0;
     if (!first || !read_head(telling, process->told_upstream) || !decide_at_attempt(process, &key, first)) {
-        count_untold(TELLING_NOT_WHOLE);
+        count_untold(attempt, TELLING_NOT_WHOLE);
         return 0;
     }
     struct request_trace *trace = &process->trace;

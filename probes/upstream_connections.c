@@ -47,9 +47,12 @@ static __always_inline void note_connection(struct socket_key *key)
     telling->connected = 0;
 }
 
-/* Counts an attempt that is not told. */
-static __always_inline void count_untold(u64 result)
+/* Counts an attempt that is not told, once: with TLS nginx tests a new connection before the handshake and after it. */
+static __always_inline void count_untold(struct attempt_state *attempt, u64 result)
 {
+    if (attempt->untold)
+        return;
+    attempt->untold = 1;
     switch (result) {
     case TELLING_UNSEEN:
         count_loss(PARTIAL_PROPAGATION_CONNECTION);
@@ -91,7 +94,7 @@ static __always_inline void note_told(struct process *process, struct socket_key
     if (telling->result == TELLING_WRITTEN)
         attempt->told_span_id = telling->span_id;
     else if (!telling->nothing_new)
-        count_untold(telling->result);
+        count_untold(attempt, telling->result);
 }
 
 /* An answer's first bytes were read. Where a connection may be told only once, it has left upstream_sockets by then; else the watch

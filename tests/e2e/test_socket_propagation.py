@@ -169,3 +169,28 @@ def test_another_traceparent_of_the_configuration(directory: Path) -> None:
     assert [ids[index].encode() in heads[index] for index in (2, 3)] == [True, True]
     assert b"c" * 32 in heads[3]
     assert losses(agent) == {"configured": 2}
+
+
+def test_protocols_that_stay_in_the_dark(directory: Path, upstream_addresses: dict[str, str]) -> None:
+    """Over TLS and over a unix socket nothing is written; each attempt is counted, and answered in full."""
+    address = ("127.0.0.1", free_ports(1)[0])
+    kept = 'proxy_http_version 1.1; proxy_set_header Connection "";'
+    nginx = NginxServer(
+        directory,
+        f"""upstream tls {{ server {upstream_addresses["tls"]}; keepalive 4; }}
+        server {{ listen 127.0.0.1:{address[1]};
+        location /tls {{ proxy_pass https://tls; {kept} }}
+        location /unix {{ proxy_pass http://{upstream_addresses["unix"]}:/; }} }}""",
+    )
+    nginx.start([address])
+    agent = attach(nginx.pid, directory / "agent")
+    with Http1Connection(address) as connection:
+        for _ in range(10):
+            for target in ("/tls", "/unix"):
+                assert connection.request(f"{target}?bytes=300000").body_bytes == 300_000
+                assert b"traceparent" not in connection.request(f"{target}?echo=1").body.lower()
+    agent.stop()
+    nginx.stop()
+    assert len(agent.traces) == 40
+    assert losses(agent) == {"protocol": 40}
+    assert errors(nginx) == []
