@@ -24,8 +24,9 @@ PACKAGES += buildah debootstrap netavark podman runc
 BENCH ?= all
 SECONDS ?= 60
 MINUTES ?= 5
+REQUESTS ?= 100000
 
-.PHONY: help setup demo test image matrix truth soak attach vm bench counts fuzz check docs clean
+.PHONY: help setup demo test image matrix truth soak attach socket vm bench counts fuzz check docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +62,9 @@ soak: setup ## check memory and losses in ten minutes at 5,000 requests/s withou
 
 attach: setup ## attach to a busy nginx, twenty times each: under traffic, during reloads, on a busy machine; ten minutes
 	@OTEL_NGINX_EBPF_TEST_ATTACHES=20 $(BIN)/pytest tests/e2e/test_attach_under_traffic.py
+
+socket: setup ## check --propagate on the socket with REQUESTS=100000 mixed requests; five minutes
+	@SOCKET_REQUESTS=$(REQUESTS) $(BIN)/pytest -s tests/e2e/test_socket_propagation.py
 
 vm: setup ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; default: all
 	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86

@@ -222,7 +222,7 @@ def top(
         settings,
         top=TopView(sort, interval, once, of_file=file is not None),
         sampler="always_on",
-        propagate=False,
+        propagate="off",
         adopt_upstream_context=False,
         metrics=False,
         metrics_listen=None,
@@ -377,7 +377,11 @@ def list_layouts(catalogue: Catalogue = None) -> None:
 
 def _command() -> int:
     try:
-        return app(prog_name=PROGRAM, standalone_mode=False) or 0
+        alone = {
+            sources.flag(name): declaration.alone for name, declaration in DECLARATIONS.items() if declaration.alone
+        }
+        arguments = [f"{each}={alone[each]}" if each in alone else each for each in sys.argv[1:]]
+        return app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
     except typer.TyperException as error:
         # The message is empty if no command was given; typer has printed the help.
         if message := error.format_message():

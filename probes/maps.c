@@ -5,7 +5,7 @@
  * before them these constants:
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    the layout, in bytes
  *     SITE_ngx_http_free_request, ADDRESS_<symbol>    virtual addresses in the binary
- *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE, TRUSTED_PROXIES    the settings (planner/sampling.py)
+ *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE, PROPAGATE_SOCKET, TRUSTED_PROXIES    the settings (planner/sampling.py)
  *     HASH_<header>, LENGTH_<header>, NAME_LOW_<header>, NAME_HIGH_<header>    nginx's hash of a header's name, and its bytes
  *     OF_FORK    1: the binary is a fork of nginx
  *     FOLLOW_ALL    1: trace every process that hits a probe; 0: only the processes that user space named, and their children
@@ -21,6 +21,7 @@
 #define SOCKETS_MAX 65536
 #define FLUSHES_MAX 16384
 
+#define TELLS (PROPAGATE || PROPAGATE_SOCKET) /* upstreams are told the context: in nginx's memory, or on the socket */
 #define TIMES_REQUESTS (REQUEST_METRICS || KEEP_SLOWER_THAN_NS) /* whether the kernel program computes how long requests took */
 
 /* Room for a read of the whole struct. The largest of nginx 1.14-1.31 has 1,560 bytes. */
@@ -87,6 +88,12 @@ struct attempt_state {
     u8 peer_closed;           /* the socket saw end of file or an error before the attempt was settled */
     u8 acts;                  /* 1: of a post_action */
     u8 reserved;
+#if PROPAGATE_SOCKET
+    u64 told_span_id;         /* the span id that the peer was told on the socket; 0: none */
+    u32 decided;              /* 1: `trace` is set. Only in a request's first attempt */
+    u32 untold;               /* 1: that the peer is not told was counted */
+    struct request_trace trace;
+#endif
 };
 
 struct attempt_key {
@@ -185,6 +192,10 @@ struct socket {
     u64 requests;             /* the number of requests that ended on this client connection */
     u64 next_began_ns;        /* the next request began with the last one's end, as its first bytes had come earlier; 0: they had not */
     struct request_progress progress;
+#if PROPAGATE_SOCKET
+    u64 peer_number;          /* upstream connection: connection_number(), or NOT_OVER_TCP; 0: connect() was not seen */
+    u64 cookie;
+#endif
 };
 
 struct process {
@@ -249,6 +260,12 @@ struct process {
     u64 attempt_states[ATTEMPTS_MAX];
     struct duration_name name;
     struct client_key client_key;
+#endif
+#if PROPAGATE_SOCKET
+    s32 told_fd;                               /* the connection on which a request is announced; 0: none */
+    u32 announces;                             /* the next three are of a request that nginx is about to send */
+    u64 told_request;                          /* the main request's ngx_http_request_t * */
+    u64 told_upstream;                         /* ngx_http_upstream_t * */
 #endif
     u64 record_bytes;
     u8 record[RECORD_BYTES_MAX];

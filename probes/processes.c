@@ -13,5 +13,9 @@ int sched_process_exit(struct bpf_raw_tracepoint_args *ctx)
     u32 tgid = pid_tgid >> 32;
     if ((u32)pid_tgid == tgid)
         processes.delete(&tgid);
+#if PROPAGATE_SOCKET
+    u64 task = bpf_get_current_task();
+    tellings.delete(&task);
+#endif
     return 0;
 }

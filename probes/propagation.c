@@ -133,15 +133,17 @@ int enter_ngx_http_process_request(struct pt_regs *ctx)
     return 0;
 }
 
-/* Restores the decision from when the headers were parsed. The headers cannot be read again: they contain our own span now. */
-static __always_inline void recall_trace(struct process *process, const struct active_request *active)
-{
-    process->trace = active->trace;
-    process->incoming.trace_id_high = active->trace.trace_id_high;
-    process->incoming.trace_id_low = active->trace.trace_id_low;
-    process->incoming.parent_span_id = active->trace.parent_span_id;
-    process->incoming.decision = active->trace.parent_said_no ? DECISION_NO : DECISION_NONE;
-    process->incoming.valid = active->trace.parent_span_id != 0;
-}
+#endif
 
+#if TELLS
+/* Restores the decision that an upstream was told. The headers cannot be read again: they may contain our own span now. */
+static __always_inline void recall_trace(struct process *process, const struct request_trace *trace)
+{
+    process->trace = *trace;
+    process->incoming.trace_id_high = trace->trace_id_high;
+    process->incoming.trace_id_low = trace->trace_id_low;
+    process->incoming.parent_span_id = trace->parent_span_id;
+    process->incoming.decision = trace->parent_said_no ? DECISION_NO : DECISION_NONE;
+    process->incoming.valid = trace->parent_span_id != 0;
+}
 #endif

@@ -115,7 +115,10 @@ enum loss {
     PARTIAL_PROPAGATION_UNSAFE = 14,    /* nginx's header list is not as expected, or could not be written */
     LOST_CLOCK_SET_BACK = 15, /* nginx's clock was set back during a request whose beginning only that clock tells */
     NOT_MEASURED = 16,        /* not in the metrics, because their maps are full */
-    LOSS_CAUSES = 17,
+    PARTIAL_PROPAGATION_CONNECTION = 17, /* on the socket: a connection that is older than the probes, or that this kernel allows one request */
+    PARTIAL_PROPAGATION_PROTOCOL = 18,  /* on the socket: not HTTP/1 over TCP without TLS */
+    PARTIAL_PROPAGATION_CONFIGURED = 19, /* on the socket: nginx's configuration sends a traceparent of its own */
+    LOSS_CAUSES = 20,
 };
 
 /* Index into the `beginnings` map, which tells whether requests need the probe that marks their beginning. */

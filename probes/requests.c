@@ -152,16 +152,28 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     struct request_trace *trace = &process->trace;
     u64 told_span_id = 0;
-    bool reads_headers = HEADERS_ARE_READ;
-#if PROPAGATE && !ADOPT_UPSTREAM_CONTEXT && !TRUSTED_PROXIES
-    reads_headers = !active.decided || active.trace.has_tracestate;
-#endif
-    if (reads_headers)
-        find_context_headers(process);
+#if TELLS
+    const struct request_trace *told_trace = NULL;
 #if PROPAGATE
     told_span_id = active.told_span_id;
     if (active.decided)
-        recall_trace(process, &active);
+        told_trace = &active.trace;
+#endif
+#if PROPAGATE_SOCKET
+    struct attempt_state *first = active.progress.attempts ? attempts.lookup(&attempt_key) : NULL;
+    if (first && first->decided)
+        told_trace = &first->trace;
+#endif
+#endif
+    bool reads_headers = HEADERS_ARE_READ;
+#if TELLS && !ADOPT_UPSTREAM_CONTEXT && !TRUSTED_PROXIES
+    reads_headers = !told_trace || told_trace->has_tracestate;
+#endif
+    if (reads_headers)
+        find_context_headers(process);
+#if TELLS
+    if (told_trace)
+        recall_trace(process, told_trace);
     else
 #endif
     {

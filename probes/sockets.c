@@ -179,6 +179,10 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
         socket->first_read_ns = now;
         socket->first_read_began_ns = began_ns + READ_NS_MAX > now ? began_ns : now - READ_NS_MAX;
         socket->running = socket->client && !socket->tls;
+#if PROPAGATE_SOCKET
+        if (socket->cookie)
+            answered(socket);
+#endif
     }
     bool answers_first_write = socket->first_write_ns > socket->last_read_ns;
     socket->last_read_ns = now;
@@ -222,7 +226,7 @@ static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 beg
 
 /* Finds the request that a connection serves, begins its attempt, and then does what was waiting for this. */
 static __always_inline void look_for_attempt(
-    struct process *process, struct socket_key *key, u32 wanted, u64 began_ns, u64 now)
+    struct process *process, struct socket_key *key, u32 wanted, bool worker, u64 began_ns, u64 now)
 {
     struct owner owner = {};
     struct socket *socket = sockets.lookup(key);
@@ -248,6 +252,10 @@ static __always_inline void look_for_attempt(
     if (wanted == WANTED_TO_SEND) {
         exchange_begins(socket, now);
         socket->announced = 1;
+#if PROPAGATE_SOCKET
+        if (worker && owner.state && attempt_on(key, socket))
+            announce(process, key, &owner);
+#endif
     }
     if (wanted == WANTED_TO_WRITE) {
         /* Without an attempt it may be a client's socket that is older than the probes. With TLS it may be a handshake. */
@@ -317,6 +325,10 @@ static __always_inline int system_call_ended(
     case SYS_sendto:
     case SYS_sendmsg:
     case SYS_sendfile:
+#if PROPAGATE_SOCKET
+        if (worker && process->told_fd == key.fd)
+            note_told(process, &key, result, result == -EAGAIN || result == -EINTR);
+#endif
         if (result > 0) {
             if (entry.number == SYS_writev)
                 bpf_probe_read_user(&data, sizeof(data), (void *)entry.argument2); /* the address of the first part */
@@ -344,6 +356,10 @@ static __always_inline int system_call_ended(
         key.fd = entry.argument3;
         if (entry.argument2 == EPOLL_CTL_ADD && result == 0)
             was_added(&key, entry.argument4);
+#if PROPAGATE_SOCKET
+        if (worker && entry.argument2 == EPOLL_CTL_ADD && result == 0)
+            expect_connection(&key);
+#endif
         break;
     case SYS_epoll_wait:
     case SYS_epoll_pwait: /* musl */
@@ -351,6 +367,10 @@ static __always_inline int system_call_ended(
             turn_began(process, tgid, entry.argument2, result, now);
         break;
     case SYS_connect:
+#if PROPAGATE_SOCKET
+        if (worker)
+            note_connection(&key);
+#endif
         wanted = connected(&key, result, now);
         break;
     case SYS_getsockopt:
@@ -362,6 +382,10 @@ static __always_inline int system_call_ended(
             socket->lingers = 1;
         break;
     case SYS_close:
+#if PROPAGATE_SOCKET
+        if (worker && process->told_fd == key.fd)
+            note_told(process, &key, 0, false);
+#endif
         was_closed(&key, now);
         break;
 #if FOLLOW_FORKS
@@ -376,9 +400,15 @@ static __always_inline int system_call_ended(
 #endif
     }
     if (wanted)
-        look_for_attempt(process, &key, wanted, began_ns, now);
+        look_for_attempt(process, &key, wanted, worker, began_ns, now);
     if (process->begun.is_new)
         examine_begun(process);
+#if PROPAGATE_SOCKET
+    if (process->announces && worker) {
+        process->announces = 0;
+        tellers.call(ctx, 0);
+    }
+#endif
     return 0;
 }
 

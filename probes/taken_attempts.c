@@ -87,6 +87,10 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     struct upstream_attempt *attempt = attempt_of(process, index);
     *attempt = ended->attempt;
     attempt->span_id = told_span_id;
+#if PROPAGATE_SOCKET
+    if (ended->told_span_id)
+        attempt->span_id = ended->told_span_id;
+#endif
     u64 configuration = 0;
     bpf_probe_read_user(&configuration, sizeof(u64), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__upstream));
     process->upstream_configurations[index] = configuration;

@@ -30,7 +30,7 @@ static __always_inline void note_header(struct process *process, u8 *header, u32
     note_header(process, header, place, LENGTH_##name, NAME_LOW_##name, NAME_HIGH_##name)
 
 #define HEADERS_ARE_READ                                                                                               \
-    (PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || PROPAGATE              \
+    (PROPAGATOR_TRACECONTEXT || PROPAGATOR_B3 || PROPAGATOR_B3MULTI || PROPAGATOR_XREQUESTID || TELLS                  \
      || ADOPT_UPSTREAM_CONTEXT || TRUSTED_PROXIES)
 
 /* Goes through the list at r->headers_in.headers; process->request holds r. */
@@ -55,7 +55,7 @@ static __always_inline void find_context_headers(struct process *process)
         for (u32 i = 0; i < HEADERS_IN_PART && i < *(volatile u64 *)&process->headers_read; i++) {
             u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
             u64 hash = MEMBER(header, u64, ngx_table_elt_t, hash);
-#if PROPAGATOR_TRACECONTEXT || PROPAGATE || ADOPT_UPSTREAM_CONTEXT
+#if PROPAGATOR_TRACECONTEXT || TELLS || ADOPT_UPSTREAM_CONTEXT
             NOTE_HEADER(traceparent, HEADER_TRACEPARENT);
             NOTE_HEADER(tracestate, HEADER_TRACESTATE);
 #endif
@@ -280,7 +280,7 @@ static __always_inline void adopt_trace(struct process *process)
     trace->trace_id_low = told->trace_id_low;
     trace->parent_span_id = 0;
     trace->has_tracestate = 0;
-#if !PROPAGATE
+#if !TELLS
     trace->sampled = is_sampled(&process->incoming, told->trace_id_low);
 #endif
     trace->flags = trace->sampled; /* without FLAG_RANDOM: it is not known whether the id is random */

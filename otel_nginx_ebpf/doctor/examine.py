@@ -102,7 +102,7 @@ class Examination:
 
 def examine(settings: Settings) -> Examination:
     """Runs all checks. Raises nothing: reports all problems together."""
-    checks = (*(check() for check in preflight.CHECKS), preflight.bcc(), _pid_namespace())
+    checks = (*(check() for check in preflight.CHECKS), preflight.bcc(), preflight.propagation(), _pid_namespace())
     instances, problems = _find(settings)
     nginx = tuple(_examine_nginx(group) for group in by_binary(instances))
     states = [check.state for check in checks] + [each.state for each in nginx]

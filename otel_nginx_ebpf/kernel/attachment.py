@@ -19,6 +19,8 @@ from otel_nginx_ebpf.traces.losses import KERNEL_CAUSES
 
 _PID = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
+_OVERSTAYED = struct.Struct("=12xI")
+"""struct socket_use (probes/telling.h)."""
 
 # The kernel passes at most this many descriptors in one message (SCM_MAX_FD).
 _DESCRIPTORS_MAX = 253
@@ -70,6 +72,8 @@ class Attachment:
         self._socket_bytes: int = answer["socket_bytes"]
         self.refused: tuple[str, ...] = tuple(answer["refused"])
         """Why the kernel refused handlers that write to nginx's memory, such as `Invalid argument`."""
+        self.on_socket: dict[str, Any] | None = answer["on_socket"]
+        """How upstreams are told on the socket. `refused`: why not; `once`: only in a connection's first request."""
         given = iter(descriptors)
         maps = {name: next(given) for name in answer["maps"]}
         self._handlers = {name: next(given) for name in answer["handlers"]}
@@ -90,6 +94,9 @@ class Attachment:
         else:
             os.close(maps["beginnings"])
         self._probes = list(given)
+        on_socket_count = (self.on_socket or {}).get("descriptors", 0)
+        self._telling = [self._probes.pop() for _ in range(on_socket_count)]
+        """The link of the SOCK_OPS program, then what it needs, then the map socket_uses."""
         self._known_processes = set(self._processes.all_keys())
 
     def adapt(self) -> None:
@@ -140,8 +147,23 @@ class Attachment:
         """Tells whether the program counts durations."""
         return bool(self._held)
 
+    def overstayed(self) -> int:
+        """Returns how many answers came on connections that should have left the map of sockets by then."""
+        if not self._telling:
+            return 0
+        assert self.on_socket is not None
+        value = HashMap(self._telling[-1], key_bytes=4).value(bytes(4), self.on_socket["use_bytes"])
+        return _OVERSTAYED.unpack_from(value)[0] if value else 0
+
+    def stop_telling(self) -> None:
+        """Ends telling upstreams on the socket. The kernel then takes all sockets out of the map."""
+        for descriptor in self._telling:
+            os.close(descriptor)
+        self._telling = []
+
     def detach(self) -> None:
         """Removes the probes. Records that are already in the ring buffer stay readable."""
+        self.stop_telling()
         for descriptor in reversed(self._probes):
             os.close(descriptor)
         self._probes = []

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from typing import Any
 
-from otel_nginx_ebpf.kernel import uprobes
+from otel_nginx_ebpf.kernel import socket_propagation, uprobes
 
 _DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
 
@@ -58,6 +58,8 @@ class LoadRequest:
     """The processes to trace as soon as all probes are attached."""
     request_metrics: bool = False
     """The program counts durations."""
+    tells_on_socket: bool = False
+    """The program writes on upstream sockets. A kernel may refuse that; the probes go live anyway."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -137,6 +139,25 @@ def _attach_raw_tracepoint(lib: Any, program: int, name: str) -> int:
     return descriptor
 
 
+def _attach_to_sockets(bcc: Any, lib: Any, program: Any) -> tuple[dict[str, Any], list[int]]:
+    """Attaches what writes on upstream sockets. Returns `Attachment.on_socket`, and the descriptors that keep it so."""
+    try:
+        message = program.load_func(b"upstream_message", bcc.BPF.SK_MSG)
+        connection = program.load_func(b"upstream_connection", bcc.BPF.SOCK_OPS)
+        teller = program.load_func(b"tell_attempt", bcc.BPF.RAW_TRACEPOINT)
+        # BCC's Python does not know maps of this type.
+        sockets = int(lib.bpf_table_fd(program.module, b"upstream_sockets"))
+        loaded = socket_propagation.Programs(sockets, message.fd, connection.fd, program["socket_uses"])
+        link, once = socket_propagation.attach(loaded)
+    except Exception as error:
+        return {"refused": f"{type(error).__name__}: {error}"}, []
+    program["tellers"][ctypes.c_int(0)] = ctypes.c_int(teller.fd)
+    # Detached from the last to the first. The kernel empties a map of programs when no process holds the map.
+    uses = program["socket_uses"]
+    descriptors = [uses.map_fd, sockets, connection.fd, message.fd, program["tellers"].map_fd, link]
+    return {"once": once, "descriptors": len(descriptors), "use_bytes": ctypes.sizeof(uses.Leaf)}, descriptors
+
+
 def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     bcc = _import_bcc()
     from bcc.libbcc import lib
@@ -159,21 +180,29 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     if request["request_metrics"]:
         measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         program["measuring"][ctypes.c_int(0)] = ctypes.c_int(measure.fd)
-    refused: list[str] = []
+    refused = {}
+    for probe in request["probes"]:
+        if probe["writes"]:
+            try:
+                program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
+            except Exception as error:
+                refused[probe["handler"]] = str(error).rsplit(": ", 1)[-1]
+    writes = any(probe["writes"] and probe["handler"] not in refused for probe in request["probes"])
     spared: dict[str, Any] | None = None
     spared_descriptors: list[int] = []
     for probe in request["probes"]:
-        try:
-            handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
-        except Exception as error:
-            if not probe["writes"]:
-                raise
-            refused.append(str(error).rsplit(": ", 1)[-1])
+        if probe["handler"] in refused:
             continue
+        handler = program.load_func(probe["handler"].encode(), bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         probes.append(_attach_uprobe(lib, handler.fd, probe["handler"], request["executable"], probe["file_offset"]))
         handlers[probe["handler"]] = handler.fd
-        if probe["spared"] and uprobes.links_work():
+        # The handler that writes keeps its decision in the state that the spared probe makes.
+        if probe["spared"] and not writes and uprobes.links_work():
             spared, spared_descriptors = probe, [probes.pop(), os.open(request["executable"], os.O_PATH)]
+    on_socket: dict[str, Any] | None = None
+    if request["tells_on_socket"]:
+        on_socket, socket_descriptors = _attach_to_sockets(bcc, lib, program)
+        probes += socket_descriptors
     # After all probes are attached: if only some of them saw a request, its record would contradict itself.
     processes = program["processes"]
     for pid in request["pids"]:
@@ -184,7 +213,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "probes": len(probes),
         "handlers": list(handlers),
         "spared": spared,
-        "refused": refused,
+        "refused": list(refused.values()),
+        "on_socket": on_socket,
         "process_bytes": ctypes.sizeof(processes.Leaf),
         "socket_bytes": ctypes.sizeof(program["sockets"].Leaf),
     }

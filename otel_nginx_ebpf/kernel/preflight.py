@@ -16,6 +16,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel.loader import loader_command
 from otel_nginx_ebpf.kernel.maps import create_map
 from otel_nginx_ebpf.kernel.release import release_numbers
+from otel_nginx_ebpf.kernel.socket_propagation import cgroup_root, fionread_works
 from otel_nginx_ebpf.kernel.uprobes import PERF_EVENTS_ADVICE, links_work
 from otel_nginx_ebpf.linux import Capability
 
@@ -174,6 +175,44 @@ def lockdown(text: str | None = None) -> Check:
         )
         return Check("lockdown", "fail", state, advice)
     return Check("lockdown", "ok", state)
+
+
+def _holds(capability: Capability) -> bool:
+    return bool(_effective_capabilities() >> capability & 1)
+
+
+def memory_refusal() -> str:
+    """Returns why upstreams cannot be told in nginx's memory here. Empty: they may be."""
+    state = lockdown().found
+    if state in ("integrity", "confidentiality"):
+        return f"the kernel is locked down ({state})"
+    return "" if _holds(Capability.SYS_ADMIN) else "CAP_SYS_ADMIN is missing"
+
+
+def socket_refusal() -> str:
+    """Returns why upstreams cannot be told on the socket here. Empty: they may be; the loader rehearses it."""
+    if cgroup_root() is None:
+        return "no cgroup2 is mounted"
+    return "" if _holds(Capability.NET_ADMIN) else "CAP_NET_ADMIN is missing"
+
+
+def propagation() -> Check:
+    """Reports by which ways --propagate can tell upstreams here, and why not by the others."""
+    ways: list[str] = []
+    reasons: list[str] = []
+    if why := socket_refusal():
+        reasons.append(f"not on the socket: {why}")
+    else:
+        try:
+            first = "" if fionread_works() else ", only the first request of each connection (FIONREAD)"
+            ways.append(f"on the socket{first}")
+        except OSError as error:
+            reasons.append(f"not on the socket: {error.strerror}")
+    if why := memory_refusal():
+        reasons.append(f"not in nginx's memory: {why}")
+    else:
+        ways.append("in nginx's memory" + ", if the kernel is not locked down" * (lockdown().found == "unknown"))
+    return Check("propagate", "ok" if ways else "note", "; ".join(ways) or "no way", "; ".join(reasons))
 
 
 def tracefs() -> Check:

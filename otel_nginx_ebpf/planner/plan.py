@@ -89,12 +89,11 @@ class Plan:
             ring_buffer_bytes=settings.ring_buffer_mib << 20,
         )
         probes = tuple(
-            # --propagate keeps its decision in the state that this probe makes, so every request needs the probe.
             ProbeRequest(
                 f"enter_{site.function}",
                 site.file_offset,
                 writes=boundary.writes,
-                spared=boundary.spared and not settings.propagate,
+                spared=boundary.spared,
             )
             for boundary, site in sorted(self.chosen, key=lambda each: each[1] is end)
         )
@@ -105,6 +104,7 @@ class Plan:
             handlers(system_calls=settings.detail == "phases"),
             self.pids,
             request_metrics=settings.measures_requests,
+            tells_on_socket=settings.tells_on_socket,
         )
 
 

@@ -4,18 +4,32 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
-_HEADERS = ("record.h", "metrics.h", "x86_64.h", "trace_context.h", "layout.h", "layout_upstream.h", "text.h")
+_HEADERS = (
+    "record.h",
+    "metrics.h",
+    "x86_64.h",
+    "trace_context.h",
+    "telling.h",
+    "layout.h",
+    "layout_upstream.h",
+    "text.h",
+)
+_OF_THE_SOCKET = ("telling.h", "tellings.c", "upstream_connections.c", "socket_propagation.c")
+"""Only with --propagate on the socket."""
 _SOURCES = (
     "maps.c",
+    "tellings.c",
     "processes.c",
     "layout.c",
     "beginnings.c",
     "answers.c",
     "sent_request.c",
     "attempts.c",
+    "upstream_connections.c",
     "sockets.c",
     "trace_headers.c",
     "propagation.c",
+    "socket_propagation.c",
     "adoption.c",
     "endings.c",
     "metrics.c",
@@ -99,6 +113,10 @@ def program_text(
             "#include <uapi/linux/ptrace.h>",
             # Hexadecimal, because C then takes a number that needs all 64 bits as unsigned.
             *(f"#define {name} {value:#x}" for name, value in defined.items()),
-            *((probes / name).read_text(encoding="utf-8") for name in _HEADERS + _SOURCES),
+            *(
+                (probes / name).read_text(encoding="utf-8")
+                for name in _HEADERS + _SOURCES
+                if defined.get("PROPAGATE_SOCKET") or name not in _OF_THE_SOCKET
+            ),
         ]
     )

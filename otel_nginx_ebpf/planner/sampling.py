@@ -16,7 +16,8 @@ def constants(settings: Settings) -> dict[str, int]:
     KEEP_ERRORS: Requests that failed are kept even if they are not sampled.
     KEEP_SLOWER_THAN_NS: Requests that took longer, in nanoseconds, are kept too; 0 turns this off.
     PROPAGATOR_TRACECONTEXT, PROPAGATOR_B3, PROPAGATOR_B3MULTI, PROPAGATOR_XREQUESTID: These headers are read.
-    ADOPT_UPSTREAM_CONTEXT, PROPAGATE: The setting is on.
+    ADOPT_UPSTREAM_CONTEXT: The setting is on.
+    PROPAGATE, PROPAGATE_SOCKET: Upstreams are told the context in nginx's memory, on the socket.
     TRUSTED_PROXIES: Some peers are trusted, so the headers Forwarded and X-Forwarded-… are read.
     """
     sampler = settings.sampler.removeprefix(_PARENT_BASED)
@@ -35,6 +36,7 @@ def constants(settings: Settings) -> dict[str, int]:
         "PROPAGATOR_B3MULTI": int("b3multi" in propagators),
         "PROPAGATOR_XREQUESTID": int("xrequestid" in propagators),
         "ADOPT_UPSTREAM_CONTEXT": int(settings.adopt_upstream_context),
-        "PROPAGATE": int(settings.propagate),
+        "PROPAGATE": int(settings.tells_in_memory),
+        "PROPAGATE_SOCKET": int(settings.tells_on_socket),
         "TRUSTED_PROXIES": int(bool(settings.trusted_proxy)),
     }

@@ -87,7 +87,7 @@ BOUNDARIES: tuple[Boundary, ...] = (
         arguments=1,
         required=False,
         without="the application's part (--propagate)",
-        setting="propagate",
+        setting="tells_in_memory",
         writes=True,
     ),
 )

@@ -25,6 +25,8 @@ class Declaration:
     """The valid values, as an error message names them after "must be"."""
     metavar: str | None = None
     """The name of the option's value in `--help`. `None`: the option is a switch, without a value."""
+    alone: str = ""
+    """The value of an option that is given without a value. Only `--option=VALUE` gives it another value."""
     standard: tuple[str, ...] = ()
     """The standard OpenTelemetry variables that set it too, the strongest first."""
     remark: str = ""
@@ -64,6 +66,13 @@ def lower(value: object) -> object:
 
 
 _NANOSECONDS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
+
+
+def auto_if_true(value: object) -> object:
+    """Converts `true` to `auto`, and `false` to `off`, for a setting that was a switch once."""
+    switched = {True: "auto", False: "off", "true": "auto", "false": "off", "1": "auto", "0": "off"}
+    value = lower(value)
+    return switched.get(value, value) if isinstance(value, str | bool) else value
 
 
 def nanoseconds(value: object) -> int:

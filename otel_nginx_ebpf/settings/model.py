@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from otel_nginx_ebpf.settings.declaration import (
     Declaration,
+    auto_if_true,
     lower,
     nanoseconds,
     network,
@@ -25,6 +26,7 @@ Sampler = Literal[
     "parentbased_traceidratio",
 ]
 Propagator = Literal["tracecontext", "baggage", "b3", "b3multi", "xrequestid", "none"]
+Propagate = Literal["off", "auto", "socket", "memory"]
 OptInAttribute = Literal[
     "client.port",
     "http.request.size",
@@ -207,11 +209,15 @@ class Settings:
         "Use the ids of the traceparent that nginx itself sends upstream (proxy_set_header) for the spans.",
         commands=("run", "record"),
     )
-    propagate: bool = setting(
-        False,
-        "Write a traceparent into the requests that nginx sends upstream, in nginx's memory. "
-        "Needs a kernel that is not locked down.",
+    propagate: Propagate = setting(
+        "off",
+        "Write a traceparent into the requests that nginx sends upstream: on the socket (HTTP/1 over TCP), in nginx's "
+        "memory (every protocol, if the kernel is not locked down), or, without a value, what works here.",
         commands=("run", "record"),
+        allowed="socket, memory, auto, or off; true and false mean auto and off",
+        metavar="[=WAY]",
+        alone="auto",
+        read=auto_if_true,
     )
     detail: Detail = setting(
         "phases",
@@ -378,6 +384,16 @@ class Settings:
     )
     top: TopView | None = None
     """How to show requests instead of exporting them; `None`: export them."""
+
+    @property
+    def tells_in_memory(self) -> bool:
+        """Tells whether upstreams are told the context in nginx's memory."""
+        return self.propagate in ("auto", "memory")
+
+    @property
+    def tells_on_socket(self) -> bool:
+        """Tells whether upstreams are told the context on the socket."""
+        return self.propagate in ("auto", "socket")
 
     @property
     def measures_requests(self) -> bool:

@@ -154,6 +154,6 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise UserError(f"--config ({CONFIG_VARIABLE}): {path}: {error}") from error
     for name in _NEED_PHASES:
-        if settings.detail == "request" and getattr(settings, name):
+        if settings.detail == "request" and getattr(settings, name) != DECLARATIONS[name].default:
             raise UserError(f"{flag(name)} needs --detail phases: what it reads or writes, it does during the request")
     return settings

@@ -130,8 +130,10 @@ def _drop_privileges(settings: Settings) -> None:
     kept = set(_KEPT)
     with contextlib.suppress(OSError):  # where no program may be loaded, which preflight explains
         watched = settings.max_cost_per_request is not None or settings.max_loss is not None
-        if watched or settings.propagate or not links_work():
+        if watched or settings.tells_in_memory or not links_work():
             kept.add(Capability.SYS_ADMIN)
+    if settings.tells_on_socket:
+        kept.add(Capability.NET_ADMIN)
     privileges.keep(kept)
 
 

@@ -16,6 +16,7 @@ from otel_nginx_ebpf.process import health, stdio
 from otel_nginx_ebpf.process.channel import SupervisorEnd
 from otel_nginx_ebpf.process.messages import Alive, Attached, Belongs, Kind, Lost, Measured, Retired
 from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.supervisor import propagation
 from otel_nginx_ebpf.supervisor.attaching import Attaching
 from otel_nginx_ebpf.supervisor.cost_limit import Guard
 from otel_nginx_ebpf.traces import silence
@@ -117,7 +118,7 @@ class Tracing:
     """Owns all live probes. Call `begin`, then `sweep` and `serve` repeatedly, then `detach`, `serve` and `end`."""
 
     def __init__(self, settings: Settings, emitter: SupervisorEnd) -> None:
-        self._settings = settings
+        self._settings, self._refused_ways = propagation.possible(settings)
         self._emitter = emitter
         self._watch = Watch(settings.binary)
         self._numbers = itertools.count(1)
@@ -174,17 +175,14 @@ class Tracing:
 
     def _attach(self, instances: tuple[Instance, ...]) -> _TracedBinary:
         silent = self._silent.get(instances[0].file_identity, frozenset())
-        target, load_request = make_target(instances, self._settings, silent)
+        target, load_request = make_target(instances, propagation.reachable(self._settings, instances), silent)
         attachment = Attachment(load_request)
         for instance in instances:  # workers that started after the list was made; the kernel program finds later ones
             with suppress(UserError):  # the instance has ended
                 attachment.add_processes(instance_of(instance.master_pid).pids)
-        if attachment.refused:
-            _log.warning(
-                "--propagate does nothing: the kernel does not take the program that writes to nginx's memory (%s; the "
-                "usual reasons are lockdown and no CAP_SYS_ADMIN); requests are traced, and applications are not told",
-                attachment.refused[0],
-            )
+        told = propagation.describe(attachment, self._settings, self._refused_ways)
+        if told.startswith(", propagates nothing"):
+            _log.warning("--propagate does nothing%s", told.removeprefix(", propagates nothing"))
         return _TracedBinary(next(self._numbers), target, instances, attachment)
 
     def _went_live(self, traced: _TracedBinary) -> None:
@@ -194,7 +192,10 @@ class Tracing:
         self._emitter.tell(
             Attached(traced.number, str(target), target.layout_source, tuple(traced.attachment.readable))
         )
-        stdio.say(target.ready_line(traced.instances))
+        stdio.say(
+            target.ready_line(traced.instances)
+            + propagation.describe(traced.attachment, self._settings, self._refused_ways)
+        )
 
     def _refuse(self, identity: FileIdentity, reason: str) -> None:
         self._refused[identity] = reason
@@ -241,6 +242,7 @@ class Tracing:
 
     def _look_after(self, traced: _TracedBinary) -> None:
         """Detaches from a binary if tracing it costs or loses more than the user allows."""
+        propagation.watch(traced.attachment, str(traced.target))
         reading = self._guard.look(traced.identity, traced.attachment)
         if reading:
             passed = bool(reading.because)

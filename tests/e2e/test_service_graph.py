@@ -1,8 +1,9 @@
 """The proof of the whole: client → nginx → application make one trace, each traced by OpenTelemetry's own means.
 
 `opentelemetry-instrument` instruments the client and the application, as users would. This program traces nginx, which
-sends the header of examples/traceparent.conf. All three export to the official collector. The collector writes a file
-and forwards to Jaeger. The test reads the trace from both, and the service graph from Jaeger.
+sends the header of examples/traceparent.conf, or is not configured at all (--propagate). All three export to the
+official collector. The collector writes a file and forwards to Jaeger. The test reads the trace from both, and the
+service graph from Jaeger.
 """
 
 import json
@@ -43,7 +44,7 @@ service:
 """
 
 NGINX = """
-    include %(examples)s/traceparent.conf;
+    %(include)s
     upstream application { server %(dead)s max_fails=0; server 127.0.0.1:%(application)d backup; keepalive 4; }
     server {
         listen 127.0.0.1:%(nginx)d;
@@ -148,9 +149,15 @@ def concerns(told: dict[str, Trace], path: str) -> bool:
     )
 
 
-@pytest.fixture(scope="module")
-def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Stand]:
-    directory = public_directory / "service_graph"
+WAYS = {"adopt-upstream-context": f"include {EXAMPLES}/traceparent.conf;", "propagate": ""}
+"""nginx's configuration for each setting that leads the application to nginx's span."""
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def stand(
+    request: pytest.FixtureRequest, public_directory: Path, upstream_addresses: dict[str, str]
+) -> Iterator[Stand]:
+    directory = public_directory / f"service_graph-{request.param}"
     directory.mkdir()
     ports = {"otlp": free_ports(1)[0]}
     endpoint = f"http://127.0.0.1:{ports['otlp']}"
@@ -165,10 +172,12 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
         application = Application(endpoint, directory)
         stops.callback(application.stop)
         ports |= {"application": application.port, "nginx": free_ports(1)[0]}
-        nginx = NginxServer(directory, NGINX % {**ports, "examples": EXAMPLES, "dead": upstream_addresses["dead1"]})
+        nginx = NginxServer(
+            directory, NGINX % {**ports, "include": WAYS[request.param], "dead": upstream_addresses["dead1"]}
+        )
         nginx.start([("127.0.0.1", ports["nginx"])])
         stops.callback(nginx.stop)
-        command = ["run", "--pid", str(nginx.pid), "--adopt-upstream-context"]
+        command = ["run", "--pid", str(nginx.pid), f"--{request.param}"]
         agent = AgentProcess(nginx.pid, directory, command, environment("nginx", endpoint))
         stops.callback(agent.stop)
         yield Stand(ports, output, backend)

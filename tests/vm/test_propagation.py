@@ -1,4 +1,4 @@
-"""--propagate: what upstreams are told by a header that is written into nginx's memory, in 20,000 mixed requests.
+"""--propagate=memory: what upstreams are told by a header that is written into nginx's memory, in 20,000 requests.
 
 `make vm` runs it under other kernels: it needs one that lets a program write there, as a locked down one does not.
 valgrind runs nginx's code from elsewhere, where no probe is hit: what it would find has to show as a wrong header, as a
@@ -174,8 +174,8 @@ def check(served: Served, requests: list[Sent]) -> list[str]:
 def test_propagation(directory: Path, environment: list[str]) -> None:
     """Each upstream request tells of our exchange span, once, but for those where that has no room: counted."""
     requests = [Sent(number) for number in range(REQUESTS)]
-    with Served(directory, environment, "--propagate") as served:
-        assert "--propagate" not in served.agent.stderr(), served.agent.stderr()
+    with Served(directory, environment, "--propagate=memory") as served:
+        assert "propagates in nginx's memory" in served.agent.stderr(), served.agent.stderr()
         workers = served.nginx.worker_pids()
         found = check(served, requests)
         assert not found, f"{len(found)} are wrong:\n" + "\n".join(found[:5])

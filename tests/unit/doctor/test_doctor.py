@@ -160,7 +160,7 @@ def test_a_process_of_another_program() -> None:
     assert "is not an nginx with the http module" in nginx.problems[0]
     assert list(report.system) == [
         *("kernel", "capabilities", "bpf", "ring_buffer", "jit", "uprobes", "lockdown", "tracefs", "bcc"),
-        "pid_namespace",
+        *("propagate", "pid_namespace"),
     ]
     assert report.system["kernel"].found == f"Linux {os.uname().release}"
 

@@ -56,6 +56,10 @@ def test_without_settings_only_w3c_is_read_and_nothing_else_is_on() -> None:
         ("keep_slower_than", "800us", "KEEP_SLOWER_THAN_NS", 800_000),
         ("adopt_upstream_context", "true", "ADOPT_UPSTREAM_CONTEXT", 1),
         ("propagate", "true", "PROPAGATE", 1),
+        ("propagate", "true", "PROPAGATE_SOCKET", 1),
+        ("propagate", "memory", "PROPAGATE_SOCKET", 0),
+        ("propagate", "socket", "PROPAGATE", 0),
+        ("propagate", "off", "PROPAGATE_SOCKET", 0),
     ],
 )
 def test_what_is_on(flag: str, text: str, name: str, value: int) -> None:

@@ -170,6 +170,8 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
         ("trusted_proxy", ["10.0.0.0/33"]),
         ("trusted_proxy", ["10.0.0.0/8", "proxy.example"]),
         ("trusted_proxy", ["unix:/run/a.sock"]),
+        ("propagate", "sockets"),
+        ("propagate", 2),
         ("keep_slower_than", "500"),
         ("keep_slower_than", "0ms"),
         ("keep_slower_than", "2 h"),
@@ -204,3 +206,24 @@ def test_every_setting_explains_itself() -> None:
     for name, field in SettingsSource.model_fields.items():
         assert field.description, name
         assert field.examples, name
+
+
+@pytest.mark.parametrize(
+    ("given", "way", "in_memory", "on_socket"),
+    [
+        ("true", "auto", True, True),
+        ("Socket", "socket", False, True),
+        ("memory", "memory", True, False),
+        ("false", "off", False, False),
+        (None, "off", False, False),
+    ],
+)
+def test_ways_to_propagate(given: str | None, way: str, in_memory: bool, on_socket: bool) -> None:
+    settings = load({"propagate": given})
+    assert (settings.propagate, settings.tells_in_memory, settings.tells_on_socket) == (way, in_memory, on_socket)
+
+
+@pytest.mark.parametrize(("line", "way"), [("propagate = true", "auto"), ('propagate = "memory"', "memory")])
+def test_a_way_to_propagate_in_the_file(tmp_path: Path, line: str, way: str) -> None:
+    (tmp_path / "settings.toml").write_text(line)
+    assert load({}, tmp_path / "settings.toml").propagate == way

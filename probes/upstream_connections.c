@@ -1,0 +1,176 @@
+/*
+ * --propagate on the socket: which upstream connections can be told something.
+ *
+ * Only nginx's own upstream connections over TCP are ever in upstream_sockets. nginx adds a connection to epoll before it calls
+ * connect(): then sys_exit finds the request that owns the connection, and expects connect(). The SOCK_OPS program sees connect() in
+ * the worker, and puts the socket into the map when it is established.
+ *
+ * A socket in such a map answers 0 to FIONREAD on kernels since 6.6.128, 6.12.75, 6.18.14 and 6.19. nginx then waits for bytes that
+ * it has. There a socket leaves the map when the peer has acknowledged its first request, before a response is read
+ * (kernel/socket_propagation.py tests the kernel).
+ */
+
+/* linux/bpf.h; BCC's copy may be older than the kernel */
+#define OP_TCP_CONNECT 3
+#define OP_ACTIVE_ESTABLISHED 4
+#define OP_RETRANS 9
+#define OP_RTT 12
+#define FLAG_RETRANS (1 << 1)
+#define FLAG_RTT (1 << 3)
+#define MAP_NOEXIST 1
+
+/* epoll_ctl(ADD) has named a connection, which may be a new upstream connection: nginx calls connect() next. */
+static __always_inline void expect_connection(struct socket_key *key)
+{
+    struct owner owner = {};
+    struct socket *socket = sockets.lookup(key);
+    if (!socket || socket->client || !socket->connection || socket->attempt_serial
+        || !is_owned_by(&owner, connecting_request(socket->connection), socket->connection))
+        return;
+    struct telling *telling = find_or_add_telling();
+    if (!telling)
+        return;
+    telling->expects = 1;
+    telling->connected = 0;
+}
+
+/* connect() returned. */
+static __always_inline void note_connection(struct socket_key *key)
+{
+    struct telling *telling = find_telling();
+    struct socket *socket = sockets.lookup(key);
+    if (!telling || !telling->expects || !socket)
+        return;
+    socket->peer_number = telling->connected ? telling->connected : NOT_OVER_TCP;
+    socket->cookie = telling->connected ? telling->connected_cookie : 0;
+    telling->expects = 0;
+    telling->connected = 0;
+}
+
+/* Counts an attempt that is not told, once: with TLS nginx tests a new connection before the handshake and after it. */
+static __always_inline void count_untold(struct attempt_state *attempt, u64 result)
+{
+    if (attempt->untold)
+        return;
+    attempt->untold = 1;
+    switch (result) {
+    case TELLING_UNSEEN:
+        count_loss(PARTIAL_PROPAGATION_CONNECTION);
+        return;
+    case TELLING_NOT_HTTP1:
+        count_loss(PARTIAL_PROPAGATION_PROTOCOL);
+        return;
+    case TELLING_MALFORMED:
+        count_loss(PARTIAL_PROPAGATION_MALFORMED);
+        return;
+    case TELLING_OTHER_CONTEXT:
+        count_loss(PARTIAL_PROPAGATION_CONFIGURED);
+        return;
+    case TELLING_NOT_WHOLE:
+    case TELLING_NO_MEMORY:
+    case TELLING_UNDONE:
+        count_loss(PARTIAL_PROPAGATION_UNSAFE);
+    }
+}
+
+/* A write on the announced connection returned (`again`: EAGAIN), or the connection was closed. Copies what was told into the
+ * attempt. */
+static __always_inline void note_told(struct process *process, struct socket_key *key, s64 bytes, bool again)
+{
+    struct telling *telling = find_telling();
+    if (!telling || process->told_fd != key->fd)
+        return;
+    if (again) { /* nothing was sent: nginx will send the same again */
+        telling->connection = telling->announced;
+        return;
+    }
+    process->told_fd = 0;
+    telling->connection = 0;
+    struct attempt_key attempt_key = {
+        .tgid = key->tgid, .index = telling->attempt_index, .connection = telling->client_connection};
+    struct attempt_state *attempt = attempts.lookup(&attempt_key);
+    if (bytes <= 0 || !attempt || attempt->serial != telling->attempt_serial)
+        return;
+    if (telling->result == TELLING_WRITTEN)
+        attempt->told_span_id = telling->span_id;
+    else if (!telling->nothing_new)
+        count_untold(attempt, telling->result);
+}
+
+/* An answer's first bytes were read. Where a connection may be told only once, it has left upstream_sockets by then; else the watch
+ * in user space ends the telling (supervisor/propagation.py). */
+static __always_inline void answered(struct socket *socket)
+{
+    struct socket_use *use = socket_use();
+    u64 cookie = socket->cookie;
+    if (cookie && use && use->once && enrolling.lookup(&cookie))
+        lock_xadd(&use->overstayed, 1);
+    socket->cookie = 0;
+}
+
+/* nginx is about to send an attempt's request. */
+static __always_inline void announce(struct process *process, struct socket_key *key, struct owner *owner)
+{
+    process->told_fd = key->fd;
+    process->told_request = owner->main_request;
+    process->told_upstream = owner->upstream;
+    process->announces = 1;
+}
+
+/* The SOCK_OPS program: a TCP connection of any process of the cgroup. It must return 1. */
+int upstream_connection(struct bpf_sock_ops *ops)
+{
+    u64 cookie, task;
+    u32 flags, port, *before;
+    struct telling *telling;
+    struct socket_use *use;
+
+    switch (ops->op) {
+    case OP_TCP_CONNECT: /* within connect() */
+        use = socket_use();
+        port = ops->remote_port;
+        if (use && use->rehearsed_port && use->rehearsed_port == port) {
+            use->rehearsed.connection = NUMBER_OF(ops);
+            task = bpf_get_current_task();
+            tellings.update(&task, &use->rehearsed);
+        } else {
+            telling = find_telling();
+            if (!telling || !telling->expects)
+                return 1;
+            telling->connected = NUMBER_OF(ops);
+            telling->connected_cookie = bpf_get_socket_cookie(ops);
+        }
+        cookie = bpf_get_socket_cookie(ops);
+        flags = ops->bpf_sock_ops_cb_flags;
+        enrolling.update(&cookie, &flags);
+        return 1;
+    case OP_ACTIVE_ESTABLISHED:
+        cookie = bpf_get_socket_cookie(ops);
+        before = enrolling.lookup(&cookie);
+        use = socket_use();
+        if (!before || !use)
+            return 1;
+        if (use->once) /* first: a socket that cannot be taken out again must not be put in */
+            if (bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | FLAG_RETRANS | FLAG_RTT) != 0)
+                return 1;
+        upstream_sockets.sock_hash_update(ops, &cookie, MAP_NOEXIST);
+        port = ops->remote_port;
+        if (use->rehearsed_port == port)
+            use->enrolled++;
+        if (!use->once)
+            enrolling.delete(&cookie);
+        return 1;
+    case OP_RETRANS:
+    case OP_RTT:
+        cookie = bpf_get_socket_cookie(ops);
+        before = enrolling.lookup(&cookie);
+        if (!before)
+            return 1;
+        flags = *before | ~(FLAG_RETRANS | FLAG_RTT);
+        upstream_sockets.delete(&cookie);
+        enrolling.delete(&cookie);
+        bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & flags);
+        return 1;
+    }
+    return 1;
+}
