@@ -358,7 +358,7 @@ static __always_inline int system_call_ended(
             was_added(&key, entry.argument4);
 #if PROPAGATE_SOCKET
         if (worker && entry.argument2 == EPOLL_CTL_ADD && result == 0)
-            expect_connection(&key);
+            expect_connection(process, &key);
 #endif
         break;
     case SYS_epoll_wait:

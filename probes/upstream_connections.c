@@ -20,12 +20,12 @@
 #define MAP_NOEXIST 1
 
 /* epoll_ctl(ADD) has named a connection, which may be a new upstream connection: nginx calls connect() next. */
-static __always_inline void expect_connection(struct socket_key *key)
+static __always_inline void expect_connection(struct process *process, struct socket_key *key)
 {
     struct owner owner = {};
     struct socket *socket = sockets.lookup(key);
     if (!socket || socket->client || !socket->connection || socket->attempt_serial
-        || !is_owned_by(&owner, connecting_request(socket->connection), socket->connection))
+        || !is_owned_by(process, &owner, connecting_request(socket->connection), socket->connection))
         return;
     struct telling *telling = find_or_add_telling();
     if (!telling)
