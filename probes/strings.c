@@ -159,14 +159,28 @@ static __always_inline void append_request_target(struct process *process)
                       bytes > SHORT_STRING_BYTES_MAX ? SHORT_STRING_BYTES_MAX : bytes, SHORT_STRING_BYTES_MAX);
 }
 
+#define SIZEOF_POOL 80 /* ngx_pool_t */
+
+/* Tells whether the client's address is the one that accept() returned: ngx_event_accept allocates it as the first thing in the
+ * connection's pool, and realip sets another pointer. */
+static __always_inline bool is_accepted_address(struct process *process)
+{
+    return MEMBER(process->connection, u64, ngx_connection_s, sockaddr)
+        == MEMBER(process->connection, u64, ngx_connection_s, pool) + SIZEOF_POOL;
+}
+
 /* Compares the client's address, which was appended at `at`, with the address of the socket's peer. Appends the latter if realip has
  * replaced the former. */
 static __always_inline void append_peer(struct process *process, u64 at)
 {
     struct request_record *record = (struct request_record *)process->record;
     u64 end = process->record_bytes;
-    if (!(u16)process->peer[0] || end == at || at > STRING_AT_MAX)
+    if (end == at || at > STRING_AT_MAX)
         return;
+    if (!(u16)process->peer[0]) { /* accept() was not seen */
+        record->peer_known = is_accepted_address(process);
+        return;
+    }
     u64 *client = (u64 *)(string_at(process, at) + 1);
     u16 family = process->peer[0];
     u64 others = (client[0] ^ process->peer[0]) & (family == FAMILY_UNIX ? 0xffff : ~0ULL);

@@ -352,13 +352,23 @@ def test_peer_of_the_socket(nginx: RecordedNginx, server: int) -> None:
 
 
 def test_connection_older_than_the_probes(nginx: RecordedNginx, peer: KeepingPeer) -> None:
-    with Http1Connection(nginx.addresses[0]) as connection:
+    """The socket's peer is known, unless realip has replaced the client's address."""
+    headers = {"X-Forwarded-For": "203.0.113.9"}
+    with Http1Connection(nginx.addresses[0]) as connection, nginx.connect(3) as behind_realip:
         assert connection.request("/plain/older").status == 200
+        assert behind_realip.request("/older", headers=headers).status == 200
         nginx.agent.stop()
         nginx.attach()
         assert connection.request("/plain/newer", "PUT").status == 200
-    request = nginx.request("/plain/newer")
+        assert behind_realip.request("/newer", headers=headers).status == 200
+        peer = sockaddr.Address(*connection.socket.getsockname())
+    request = nginx.request("/newer")
+    assert request.client_sockaddr is not None
+    assert sockaddr.parse(request.client_sockaddr) == sockaddr.Address("203.0.113.9", 0)
     assert request.peer_sockaddr is None
+    request = nginx.request("/plain/newer")
+    assert request.peer_sockaddr is not None
+    assert sockaddr.parse(request.peer_sockaddr) == peer
     assert client_method(request) == ("PUT", "PUT")
     assert request.attempts[0].sent_line == "PUT /plain/newer HTTP/1.0"
 
