@@ -34,6 +34,8 @@ enum string_kind {
     STRING_FORWARDED = 18,    /* the last three: only with --trusted-proxy */
     STRING_X_FORWARDED_PROTO = 19,
     STRING_X_FORWARDED_HOST = 20,
+    STRING_SENT_PATH = 21,    /* the field :path that nginx sent to the peer, as encoded (RFC 7541; HTTP/2). As STRING_SENT_LINE */
+    STRING_SENT_AUTHORITY = 22, /* the value of :authority that nginx sent to the peer, as encoded (HTTP/2) */
 };
 
 /* How a request ended. */

@@ -19,6 +19,12 @@
 #define HTTP2_HEADERS 1
 #define HPACK_GET 0x82
 #define HPACK_POST 0x83
+#define HPACK_METHOD 0x42 /* these three: an indexed name, and a value of its own behind it */
+#define HPACK_PATH 0x44
+#define HPACK_AUTHORITY 0x41
+#define HPACK_ROOT 0x84
+#define HPACK_HTTP 0x86
+#define HPACK_HTTPS 0x87
 
 /* From r->method to r->method_name. */
 #define LINE_BYTES (OFFSET_ngx_http_request_s__method_name + 16 - OFFSET_ngx_http_request_s__method)
@@ -135,6 +141,46 @@ static __always_inline void note_http1(struct process *process, struct attempt_s
     }
 }
 
+/* Returns the length of a string of HPACK with its own length in front (RFC 7541, 5.2); 0: not known. */
+static __always_inline u64 hpack_bytes(u64 address)
+{
+    u8 prefix[4] = {};
+    if (bpf_probe_read_user(prefix, sizeof(prefix), (void *)address) != 0)
+        return 0;
+    u64 bytes = prefix[0] & 0x7f;
+    if (bytes < 0x7f)
+        return 1 + bytes;
+    bytes += prefix[1] & 0x7f;
+    if (prefix[1] < 0x80)
+        return 2 + bytes;
+    return prefix[2] < 0x80 ? 3 + bytes + ((u64)prefix[2] << 7) : 0;
+}
+
+/* Notes where :path and :authority of an HTTP/2 request lie. nginx writes :method, :scheme, :path and :authority in this order
+ * (ngx_http_grpc_create_request), and encodes each name in one byte. `at`: the address of the first field. */
+static __always_inline void note_http2(struct attempt_state *attempt, u64 at)
+{
+    u8 name = byte_at(at);
+    u64 bytes = 0;
+    if (name == HPACK_METHOD)
+        bytes = hpack_bytes(at + 1);
+    at += 1 + bytes;
+    u8 scheme = byte_at(at), path = byte_at(at + 1);
+    if (scheme != HPACK_HTTP && scheme != HPACK_HTTPS)
+        return;
+    at += 1;
+    bytes = path == HPACK_PATH ? hpack_bytes(at + 1) : 0;
+    if (path != HPACK_ROOT && !bytes)
+        return;
+    attempt->sent_line.text = at;
+    attempt->sent_line.bytes = 1 + bytes;
+    at += 1 + bytes;
+    if (byte_at(at) != HPACK_AUTHORITY)
+        return;
+    attempt->sent_host = at + 1;
+    attempt->sent_host_bytes = hpack_bytes(at + 1);
+}
+
 /* Notes the protocol that an attempt speaks, and what it sends. `request`: the (sub)request; `main_method`: the main request's
  * r->method, or 0. */
 static __always_inline void note_sent(struct process *process, struct attempt_state *attempt, u64 request, u32 main_method)
@@ -156,6 +202,8 @@ static __always_inline void note_sent(struct process *process, struct attempt_st
         attempt->attempt.protocol = PROTOCOL_HTTP_2;
         read_quietly(&method, request + OFFSET_ngx_http_request_s__method);
         attempt->attempt.method = field == HPACK_GET ? METHOD_GET : field == HPACK_POST ? METHOD_POST : method;
+        if (field == HPACK_GET || field == HPACK_POST || field == HPACK_METHOD)
+            note_http2(attempt, start + HTTP2_START_BYTES + 9);
     } else if (first == FASTCGI_BEGIN) {
         attempt->attempt.protocol = PROTOCOL_FASTCGI;
         attempt->attempt.method = main_method; /* $request_method */

@@ -141,7 +141,8 @@ static __always_inline void append_sent_line(struct process *process, u32 index)
     if (line->text == process->last_sent_line)
         return;
     process->last_sent_line = line->text;
-    append_string(process, STRING_SENT_LINE, index, line->text, line->bytes, limit);
+    u8 kind = attempt_of(process, index)->protocol == PROTOCOL_HTTP_2 ? STRING_SENT_PATH : STRING_SENT_LINE;
+    append_string(process, kind, index, line->text, line->bytes, limit);
 }
 
 static __always_inline void append_attempt_strings(struct process *process, struct attempt_key *key)
@@ -155,7 +156,8 @@ static __always_inline void append_attempt_strings(struct process *process, stru
     if (configuration)
         append_str_at(process, STRING_UPSTREAM, index, configuration + OFFSET_ngx_http_upstream_srv_conf_s__host,
                       SHORT_STRING_BYTES_MAX);
-    append_string(process, STRING_SENT_HOST, index, ended->sent_host, ended->sent_host_bytes, SHORT_STRING_BYTES_MAX);
+    u8 host = ended->attempt.protocol == PROTOCOL_HTTP_2 ? STRING_SENT_AUTHORITY : STRING_SENT_HOST;
+    append_string(process, host, index, ended->sent_host, ended->sent_host_bytes, SHORT_STRING_BYTES_MAX);
     if (ended->request)
         append_str_at(process, STRING_SUBREQUEST_URI, index, ended->request + OFFSET_ngx_http_request_s__uri,
                       SHORT_STRING_BYTES_MAX);

@@ -60,6 +60,8 @@ _ATTRIBUTE_OF = {
     "STRING_PEER_SOCKADDR": network_attributes.NETWORK_PEER_ADDRESS,
     "STRING_SENT_LINE": url_attributes.URL_FULL,
     "STRING_SENT_HOST": server_attributes.SERVER_ADDRESS,
+    "STRING_SENT_PATH": url_attributes.URL_FULL,
+    "STRING_SENT_AUTHORITY": server_attributes.SERVER_ADDRESS,
     "STRING_FORWARDED": server_attributes.SERVER_ADDRESS,
     "STRING_X_FORWARDED_PROTO": url_attributes.URL_SCHEME,
     "STRING_X_FORWARDED_HOST": server_attributes.SERVER_ADDRESS,

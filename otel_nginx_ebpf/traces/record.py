@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from otel_nginx_ebpf.traces import hpack_fields
 from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, c_enum
 
 
@@ -33,6 +34,8 @@ _REQUEST_TARGET = STRING_KINDS["STRING_REQUEST_TARGET"]
 _PEER_SOCKADDR = STRING_KINDS["STRING_PEER_SOCKADDR"]
 _SENT_LINE = STRING_KINDS["STRING_SENT_LINE"]
 _SENT_HOST = STRING_KINDS["STRING_SENT_HOST"]
+_SENT_PATH = STRING_KINDS["STRING_SENT_PATH"]
+_SENT_AUTHORITY = STRING_KINDS["STRING_SENT_AUTHORITY"]
 _FORWARDED = STRING_KINDS["STRING_FORWARDED"]
 _X_FORWARDED_PROTO = STRING_KINDS["STRING_X_FORWARDED_PROTO"]
 _X_FORWARDED_HOST = STRING_KINDS["STRING_X_FORWARDED_HOST"]
@@ -45,12 +48,22 @@ _REQUEST_BYTES = REQUEST_RECORD.size
 _ATTEMPT_BYTES = UPSTREAM_ATTEMPT.size
 _STRING_HEADER_BYTES = STRING_HEADER.size
 
-_SOCKADDRS = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR, _PEER_SOCKADDR})
+_BINARY = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR, _PEER_SOCKADDR, _SENT_PATH, _SENT_AUTHORITY})
 
 # Kinds of strings that differ from request to request. A record's strings begin with such strings. The section after
 # them is mostly equal to the section of another record, so decoded sections are cached.
 _VARYING = frozenset(
-    {_URI, _REQUEST_TARGET, _USER_AGENT, _CLIENT_SOCKADDR, _PEER_SOCKADDR, _FORWARDED, _TRACESTATE, _SENT_LINE}
+    {
+        _URI,
+        _REQUEST_TARGET,
+        _USER_AGENT,
+        _CLIENT_SOCKADDR,
+        _PEER_SOCKADDR,
+        _FORWARDED,
+        _TRACESTATE,
+        _SENT_LINE,
+        _SENT_PATH,
+    }
 )
 _KEPT_SECTIONS = 1024
 _KEPT_SECTION_BYTES_MAX = 1024
@@ -63,6 +76,7 @@ HTTP_VERSIONS = {
     number: name.removeprefix("HTTP_VERSION_").replace("_", ".") for name, number in c_enum("http_version").items()
 }
 PROTOCOLS = {value: name.removeprefix("PROTOCOL_").lower() for name, value in c_enum("protocol").items() if value}
+_HTTP_2 = next(value for value, name in PROTOCOLS.items() if name == "http_2")
 _KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("kept").items() if value}
 
 _WORKER_PID = struct.Struct("<I")
@@ -122,9 +136,9 @@ class Attempt:
     upstream_request: int = 0
     """Attempts that send the same request to one peer after another share this number."""
     sent_line: str | None = None
-    """The request line that the peer was sent. `None`: the protocol is not HTTP/1, or the line is not known."""
+    """The request line that the peer was sent (HTTP/2: what it would be in HTTP/1). `None`: not HTTP, or not known."""
     sent_host: str | None = None
-    """The Host header that the peer was sent, as `sent_line`."""
+    """The Host header (HTTP/2: `:authority`) that the peer was sent. `None`: as for `sent_line`, or it has none."""
     impossible: int = 0
     """How many of nginx's numbers for the attempt are impossible. An impossible time or size is `None`."""
 
@@ -227,9 +241,10 @@ def _strings(raw: bytes, offset: int = 0, kinds: frozenset[int] | None = None) -
     """Decodes the strings from `offset` to the record's end. With `kinds`, stops at the first string of another kind.
 
     Returns:
-        Three values. First, the strings by kind + 256 * attempt, without empty strings. Socket addresses are bytes; all
-        others are text, decoded from UTF-8, in which other bytes appear as `\\xNN`. Second, the kinds of the strings
-        that the kernel program cut, as a set of bits. Third, the offset at which the last string ends.
+        Three values. First, the strings by kind + 256 * attempt, without empty strings. Socket addresses and fields of
+        HTTP/2 are bytes; all others are text, decoded from UTF-8, in which other bytes appear as `\\xNN`. Second, the
+        kinds of the strings that the kernel program cut, as a set of bits. Third, the offset at which the last string
+        ends.
     """
     values: dict[int, str | bytes] = {}
     cut = 0
@@ -248,7 +263,7 @@ def _strings(raw: bytes, offset: int = 0, kinds: frozenset[int] | None = None) -
             cut |= 1 << kind
         if length:
             value = raw[start:end]
-            values[kind + 256 * attempt] = value if kind in _SOCKADDRS else value.decode("utf-8", "backslashreplace")
+            values[kind + 256 * attempt] = value if kind in _BINARY else value.decode("utf-8", "backslashreplace")
     return values, cut, offset
 
 
@@ -290,7 +305,13 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any], lines: dict[i
     ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
     times = connect_msec, header_msec, response_msec
     impossible = sum([_MS_MAX <= msec < _NONE for msec in times]) if max(times) >= _MS_MAX else 0
-    if (line := string(_SENT_LINE + 256 * index)) is not None:
+    if protocol == _HTTP_2:
+        line, host = _sent_over_http2(
+            method_bit, string(_SENT_PATH + 256 * index), string(_SENT_AUTHORITY + 256 * index)
+        )
+    else:
+        line, host = string(_SENT_LINE + 256 * index), string(_SENT_HOST + 256 * index)
+    if line is not None:
         lines[upstream_request] = line
     impossible += (bytes_sent < -1) + (bytes_received < 0) + (status != 0 and http_status(status) is None)
     return Attempt(
@@ -321,9 +342,16 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any], lines: dict[i
         method_bit,
         upstream_request,
         lines.get(upstream_request),
-        string(_SENT_HOST + 256 * index),
+        host,
         impossible,
     )
+
+
+def _sent_over_http2(method_bit: int, path: bytes | None, authority: bytes | None) -> tuple[str | None, str | None]:
+    """Returns what an HTTP/2 request would have as its request line and Host header in HTTP/1. `None`: not known."""
+    target = hpack_fields.path(path) if path else None
+    line = f"{METHODS.get(method_bit, '')} {target} HTTP/2" if target is not None else None
+    return line, hpack_fields.value(authority) if authority else None
 
 
 def worker_pid(raw: bytes | memoryview) -> int:

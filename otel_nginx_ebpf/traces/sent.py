@@ -6,7 +6,7 @@ from otel_nginx_ebpf.traces.record import Attempt, Request
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.url import redact_query
 
-_VERSIONS = frozenset({"1.0", "1.1"})
+_VERSIONS = frozenset({"1.0", "1.1", "2"})
 
 
 def parse_line(line: str) -> tuple[str | None, str, str | None]:

@@ -234,7 +234,8 @@ class SpanBuilder(Generic[F]):
                 error,
             ),
         ]
-        if target is not None:
+        # An HTTP/2 request without :authority may have its host in another field.
+        if target is not None and (asked is not None or version != "2"):
             url = full_url(target, attempt.sent_host, peer, tls, self._query)
             if url is not None:
                 fields.append(self._url(url))

@@ -228,6 +228,9 @@ def test_grpc(stage: Stage, channel: grpc.Channel, kind: str) -> None:
     attributes = trace.server.attributes
     assert attributes["url.path"] == f"/{SERVICE}/{kind}"
     assert attributes["network.protocol.version"] == "2"
+    sent = trace.named("upstream exchange")[0].attributes
+    assert sent["url.full"] == f"http://{sent['nginx.upstream.peer']}/{SERVICE}/{kind}"
+    assert (sent["http.request.method"], sent["network.protocol.version"]) == ("POST", "2")
     waits = sum(each.get("count", 1) * each.get("delay_ms", 0) for each in messages) / 1000
     assert trace.named("upstream exchange")[0].seconds > 0.99 * waits
     assert trace.server.seconds > 0.99 * waits
@@ -257,6 +260,9 @@ def test_kept_alive_grpc(stage: Stage, channel: grpc.Channel, scheme: str) -> No
     for each, delay_ms in zip(exchanges, delays_ms, strict=True):
         exchange = each.trace.named("upstream exchange")[0]
         assert exchange.seconds > delay_ms / 1000
+        # Also on an old connection, over which nginx sends no preface.
+        name = exchange.attributes["nginx.upstream.name"]
+        assert exchange.attributes["url.full"] == f"http{scheme[4:]}://{name}/{SERVICE}/unary_unary"
         unsure_ms = LAG_MAX_MS if scheme == "grpcs" else 0
         assert exchange.attributes.get("nginx.upstream.time_to_first_byte_ns", inf) > (delay_ms - unsure_ms) * 1e6
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hpack import Decoder
 
 from e2e.http1_client import Http1Connection, request_bytes
 from e2e.http2_client import Http2Connection, Http2Request
@@ -314,8 +315,31 @@ def test_other_protocols(
     assert peer.sent[0].startswith(first)
     assert attempt.protocol == ("http_2" if protocol == "grpc" else protocol)
     assert METHODS.get(attempt.method_bit) == methods[1]
-    assert (attempt.sent_line, attempt.sent_host) == (None, None)
+    assert protocol == "grpc" or (attempt.sent_line, attempt.sent_host) == (None, None)
     assert client_method(request) == (methods[0], methods[0])
+
+
+def http2_fields(sent: bytes) -> dict[str, str]:
+    """Return the fields of the first HEADERS frame (RFC 9113, 4.1), by a library of their own."""
+    at = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+    while sent[at + 3] != 1:
+        at += 9 + int.from_bytes(sent[at : at + 3])
+    block = sent[at + 9 : at + 9 + int.from_bytes(sent[at : at + 3])]
+    return dict(Decoder().decode(block))
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PURGE"])
+@pytest.mark.parametrize("rest", ["", "a%20~{}|?q=^`&r", *("Z" * length for length in (112, 113, 114, 900))])
+def test_http2_peer(nginx: RecordedNginx, peer: KeepingPeer, method: str, rest: str) -> None:
+    path = f"/grpc/{method}{len(rest)}/{rest}"
+    nginx.get(path, method)
+    (attempt,) = nginx.request(path.partition("?")[0]).attempts
+    wait_until(lambda: bool(peer.sent) and b"HTTP/2" in peer.sent[0], "what the peer was sent")
+    fields = http2_fields(peer.sent[0])
+    assert fields[":method"] == method
+    told = method if method in METHODS.values() else ""
+    assert attempt.sent_line == f"{told} {fields[':path']} HTTP/2"
+    assert attempt.sent_host == fields[":authority"]
 
 
 def test_http2_client(nginx: RecordedNginx, peer: KeepingPeer) -> None:

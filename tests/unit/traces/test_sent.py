@@ -21,6 +21,7 @@ PEER = "127.0.0.1:9000"
         ("GET /cut HTTP/1", ("GET", "/cut HTTP/1", None)),
         ("GET", ("GET", "", None)),
         (" / HTTP/1.1", (None, "/", "1.1")),
+        ("PUT /a HTTP/2", ("PUT", "/a", "2")),
         ("", (None, "", None)),
     ],
 )
