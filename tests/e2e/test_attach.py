@@ -1,13 +1,14 @@
 """Attaching and detaching: a second agent on a working nginx that is traced already."""
 
 import json
+import os
 import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from e2e.agent_process import PROGRAM, AgentProcess, Trace
+from e2e.agent_process import OPT_IN, PROGRAM, AgentProcess, Trace
 from e2e.http1_client import Http1Connection, request_bytes
 from e2e.nginx_server import NGINX, NginxServer, free_ports
 from e2e.stage import Stage
@@ -121,7 +122,11 @@ def test_record_and_replay(stage: Stage, tmp_path: Path) -> None:
     lines = stage.lines(5)
     recorder.stop()
     replayed = subprocess.run(
-        [PROGRAM, "replay", "--exporter", "json", capture], capture_output=True, check=True, timeout=30
+        [PROGRAM, "replay", "--exporter", "json", capture],
+        env={**os.environ, **OPT_IN},
+        capture_output=True,
+        check=True,
+        timeout=30,
     )
     traces = [Trace.parse(line) for line in replayed.stdout.splitlines()]
     again = stage.match(lines, lambda: traces)
