@@ -250,8 +250,11 @@ struct process {
     u64 next_seen;
     u64 main_tls;                              /* the main request's last attempt used TLS */
     u64 main_outcome;                          /* enum outcome of the main request's last attempt, before a post_action */
+    u64 version_lost;                          /* nginx has overwritten the client's version: for a post_action, or for a peer's
+                                                  response without a status line */
     u64 acted;                                 /* nginx ran a post_action on the request */
     u64 answer;                                /* request_progress.answer then, else 0 */
+    u64 last_location;                         /* r->loc_conf of the main request's last attempt before a post_action; 0: none */
     u64 exchange_ns[ATTEMPTS_MAX];             /* how long each attempt's exchange took; 0: no exchange. It and the
                                                   next two need TIMES_REQUESTS */
     u64 last_end_ns;

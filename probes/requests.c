@@ -13,13 +13,19 @@ static __always_inline void learn_core_module_index(struct process *process, u64
  * that nginx has found at the end, unless it is the location of post_action. */
 static __always_inline void find_location(struct process *process, struct request_record *record)
 {
-    if (!process->location && !process->acted) {
+    if (!process->location && !process->version_lost) {
         process->location = MEMBER(process->request, u64, ngx_http_request_s, loc_conf);
         process->location_method = REQUEST_STR(method_name)->data;
     }
     if (is_of_a_redirect(process, process->location_method))
         process->location = 0;
     record->location_unknown = !process->location;
+}
+
+/* Tells whether nginx has taken the main request to another location since its last attempt. Not known with `--detail request`. */
+static __always_inline bool has_moved(struct process *process)
+{
+    return !DETAIL_REQUEST && process->last_location != MEMBER(process->request, u64, ngx_http_request_s, loc_conf);
 }
 
 /* Returns the reason to send a request that the sampler left out. KEPT_SAMPLED: there is no reason. */
@@ -201,13 +207,9 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
-    process->acted = record->http_version != http_version;
-    process->answer = 0;
-    if (process->acted) { /* nginx has the status of the post_action's response */
-        process->answer = active.progress.answer;
-        record->err_status = 0;
-        record->out_status = process->answer >> ANSWER_STATUS;
-    }
+    process->version_lost = record->http_version != http_version;
+    process->answer = process->version_lost ? active.progress.answer : 0;
+    process->last_location = 0;
     record->worker_pid = tgid;
     find_method(process, record);
 
@@ -231,6 +233,11 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     asm volatile("" ::: "memory"); /* as with record_bytes: read back, it is one unknown number, not 33 known numbers */
     u32 taken = record->attempts;
     find_unseen(process, record);
+    process->acted = process->version_lost && (process->answer || has_moved(process));
+    if (process->acted) { /* nginx has the status of the post_action's response */
+        record->err_status = 0;
+        record->out_status = process->answer >> ANSWER_STATUS;
+    }
     find_location(process, record);
     record->ending = ending_of(process, socket, record, process->main_outcome, load_address);
     record->ends_with_write = ends_with_write(process, socket, record, load_address);

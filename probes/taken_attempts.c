@@ -118,6 +118,8 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
             process->location = ended->location;
             process->location_method = ended->method_name;
         }
+        if (!ended->acts)
+            process->last_location = ended->location;
         process->seen_peers[slot(process->seen_peers_count)] = process->attempt_peers[index];
         process->seen_peers_count++;
         if (process->answer ? !ended->acts : ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream)) {
