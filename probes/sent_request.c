@@ -193,9 +193,9 @@ static __always_inline void note_sent(struct process *process, struct attempt_st
     attempt->attempt.upstream_request = (u32)(attempt->upstream >> 3) | 1; /* retries share the ngx_http_upstream_t */
     search->start = start;
     search->bytes = bytes;
-    if (bytes < sizeof(u64) || !read_sent(process, 0, 0))
+    if (bytes < sizeof(u32) || !read_sent(process, 0, 0))
         return;
-    u64 first = search->first = *(u64 *)sent;
+    u64 first = search->first = *(u64 *)sent; /* zeros follow what is sent */
     u64 size = first >> 8 & 0xffff, colon = bytes_through(zero_bytes(first ^ ':' * EVERY_BYTE));
     if (first == HTTP2_PREFACE) {
         u8 field = sent[HTTP2_START_BYTES + 3] == HTTP2_HEADERS ? sent[HTTP2_START_BYTES + 9] : 0;
