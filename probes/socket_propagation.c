@@ -12,7 +12,6 @@
 #define SPACE_HTTP_1 0x2e312f5054544820ULL /* " HTTP/1." */
 #define TRACEPAR 0x7261706563617274ULL /* "tracepar" */
 #define ENT_COLON 0x3a746e65 /* "ent:" */
-#define LOWER_8 0x2020202020202020ULL
 #define LOWER_4 0x20202020
 
 #define SEARCH_STEPS_MAX 2400  /* each step is 8 bytes, or a part of 8 at a line's end */
@@ -54,13 +53,12 @@ static __always_inline void search_head(struct telling *telling, u8 *data, u8 *e
         u64 word = *(u64 *)place;
         u32 next = *(u32 *)(place + 8);
         u64 starts = search->at_line_start;
-        u64 named = starts & is_zero(((word | LOWER_8) ^ TRACEPAR) | ((next | LOWER_4) ^ ENT_COLON));
+        u64 named = starts & is_zero(((word | LOWER_CASE) ^ TRACEPAR) | ((next | LOWER_4) ^ ENT_COLON));
         search->found += named;
         search->found_at += named * at; /* of several headers: useless, and not used */
         u64 blank = starts & is_zero((word & 0xffff) ^ CRLF);
         search->whole = blank;
-        u64 lines = word ^ '\n' * EACH_BYTE;
-        lines = (lines - EACH_BYTE) & ~lines & 0x80 * EACH_BYTE;
+        u64 lines = zero_bytes(word ^ '\n' * EVERY_BYTE);
         u64 first = (lines & -lines) >> 7, ends = 1 ^ is_zero(lines);
         u64 in_line = (first * 0x0001020304050607ULL >> 56) + (1 ^ ends) * 7; /* the newline's place in the word; 7: none */
         search->line_end += (at + in_line) * (ends & is_zero(search->line_end));
@@ -197,14 +195,9 @@ int upstream_message(struct sk_msg_md *msg)
 /* Reads where nginx's request begins: its first buffer has the whole head. */
 static __always_inline bool read_head(struct telling *telling, u64 upstream)
 {
-    u64 chain = 0, buffer = 0, start = 0, last = 0;
-    if (!read_quietly(&chain, upstream + OFFSET_ngx_http_upstream_s__request_bufs) || !chain
-        || !read_quietly(&buffer, chain + OFFSET_ngx_chain_s__buf) || !buffer
-        || !read_quietly(&start, buffer + OFFSET_ngx_buf_s__start) || !read_quietly(&last, buffer + OFFSET_ngx_buf_s__last)
-        || !start || last < start + COMPARED_BYTES)
-        return false;
-    telling->head_bytes = last - start;
-    return bpf_probe_read_user(telling->first, COMPARED_BYTES, (void *)start) == 0;
+    u64 start = 0;
+    telling->head_bytes = sent_buffer(upstream, &start);
+    return telling->head_bytes >= COMPARED_BYTES && bpf_probe_read_user(telling->first, COMPARED_BYTES, (void *)start) == 0;
 }
 
 /* Decides about the request's trace with its first attempt that sends something. Later attempts and the record keep the decision. */

@@ -21,10 +21,9 @@ static __always_inline u64 connection_number(u32 local_port, u32 remote_port, u3
     return (u64)remote_address << 32 ^ (u64)remote_port ^ local_port ^ 1ULL << 63;
 }
 
-#define FAMILY_IPV4 2
 #define NUMBER_OF(context)                                                                                             \
     connection_number(context->local_port, context->remote_port,                                                       \
-                      context->family == FAMILY_IPV4 ? context->remote_ip4                                             \
+                      context->family == FAMILY_INET ? context->remote_ip4                                             \
                                                      : context->remote_ip6[0] ^ context->remote_ip6[1] ^ context->remote_ip6[2]  \
                                                            ^ context->remote_ip6[3])
 

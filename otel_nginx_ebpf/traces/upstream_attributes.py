@@ -29,7 +29,7 @@ from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT
 from otel_nginx_ebpf.traces.record import http_status
 from otel_nginx_ebpf.traces.sockaddr import Address, parse_peer
 
-# Attempt.protocol, where it is not HTTP. The values are those of network.protocol.name, too.
+# The protocols that are not HTTP. Attempt.protocol and network.protocol.name have the same values.
 _NOT_HTTP = frozenset({"fastcgi", "uwsgi", "scgi", "memcached"})
 _HTTP_2 = "http_2"
 

@@ -45,7 +45,7 @@ class Slack:
     write_early: bool = False
     """The client got bytes before the upstream answered: 100 Continue, or a page made of several responses."""
     client_status: int | None = None
-    """The status that the client got, if nginx logs another: that of a post_action."""
+    """The status that the client got, if nginx logs the status of a post_action instead."""
     early_max_ms: float = EARLY_MAX_MS
     """How early a start may be if it comes from nginx's own clocks."""
     late_max_ms: float = LAG_MAX_MS

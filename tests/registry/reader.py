@@ -62,7 +62,7 @@ class Group:
     own: tuple[Reference, ...]
     """The attributes that the group names itself."""
     attributes: Mapping[str, Reference] = field(default_factory=dict)
-    """These attributes and those of the groups that it extends."""
+    """The attributes that this group names, and the attributes of the groups that it extends."""
     annotations: Mapping[str, Any] = field(default_factory=dict)
 
     def level(self, name: str) -> str:
