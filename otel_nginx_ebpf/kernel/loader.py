@@ -165,7 +165,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     with as_file(files("otel_nginx_ebpf.probes") / "stub_headers") as headers:
         os.environ["BCC_KERNEL_SOURCE"] = str(headers)
         try:
-            program = bcc.BPF(text=request["text"])
+            # Without debug information, which takes a fifth of the time to compile.
+            program = bcc.BPF(text=request["text"], cflags=["-g0"])
         except Exception as error:
             raise _LoadError(f"the kernel program does not compile or its maps cannot be made: {error}") from error
 

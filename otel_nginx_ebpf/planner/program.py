@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 
 _HEADERS = (
+    "helpers.h",
     "record.h",
     "metrics.h",
     "x86_64.h",
