@@ -117,19 +117,21 @@ static __always_inline void announce(struct process *process, struct socket_key 
     process->announces = 1;
 }
 
-/* The SOCK_OPS program: a TCP connection of any process of the cgroup. It must return 1. */
+/* A SOCK_OPS program: a TCP connection of any process of the cgroup. Puts nginx's upstream connections into the map. It must return
+ * 1. */
 int upstream_connection(struct bpf_sock_ops *ops)
 {
-    u64 cookie, task;
+    u64 cookie = bpf_get_socket_cookie(ops), task;
     u32 flags, port, *before;
     struct telling *telling;
-    struct socket_use *use;
+    struct socket_use *use = socket_use();
 
+    if (!use)
+        return 1;
     switch (ops->op) {
     case OP_TCP_CONNECT: /* within connect() */
-        use = socket_use();
         port = ops->remote_port;
-        if (use && use->rehearsed_port && use->rehearsed_port == port) {
+        if (use->rehearsed_port && use->rehearsed_port == port) {
             use->rehearsed.connection = NUMBER_OF(ops);
             task = bpf_get_current_task();
             tellings.update(&task, &use->rehearsed);
@@ -138,39 +140,47 @@ int upstream_connection(struct bpf_sock_ops *ops)
             if (!telling || !telling->expects)
                 return 1;
             telling->connected = NUMBER_OF(ops);
-            telling->connected_cookie = bpf_get_socket_cookie(ops);
+            telling->connected_cookie = cookie;
         }
-        cookie = bpf_get_socket_cookie(ops);
         flags = ops->bpf_sock_ops_cb_flags;
         enrolling.update(&cookie, &flags);
         return 1;
     case OP_ACTIVE_ESTABLISHED:
-        cookie = bpf_get_socket_cookie(ops);
         before = enrolling.lookup(&cookie);
-        use = socket_use();
-        if (!before || !use)
+        if (!before)
             return 1;
-        if (use->once) /* first: a socket that cannot be taken out again must not be put in */
-            if (bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | FLAG_RETRANS | FLAG_RTT) != 0)
+        if (use->once) { /* first: a socket that cannot be taken out again must not be put in */
+            if (bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | FLAG_RETRANS | FLAG_RTT) != 0) {
+                enrolling.delete(&cookie);
                 return 1;
+            }
+        }
         upstream_sockets.sock_hash_update(ops, &cookie, MAP_NOEXIST);
         port = ops->remote_port;
         if (use->rehearsed_port == port)
             use->enrolled++;
         if (!use->once)
             enrolling.delete(&cookie);
-        return 1;
-    case OP_RETRANS:
-    case OP_RTT:
-        cookie = bpf_get_socket_cookie(ops);
-        before = enrolling.lookup(&cookie);
-        if (!before)
-            return 1;
-        flags = *before | ~(FLAG_RETRANS | FLAG_RTT);
-        upstream_sockets.delete(&cookie);
-        enrolling.delete(&cookie);
-        bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & flags);
-        return 1;
     }
+    return 1;
+}
+
+/* Another SOCK_OPS program: takes a connection out of the map when its first request is acknowledged. It has a link of its own,
+ * which outlives that of upstream_connection when the tracing process is killed: kernel/socket_propagation.py. */
+int released_connection(struct bpf_sock_ops *ops)
+{
+    u64 cookie;
+    u32 flags, *before;
+
+    if (ops->op != OP_RTT && ops->op != OP_RETRANS)
+        return 1;
+    cookie = bpf_get_socket_cookie(ops);
+    upstream_sockets.delete(&cookie);
+    before = enrolling.lookup(&cookie);
+    if (!before)
+        return 1;
+    flags = *before | ~(FLAG_RETRANS | FLAG_RTT);
+    enrolling.delete(&cookie);
+    bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags & flags);
     return 1;
 }

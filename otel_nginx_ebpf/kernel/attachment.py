@@ -22,6 +22,9 @@ _U64 = struct.Struct("=Q")
 _OVERSTAYED = struct.Struct("=12xI")
 """struct socket_use (probes/telling.h)."""
 
+# A program of a link that was closed may still run on another processor, for microseconds.
+_CALL_S = 0.005
+
 # The kernel passes at most this many descriptors in one message (SCM_MAX_FD).
 _DESCRIPTORS_MAX = 253
 
@@ -96,7 +99,7 @@ class Attachment:
         self._probes = list(given)
         on_socket_count = (self.on_socket or {}).get("descriptors", 0)
         self._telling = [self._probes.pop() for _ in range(on_socket_count)]
-        """The link of the SOCK_OPS program, then what it needs, then the map socket_uses."""
+        """What puts connections into the map of sockets, what takes them out, …, that map, the map socket_uses."""
         self._known_processes = set(self._processes.all_keys())
 
     def adapt(self) -> None:
@@ -156,10 +159,22 @@ class Attachment:
         return _OVERSTAYED.unpack_from(value)[0] if value else 0
 
     def stop_telling(self) -> None:
-        """Ends telling upstreams on the socket. The kernel then takes all sockets out of the map."""
-        for descriptor in self._telling:
-            os.close(descriptor)
+        """Ends telling upstreams on the socket. Takes all sockets out of the map before the map goes.
+
+        The kernel empties the map only some time after nobody holds it. Until then nginx could not learn how many bytes
+        its sockets have (FIONREAD).
+        """
+        if not self._telling:
+            return
+        enrolling, *others = self._telling
         self._telling = []
+        os.close(enrolling)
+        sockets = HashMap(others[-2], key_bytes=8)
+        sockets.delete_where(lambda _: True)
+        time.sleep(_CALL_S)
+        sockets.delete_where(lambda _: True)
+        for descriptor in others:
+            os.close(descriptor)
 
     def detach(self) -> None:
         """Removes the probes. Records that are already in the ring buffer stay readable."""

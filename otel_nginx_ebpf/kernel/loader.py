@@ -144,17 +144,19 @@ def _attach_to_sockets(bcc: Any, lib: Any, program: Any) -> tuple[dict[str, Any]
     try:
         message = program.load_func(b"upstream_message", bcc.BPF.SK_MSG)
         connection = program.load_func(b"upstream_connection", bcc.BPF.SOCK_OPS)
+        release = program.load_func(b"released_connection", bcc.BPF.SOCK_OPS)
         teller = program.load_func(b"tell_attempt", bcc.BPF.RAW_TRACEPOINT)
         # BCC's Python does not know maps of this type.
         sockets = int(lib.bpf_table_fd(program.module, b"upstream_sockets"))
-        loaded = socket_propagation.Programs(sockets, message.fd, connection.fd, program["socket_uses"])
-        link, once = socket_propagation.attach(loaded)
+        loaded = socket_propagation.Programs(sockets, message.fd, connection.fd, release.fd, program["socket_uses"])
+        links, once = socket_propagation.attach(loaded)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}, []
     program["tellers"][ctypes.c_int(0)] = ctypes.c_int(teller.fd)
-    # Detached from the last to the first. The kernel empties a map of programs when no process holds the map.
+    # The kernel empties a map of programs when no process holds the map.
     uses = program["socket_uses"]
-    descriptors = [uses.map_fd, sockets, connection.fd, message.fd, program["tellers"].map_fd, link]
+    held = (message.fd, connection.fd, release.fd, program["tellers"].map_fd)
+    descriptors = [uses.map_fd, sockets, *held, *links]
     return {"once": once, "descriptors": len(descriptors), "use_bytes": ctypes.sizeof(uses.Leaf)}, descriptors
 
 

@@ -72,7 +72,9 @@ class Programs:
     message: int
     """The SK_MSG program."""
     connection: int
-    """The SOCK_OPS program."""
+    """The SOCK_OPS program that puts connections into the map."""
+    release: int
+    """The SOCK_OPS program that takes connections out of the map."""
     uses: Any
 
 
@@ -119,12 +121,12 @@ def _waiting_bytes(connection: socket.socket) -> int:
     return int(waiting)
 
 
-def attach(programs: Programs) -> tuple[int, bool]:
+def attach(programs: Programs) -> tuple[list[int], bool]:
     """Attaches the programs, and rehearses what they do with a connection of this process.
 
     Returns:
-        The descriptor of the link that keeps the SOCK_OPS program attached; whether the kernel allows only the first
-        request of a connection to be told.
+        Descriptors that keep the SOCK_OPS programs attached: first the one for taking connections out of the map, then
+        the one for putting them in; whether the kernel allows only the first request of a connection to be told.
 
     Raises:
         SocketRefusedError: The kernel refuses a program, or they do not work here. Nothing stays attached.
@@ -132,27 +134,42 @@ def attach(programs: Programs) -> tuple[int, bool]:
     root = cgroup_root()
     if root is None:
         raise SocketRefusedError("no cgroup2 is mounted")
+    links: list[int] = []
     try:
         bpf(_BPF_PROG_ATTACH, _AttachAttribute(programs.sockets, programs.message, _SK_MSG_VERDICT))
         directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         try:
             # Not BPF_PROG_ATTACH: the program would stay attached if this program is killed.
-            link = bpf(_BPF_LINK_CREATE, _LinkAttribute(programs.connection, directory, _CGROUP_SOCK_OPS))
+            links.append(
+                _closed_last(bpf(_BPF_LINK_CREATE, _LinkAttribute(programs.release, directory, _CGROUP_SOCK_OPS)))
+            )
+            links.append(bpf(_BPF_LINK_CREATE, _LinkAttribute(programs.connection, directory, _CGROUP_SOCK_OPS)))
         finally:
             os.close(directory)
-    except OSError as error:
-        raise SocketRefusedError(f"the kernel refuses to attach: {error.strerror}") from error
-    try:
         once = not _rehearse(programs.uses, once=False)
         if once and not _rehearse(programs.uses, once=True):
             raise SocketRefusedError("a socket in a sockmap does not tell how many bytes it has (FIONREAD)")
-    except OSError as error:
-        os.close(link)
-        raise SocketRefusedError(f"the rehearsal failed: {error}") from error
-    except SocketRefusedError:
-        os.close(link)
-        raise
-    return link, once
+    except (OSError, SocketRefusedError) as error:
+        for link in links:
+            os.close(link)
+        if isinstance(error, SocketRefusedError):
+            raise
+        what = "the rehearsal failed" if len(links) == 2 else "the kernel refuses to attach"
+        raise SocketRefusedError(f"{what}: {error.strerror or error}") from error
+    return links, once
+
+
+def _closed_last(descriptor: int) -> int:
+    """Moves a descriptor into the queue of a socket. Returns the socket, which stands for it.
+
+    When the process that holds the socket is killed, the kernel closes all other descriptors of the process before what
+    is in the queue: it finds that only while it closes the socket (exit_task_work).
+    """
+    holder, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with sender:
+        socket.send_fds(sender, [b"\0"], [descriptor])
+    os.close(descriptor)
+    return holder.detach()
 
 
 def _rehearse(uses: Any, *, once: bool) -> bool:
