@@ -13,6 +13,11 @@
 #define TRACEPAR 0x7261706563617274ULL /* "tracepar" */
 #define ENT_COLON 0x3a746e65 /* "ent:" */
 #define LOWER_4 0x20202020
+#define B3_COLON 0x3a3362 /* "b3:" */
+#define X_B3 0x2d33622d78ULL /* "x-b3-" */
+#define X_B3_TRA 0x6172742d33622d78ULL /* "x-b3-tra", and so on */
+#define X_B3_SPA 0x6170732d33622d78ULL
+#define X_B3_SAM 0x6d61732d33622d78ULL
 
 #define SEARCH_STEPS_MAX 2400  /* each step is 8 bytes, or a part of 8 at a line's end */
 
@@ -33,8 +38,29 @@ static __always_inline u64 is_zero(u64 number)
     return zero;
 }
 
-/* Searches a message for the end of its request line, for traceparent headers and for the blank line, up to `end`. What it finds is
- * kept in the map's memory, not in registers, so that the verifier need not follow each combination. */
+#if PROPAGATOR_B3 || PROPAGATOR_B3MULTI
+/* Notes a header of B3 at the beginning of a line. */
+static __always_inline void note_b3(volatile struct telling *search, u64 starts, u64 word, u64 at)
+{
+    word |= LOWER_CASE;
+#if PROPAGATOR_B3
+    u64 single = starts & is_zero((word & 0xffffff) ^ B3_COLON);
+    search->b3_lines += single;
+    search->b3_at += single * at;
+#endif
+#if PROPAGATOR_B3MULTI
+    u64 of_trace_id = starts & is_zero(word ^ X_B3_TRA), of_span_id = starts & is_zero(word ^ X_B3_SPA);
+    u64 of_sampled = starts & is_zero(word ^ X_B3_SAM);
+    search->x_b3_lines += (starts & is_zero((word & 0xffffffffff) ^ X_B3)) + (of_trace_id << 8) + (of_span_id << 16) + (of_sampled << 24);
+    search->x_b3_trace_id_at += of_trace_id * at;
+    search->x_b3_span_id_at += of_span_id * at;
+    search->x_b3_sampled_at += of_sampled * at;
+#endif
+}
+#endif
+
+/* Searches a message for the end of its request line, for headers with a context and for the blank line, up to `end`. What it finds
+ * is kept in the map's memory, not in registers, so that the verifier need not follow each combination. */
 static __always_inline void search_head(struct telling *telling, u8 *data, u8 *end)
 {
     volatile struct telling *search = telling;
@@ -42,6 +68,17 @@ static __always_inline void search_head(struct telling *telling, u8 *data, u8 *e
     search->at_line_start = 1;
     search->found = 0;
     search->found_at = 0;
+    search->found_last_at = 0;
+#if PROPAGATOR_B3
+    search->b3_lines = 0;
+    search->b3_at = 0;
+#endif
+#if PROPAGATOR_B3MULTI
+    search->x_b3_lines = 0;
+    search->x_b3_trace_id_at = 0;
+    search->x_b3_span_id_at = 0;
+    search->x_b3_sampled_at = 0;
+#endif
     search->line_end = 0;
     search->whole = 0;
     for (u32 i = 0; i < SEARCH_STEPS_MAX; i++) {
@@ -54,8 +91,12 @@ static __always_inline void search_head(struct telling *telling, u8 *data, u8 *e
         u32 next = *(u32 *)(place + 8);
         u64 starts = search->at_line_start;
         u64 named = starts & is_zero(((word | LOWER_CASE) ^ TRACEPAR) | ((next | LOWER_4) ^ ENT_COLON));
+        search->found_at += named * at * is_zero(search->found);
+        search->found_last_at += named * (at - search->found_last_at);
         search->found += named;
-        search->found_at += named * at; /* of several headers: useless, and not used */
+#if PROPAGATOR_B3 || PROPAGATOR_B3MULTI
+        note_b3(search, starts, word, at); /* of several headers of a name the place is useless, and not used */
+#endif
         u64 blank = starts & is_zero((word & 0xffff) ^ CRLF);
         search->whole = blank;
         u64 lines = zero_bytes(word ^ '\n' * EVERY_BYTE);
@@ -87,17 +128,58 @@ static __always_inline void write_told(u8 *to, const struct telling *telling)
     write_traceparent(to, telling->trace_id_high, telling->trace_id_low, telling->span_id, telling->flags);
 }
 
-/* Writes our span into the only traceparent of the head, which must be the client's. */
-static __always_inline u64 replace_header(struct sk_msg_md *msg, struct telling *telling)
+/* Returns the header line at a place of the message; its value begins behind TOLD_NAME_BYTES. NULL: it has less than
+ * TOLD_LINE_BYTES. */
+static __always_inline u8 *traceparent_line(struct sk_msg_md *msg, u64 at)
 {
     u8 *data = msg->data, *end = msg->data_end;
-    u8 *line = data + at_most(telling->found_at, TOLD_HEAD_BYTES_MAX);
-    if (line + TOLD_LINE_BYTES > end || line[12] != ' ')
+    u8 *line = data + at_most(at, TOLD_HEAD_BYTES_MAX);
+    return line + TOLD_LINE_BYTES <= end && line[12] == ' ' ? line : NULL;
+}
+
+static __always_inline bool ends_behind_value(const u8 *line)
+{
+    return line[TOLD_LINE_BYTES - 2] == '\r' && line[TOLD_LINE_BYTES - 1] == '\n';
+}
+
+/* Writes our context over a line, and gives the line beside it a name that means nothing. */
+static __always_inline u64 replace_one(u8 *line, u8 *other, const struct telling *telling)
+{
+    u8 text[TRACEPARENT_BYTES + 1];
+    const char name[] = "x-duplicate";
+    if (telling->nothing_new)
+        return TELLING_NOTHING_NEW;
+    write_told(text, telling);
+    for (int i = 0; i < TRACEPARENT_BYTES; i++)
+        line[TOLD_NAME_BYTES + i] = text[i];
+    for (int i = 0; i < sizeof(name) - 1; i++)
+        other[i] = name[i];
+    return TELLING_WRITTEN;
+}
+
+/* Repairs two traceparent headers of the client, if one of them has the right length. */
+static __always_inline u64 replace_doubled(struct sk_msg_md *msg, struct telling *telling)
+{
+    u8 *first = traceparent_line(msg, telling->found_at), *last = traceparent_line(msg, telling->found_last_at);
+    if (!first || !last)
+        return TELLING_MALFORMED;
+    if (ends_behind_value(first))
+        return replace_one(first, last, telling);
+    return ends_behind_value(last) ? replace_one(last, first, telling) : TELLING_MALFORMED;
+}
+
+/* Writes our span into the client's traceparent headers. */
+static __always_inline u64 replace_header(struct sk_msg_md *msg, struct telling *telling)
+{
+    if (telling->found != telling->client_lines)
+        return TELLING_OTHER_CONTEXT;
+    if (telling->found == 2)
+        return replace_doubled(msg, telling);
+    u8 *line = traceparent_line(msg, telling->found_at);
+    if (telling->found != 1 || !line)
         return TELLING_MALFORMED;
     u8 *value = line + TOLD_NAME_BYTES;
-    bool ends = value[TRACEPARENT_BYTES] == '\r' && value[TRACEPARENT_BYTES + 1] == '\n';
-    if (telling->client_lines != 1)
-        return telling->client_lines ? TELLING_MALFORMED : TELLING_OTHER_CONTEXT;
+    bool ends = ends_behind_value(line);
     u64 differs = 0;
     for (int i = 0; i < TRACEPARENT_BYTES; i++)
         differs |= value[i] ^ telling->client_value[i];
@@ -118,35 +200,171 @@ static __always_inline u64 replace_header(struct sk_msg_md *msg, struct telling 
     return TELLING_WRITTEN;
 }
 
-/* Adds the header behind the request line. */
-static __always_inline u64 add_header(struct sk_msg_md *msg, struct telling *telling)
+#if PROPAGATOR_B3 || PROPAGATOR_B3MULTI
+static __always_inline u8 flag_of(const struct telling *telling)
+{
+    return '0' + (telling->flags & FLAG_SAMPLED);
+}
+
+/* Tells whether 16 hexadecimal digits are those of an id. */
+static __always_inline bool is_id(const u8 *digits, u64 id)
+{
+    u8 text[16];
+    u64 differs = 0;
+    write_hex_16(text, id);
+    for (int i = 0; i < 16; i++)
+        differs |= digits[i] ^ text[i];
+    return !differs;
+}
+#endif
+
+#if PROPAGATOR_B3
+/* Writes our span and decision into `-{span}[-{state}…]`, which follows b3's trace id. */
+static __always_inline bool replace_b3_tail(u8 *tail, const struct telling *telling)
+{
+    if (tail[0] != '-' || (tail[17] != '\r' && tail[17] != '-'))
+        return false;
+    write_hex_16(tail + 1, telling->span_id);
+    if (tail[17] == '-' && (tail[18] != 'd' || !(telling->flags & FLAG_SAMPLED))) /* debug implies sampled */
+        tail[18] = flag_of(telling);
+    return true;
+}
+
+/* Writes our span into the head's only b3 header, if it has this trace id of 32 or 16 digits. */
+static __always_inline bool replace_b3(struct sk_msg_md *msg, struct telling *telling)
+{
+    u8 *data = msg->data, *end = msg->data_end;
+    u8 *value = data + at_most(telling->b3_at, TOLD_HEAD_BYTES_MAX) + 4; /* nginx writes a space behind the colon */
+    if (telling->b3_lines != 1 || value + 32 + 20 > end) /* a head ends with at least four bytes more */
+        return false;
+    if (value[16] == '-')
+        return !telling->trace_id_high && is_id(value, telling->trace_id_low) && replace_b3_tail(value + 16, telling);
+    return is_id(value, telling->trace_id_high) && is_id(value + 16, telling->trace_id_low) && replace_b3_tail(value + 32, telling);
+}
+#endif
+
+#if PROPAGATOR_B3MULTI
+/* Writes our span into the head's X-B3-SpanId, and the decision into X-B3-Sampled, if X-B3-TraceId has this trace id. */
+static __always_inline bool replace_b3_multi(struct sk_msg_md *msg, struct telling *telling)
+{
+    u8 *data = msg->data, *end = msg->data_end;
+    u8 *trace_id = data + at_most(telling->x_b3_trace_id_at, TOLD_HEAD_BYTES_MAX) + sizeof("x-b3-traceid: ") - 1;
+    u8 *span_id = data + at_most(telling->x_b3_span_id_at, TOLD_HEAD_BYTES_MAX) + sizeof("x-b3-spanid: ") - 1;
+    u8 *sampled = data + at_most(telling->x_b3_sampled_at, TOLD_HEAD_BYTES_MAX) + sizeof("x-b3-sampled: ") - 1;
+    u64 lines = telling->x_b3_lines >> 8;
+    if ((lines & 0xffff) != 0x0101 || lines >> 16 > 1 || trace_id + 34 > end || span_id + 18 > end || sampled + 2 > end)
+        return false;
+    if (span_id[-2] != ':' || span_id[16] != '\r' || trace_id[-2] != ':')
+        return false;
+    if (trace_id[16] == '\r' ? telling->trace_id_high || !is_id(trace_id, telling->trace_id_low)
+                             : !is_id(trace_id, telling->trace_id_high) || !is_id(trace_id + 16, telling->trace_id_low)
+                                   || trace_id[32] != '\r')
+        return false;
+    if (lines >> 16) {
+        if (sampled[-2] != ':' || sampled[1] != '\r')
+            return false;
+        sampled[0] = flag_of(telling);
+    }
+    write_hex_16(span_id, telling->span_id);
+    return true;
+}
+#endif
+
+/* Headers that are added. */
+#define ADD_TRACEPARENT 1
+#define ADD_B3 2
+#define ADD_B3_MULTI 4
+
+static __always_inline void copy_text(u8 *to, const char *text, u32 bytes)
+{
+    for (u32 i = 0; i < bytes; i++)
+        to[i] = text[i];
+}
+
+#define COPY_TEXT(to, text) copy_text(to, text, sizeof(text) - 1)
+
+/* Writes the lines to the place that was made for them. Returns false if the place is too small, which it never is. */
+static __always_inline bool write_lines(u8 *line, u8 *end, u64 added, const struct telling *telling)
+{
+    if (added & ADD_TRACEPARENT) {
+        u8 text[TRACEPARENT_BYTES + 1];
+        if (line + TOLD_LINE_BYTES > end)
+            return false;
+        write_told(text, telling);
+        COPY_TEXT(line, "traceparent: ");
+        copy_text(line + TOLD_NAME_BYTES, (const char *)text, TRACEPARENT_BYTES);
+        COPY_TEXT(line + TOLD_LINE_BYTES - 2, "\r\n");
+        line += TOLD_LINE_BYTES;
+    }
+#if PROPAGATOR_B3
+    if (added & ADD_B3) {
+        if (line + B3_LINE_BYTES > end)
+            return false;
+        COPY_TEXT(line, "b3: ");
+        write_hex_16(line + 4, telling->trace_id_high);
+        write_hex_16(line + 20, telling->trace_id_low);
+        line[36] = '-';
+        write_hex_16(line + 37, telling->span_id);
+        line[53] = '-';
+        line[54] = flag_of(telling);
+        COPY_TEXT(line + B3_LINE_BYTES - 2, "\r\n");
+        line += B3_LINE_BYTES;
+    }
+#endif
+#if PROPAGATOR_B3MULTI
+    if (added & ADD_B3_MULTI) {
+        if (line + B3_MULTI_BYTES > end)
+            return false;
+        COPY_TEXT(line, "X-B3-TraceId: ");
+        write_hex_16(line + 14, telling->trace_id_high);
+        write_hex_16(line + 30, telling->trace_id_low);
+        COPY_TEXT(line + 46, "\r\nX-B3-SpanId: ");
+        write_hex_16(line + 61, telling->span_id);
+        COPY_TEXT(line + 77, "\r\nX-B3-Sampled: ");
+        line[93] = flag_of(telling);
+        COPY_TEXT(line + B3_MULTI_BYTES - 2, "\r\n");
+    }
+#endif
+    return true;
+}
+
+/* Adds headers behind the request line. */
+static __always_inline u64 add_headers(struct sk_msg_md *msg, struct telling *telling, u64 added)
 {
     u32 at = at_most(telling->line_end + 1, TOLD_HEAD_BYTES_MAX);
-    u32 together = (u64)msg->data_end - (u64)msg->data + TOLD_LINE_BYTES;
+    u32 bytes = (added & ADD_TRACEPARENT ? TOLD_LINE_BYTES : 0) + (added & ADD_B3 ? B3_LINE_BYTES : 0)
+        + (added & ADD_B3_MULTI ? B3_MULTI_BYTES : 0);
+    u32 together = (u64)msg->data_end - (u64)msg->data + bytes;
 
-    if (bpf_msg_push_data(msg, at, TOLD_LINE_BYTES, 0) != 0)
+    if (bpf_msg_push_data(msg, at, bytes, 0) != 0)
         return TELLING_NO_MEMORY;
-    u8 *data, *end;
-    if (bpf_msg_pull_data(msg, at, at + TOLD_LINE_BYTES, 0) == 0) { /* the new part alone: allocates nothing */
-        data = msg->data;
-        end = msg->data_end;
-        if (data + TOLD_LINE_BYTES <= end) {
-            u8 text[TRACEPARENT_BYTES + 1];
-            write_told(text, telling);
-            const char name[] = "traceparent: ";
-            for (int i = 0; i < TOLD_NAME_BYTES; i++)
-                data[i] = name[i];
-            for (int i = 0; i < TRACEPARENT_BYTES; i++)
-                data[TOLD_NAME_BYTES + i] = text[i];
-            data[TOLD_LINE_BYTES - 2] = '\r';
-            data[TOLD_LINE_BYTES - 1] = '\n';
-            /* Makes one part of the three again. TCP would send the request line alone, and wait 40 ms for its acknowledgement
-             * before it sends the rest (Nagle). If memory is short, only that happens. */
-            bpf_msg_pull_data(msg, 0, together, 0);
-            return TELLING_WRITTEN;
-        }
+    if (bpf_msg_pull_data(msg, at, at + bytes, 0) == 0 /* the new part alone: allocates nothing */
+        && write_lines(msg->data, msg->data_end, added, telling)) {
+        /* Makes one part of the three again. TCP would send the request line alone, and wait 40 ms for its acknowledgement
+         * before it sends the rest (Nagle). If memory is short, only that happens. */
+        bpf_msg_pull_data(msg, 0, together, 0);
+        return TELLING_WRITTEN;
     }
-    return bpf_msg_pop_data(msg, at, TOLD_LINE_BYTES, 0) == 0 ? TELLING_NO_MEMORY : TELLING_UNDONE;
+    return bpf_msg_pop_data(msg, at, bytes, 0) == 0 ? TELLING_NO_MEMORY : TELLING_UNDONE;
+}
+
+/* Replaces the headers of B3 that the head has. Returns which must be added. */
+static __always_inline u64 replace_b3_headers(struct sk_msg_md *msg, struct telling *telling)
+{
+    u64 added = 0;
+#if PROPAGATOR_B3
+    if (!telling->b3_lines)
+        added |= ADD_B3;
+    else if (!replace_b3(msg, telling))
+        telling->b3_left = 1;
+#endif
+#if PROPAGATOR_B3MULTI
+    if (!telling->x_b3_lines)
+        added |= ADD_B3_MULTI;
+    else if (!replace_b3_multi(msg, telling))
+        telling->b3_left = 1;
+#endif
+    return added;
 }
 
 static __always_inline u64 tell(struct sk_msg_md *msg, struct telling *telling)
@@ -174,11 +392,22 @@ static __always_inline u64 tell(struct sk_msg_md *msg, struct telling *telling)
     /* A blank line within the last bytes is not searched for. */
     if (telling->whole ? telling->at > head_bytes : telling->at + 12 <= head_bytes || !is_crlf_crlf(data, end, head_bytes))
         return TELLING_NOT_WHOLE;
-    if (telling->found > 1)
-        return TELLING_MALFORMED;
-    if (telling->found == 1)
-        return replace_header(msg, telling);
-    return telling->nothing_new ? TELLING_NOTHING_NEW : add_header(msg, telling);
+    u64 added = 0;
+    if (telling->found) {
+        u64 result = replace_header(msg, telling);
+        if (result != TELLING_WRITTEN)
+            return result;
+    } else if (telling->nothing_new) {
+        return TELLING_NOTHING_NEW;
+    } else {
+        added = ADD_TRACEPARENT;
+    }
+    added |= replace_b3_headers(msg, telling);
+    u64 result = added ? add_headers(msg, telling, added) : TELLING_WRITTEN;
+    if (result != TELLING_NO_MEMORY || added & ADD_TRACEPARENT)
+        return result;
+    telling->b3_left = 1; /* traceparent has our span, B3 is missing */
+    return TELLING_WRITTEN;
 }
 
 /* The SK_MSG program: a worker sends bytes on a connection in upstream_sockets. */
@@ -188,6 +417,7 @@ int upstream_message(struct sk_msg_md *msg)
     if (!telling || !telling->connection || telling->connection != NUMBER_OF(msg))
         return SK_PASS;
     telling->connection = 0;
+    telling->b3_left = 0;
     telling->result = tell(msg, telling);
     return telling->result == TELLING_UNDONE ? SK_DROP : SK_PASS;
 }

@@ -2,6 +2,8 @@
 
 #define TOLD_NAME_BYTES 13     /* "traceparent: " */
 #define TOLD_LINE_BYTES (TOLD_NAME_BYTES + TRACEPARENT_BYTES + 2)
+#define B3_LINE_BYTES 57       /* b3: {trace id}-{span id}-{flag} */
+#define B3_MULTI_BYTES 96      /* X-B3-TraceId, X-B3-SpanId, X-B3-Sampled */
 #define COMPARED_BYTES 32      /* the first bytes of a message must be the first bytes of the request */
 #define TOLD_HEAD_BYTES_MAX 16384
 
@@ -12,7 +14,7 @@ enum telling_result {
     TELLING_NOTHING_NEW,      /* the client said no to sampling, and the sampler agrees */
     TELLING_NOT_HTTP1,
     TELLING_NOT_WHOLE,        /* not the request that was announced, or not its whole head */
-    TELLING_MALFORMED,        /* the client's header cannot be repaired in place */
+    TELLING_MALFORMED,        /* the client's headers cannot be repaired in place */
     TELLING_OTHER_CONTEXT,    /* nginx's configuration sends a context of its own */
     TELLING_NO_MEMORY,
     TELLING_UNDONE,           /* a place was made for the header, and could be neither filled nor removed: the message is refused */
@@ -41,9 +43,21 @@ struct telling {
     u64 at;                   /* of the search in the message */
     u64 at_line_start;
     u64 found;                /* how many traceparent headers the head has */
-    u64 found_at;
+    u64 found_at;             /* the first; the last */
+    u64 found_last_at;
+#if PROPAGATOR_B3
+    u64 b3_lines;             /* how many b3 headers the head has */
+    u64 b3_at;
+#endif
+#if PROPAGATOR_B3MULTI
+    u64 x_b3_lines;           /* as well: X-B3-…; in the bytes above, of them: trace id, span id, sampled */
+    u64 x_b3_trace_id_at;
+    u64 x_b3_span_id_at;
+    u64 x_b3_sampled_at;
+#endif
     u64 line_end;             /* the position of the request line's last byte */
     u64 whole;                /* the blank line was found */
+    u64 b3_left;              /* the head has B3 headers that cannot be repaired in place */
 };
 
 /* What user space sets: how sockets may be used on this kernel, and a connection of its own that tests it. */

@@ -3,7 +3,8 @@
  * maps.c lists the constants.
  */
 
-#define HEADER_PARTS_MAX 8
+/* Each part of the list is more to follow for the verifier, and so is each name that is looked for. */
+#define HEADER_PARTS_MAX (PROPAGATOR_B3MULTI && TELLS ? 4 : 8)
 
 /* Notes where a header's value is, if the header has this name. Repeated headers: the first counts; each tracestate
  * counts; of the headers of proxies the last. */
@@ -88,7 +89,7 @@ static __always_inline void find_context_headers(struct process *process)
         count = MEMBER(following, u64, ngx_list_part_s, nelts);
         next = MEMBER(following, u64, ngx_list_part_s, next);
     }
-    count_loss(PARTIAL_STRING_CUT); /* more than 160 headers */
+    count_loss(PARTIAL_STRING_CUT); /* more than 160 headers, or 80 */
 }
 
 /* Copies a header's value to process->context_value. Returns the value's length; 0: no such header. */

@@ -91,8 +91,11 @@ static __always_inline void note_told(struct process *process, struct socket_key
     struct attempt_state *attempt = attempts.lookup(&attempt_key);
     if (bytes <= 0 || !attempt || attempt->serial != telling->attempt_serial)
         return;
-    if (telling->result == TELLING_WRITTEN)
+    if (telling->result == TELLING_WRITTEN) {
         attempt->told_span_id = telling->span_id;
+        if (telling->b3_left)
+            count_loss(PARTIAL_PROPAGATION_MALFORMED);
+    }
     else if (!telling->nothing_new)
         count_untold(attempt, telling->result);
 }

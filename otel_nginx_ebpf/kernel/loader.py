@@ -58,8 +58,8 @@ class LoadRequest:
     """The processes to trace as soon as all probes are attached."""
     request_metrics: bool = False
     """The program counts durations."""
-    tells_on_socket: bool = False
-    """The program writes on upstream sockets. A kernel may refuse that; the probes go live anyway."""
+    told_on_socket: tuple[str, ...] = ()
+    """The propagators whose headers the program writes on sockets. A kernel may refuse that; the probes go live anyway."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -139,7 +139,7 @@ def _attach_raw_tracepoint(lib: Any, program: int, name: str) -> int:
     return descriptor
 
 
-def _attach_to_sockets(bcc: Any, lib: Any, program: Any) -> tuple[dict[str, Any], list[int]]:
+def _attach_to_sockets(bcc: Any, lib: Any, program: Any, propagators: list[str]) -> tuple[dict[str, Any], list[int]]:
     """Attaches what writes on upstream sockets. Returns `Attachment.on_socket`, and the descriptors that keep it so."""
     try:
         message = program.load_func(b"upstream_message", bcc.BPF.SK_MSG)
@@ -149,7 +149,7 @@ def _attach_to_sockets(bcc: Any, lib: Any, program: Any) -> tuple[dict[str, Any]
         # BCC's Python does not know maps of this type.
         sockets = int(lib.bpf_table_fd(program.module, b"upstream_sockets"))
         loaded = socket_propagation.Programs(sockets, message.fd, connection.fd, release.fd, program["socket_uses"])
-        links, once = socket_propagation.attach(loaded)
+        links, once = socket_propagation.attach(loaded, propagators)
     except Exception as error:
         return {"refused": f"{type(error).__name__}: {error}"}, []
     program["tellers"][ctypes.c_int(0)] = ctypes.c_int(teller.fd)
@@ -203,8 +203,8 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         if probe["spared"] and not writes and uprobes.links_work():
             spared, spared_descriptors = probe, [probes.pop(), os.open(request["executable"], os.O_PATH)]
     on_socket: dict[str, Any] | None = None
-    if request["tells_on_socket"]:
-        on_socket, socket_descriptors = _attach_to_sockets(bcc, lib, program)
+    if propagators := request["told_on_socket"]:
+        on_socket, socket_descriptors = _attach_to_sockets(bcc, lib, program, propagators)
         probes += socket_descriptors
     # After all probes are attached: if only some of them saw a request, its record would contradict itself.
     processes = program["processes"]

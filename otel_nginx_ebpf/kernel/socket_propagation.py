@@ -11,6 +11,7 @@ import select
 import socket
 import struct
 import termios
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,12 @@ _WAIT_S = 5.0
 _REQUEST = b"POST /rehearsal?traceparent: HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n"
 _BODY = b"\r\ntraceparent: none\r\n"
 _TRACE_ID, _SPAN_ID = 0x0123456789ABCDEF_FEDCBA9876543210, 0x1122334455667788
-_TOLD = f"traceparent: 00-{_TRACE_ID:032x}-{_SPAN_ID:016x}-01\r\n".encode()
+_TOLD = {
+    "tracecontext": f"traceparent: 00-{_TRACE_ID:032x}-{_SPAN_ID:016x}-01\r\n",
+    "b3": f"b3: {_TRACE_ID:032x}-{_SPAN_ID:016x}-1\r\n",
+    "b3multi": f"X-B3-TraceId: {_TRACE_ID:032x}\r\nX-B3-SpanId: {_SPAN_ID:016x}\r\nX-B3-Sampled: 1\r\n",
+}
+"""What the program adds, by propagator."""
 
 
 class SocketRefusedError(Exception):
@@ -121,8 +127,12 @@ def _waiting_bytes(connection: socket.socket) -> int:
     return int(waiting)
 
 
-def attach(programs: Programs) -> tuple[list[int], bool]:
+def attach(programs: Programs, propagators: Iterable[str]) -> tuple[list[int], bool]:
     """Attaches the programs, and rehearses what they do with a connection of this process.
+
+    Args:
+        programs: What the loader has loaded.
+        propagators: Whose headers the program writes.
 
     Returns:
         Descriptors that keep the SOCK_OPS programs attached: first the one for taking connections out of the map, then
@@ -146,8 +156,9 @@ def attach(programs: Programs) -> tuple[list[int], bool]:
             links.append(bpf(_BPF_LINK_CREATE, _LinkAttribute(programs.connection, directory, _CGROUP_SOCK_OPS)))
         finally:
             os.close(directory)
-        once = not _rehearse(programs.uses, once=False)
-        if once and not _rehearse(programs.uses, once=True):
+        told = "".join(_TOLD[each] for each in propagators).encode()
+        once = not _rehearse(programs.uses, told, once=False)
+        if once and not _rehearse(programs.uses, told, once=True):
             raise SocketRefusedError("a socket in a sockmap does not tell how many bytes it has (FIONREAD)")
     except (OSError, SocketRefusedError) as error:
         for link in links:
@@ -172,11 +183,11 @@ def _closed_last(descriptor: int) -> int:
     return holder.detach()
 
 
-def _rehearse(uses: Any, *, once: bool) -> bool:
+def _rehearse(uses: Any, added: bytes, *, once: bool) -> bool:
     """Sends a request over a connection of this process. Returns whether FIONREAD works for the client's end then.
 
     Raises:
-        SocketRefusedError: The server did not get exactly one header more.
+        SocketRefusedError: The server did not get exactly the headers more that were to be added.
     """
     with ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
@@ -196,7 +207,7 @@ def _rehearse(uses: Any, *, once: bool) -> bool:
                 raise SocketRefusedError("the program at connect() does not see this process's own connection")
             client.sendall(_REQUEST + _BODY)
             line, newline, rest = _REQUEST.partition(b"\r\n")
-            expected = line + newline + _TOLD + rest + _BODY
+            expected = line + newline + added + rest + _BODY
             received = b""
             while len(received) < len(expected) and (part := server.recv(65536)):
                 received += part

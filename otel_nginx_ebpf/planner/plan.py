@@ -104,7 +104,7 @@ class Plan:
             handlers(system_calls=settings.detail == "phases"),
             self.pids,
             request_metrics=settings.measures_requests,
-            tells_on_socket=settings.tells_on_socket,
+            told_on_socket=settings.told_on_socket,
         )
 
 

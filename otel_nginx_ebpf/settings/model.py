@@ -396,6 +396,14 @@ class Settings:
         return self.propagate in ("auto", "socket")
 
     @property
+    def told_on_socket(self) -> tuple[str, ...]:
+        """Returns the propagators whose headers are written on the socket."""
+        if not self.tells_on_socket:
+            return ()
+        b3 = () if "none" in self.propagators else (each for each in ("b3", "b3multi") if each in self.propagators)
+        return ("tracecontext", *b3)
+
+    @property
     def measures_requests(self) -> bool:
         """Tells whether the durations of all requests go to the collector or to Prometheus."""
         return self.request_metrics and (self.metrics or self.metrics_listen is not None)

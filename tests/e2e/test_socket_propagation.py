@@ -7,6 +7,7 @@ stay clean, and the kernel must log nothing. SOCKET_REQUESTS says how many reque
 
 import itertools
 import os
+import re
 import signal
 import socket
 import statistics
@@ -137,38 +138,107 @@ def test_nothing_waits(proxy: Proxy, directory: Path) -> None:
         assert statistics.quantiles(each, n=20)[18] < 25, kind
 
 
-def test_another_traceparent_of_the_configuration(directory: Path) -> None:
-    """nginx's own traceparent stays, also behind a client's header; a header that nginx removes is written again."""
-    heads: list[bytes] = []
+class OneUpstream:
+    """nginx before an upstream that keeps the heads of the requests, and the program attached."""
 
-    def answer(connection: socket.socket) -> None:
-        heads.append(read_head(connection))
+    def __init__(self, directory: Path, locations: str, *flags: str) -> None:
+        self.heads: list[bytes] = []
+        self._upstream, self._address = RawUpstream(self._answer), ("127.0.0.1", free_ports(1)[0])
+        server = locations.replace("@UPSTREAM@", self._upstream.address)
+        self.nginx = NginxServer(directory, f"server {{ listen 127.0.0.1:{self._address[1]}; {server} }}")
+        self.nginx.start([self._address])
+        self.agent = attach(self.nginx.pid, directory / "agent", *flags)
+
+    def _answer(self, connection: socket.socket) -> None:
+        self.heads.append(read_head(connection))
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
 
-    upstream, address = RawUpstream(answer), ("127.0.0.1", free_ports(1)[0])
+    def ask(self, target: str, *headers: tuple[str, str]) -> list[bytes]:
+        """Return the upstream request's lines, without the first."""
+        lines = [f"GET {target} HTTP/1.1", "Host: localhost", "Connection: close", *map(": ".join, headers), "", ""]
+        with socket.create_connection(self._address, 30) as client:
+            client.sendall("\r\n".join(lines).encode())
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        return self.heads[-1].split(b"\r\n")[1:]
+
+    def stop(self) -> list[str]:
+        """Return the ids of the traces' exchanges, with those of their traces."""
+        self.agent.stop()
+        self.nginx.stop()
+        self._upstream.stop()
+        return [f"{trace.trace_id}-{trace.named('upstream exchange')[0].span_id}" for trace in self.agent.traces]
+
+
+def test_b3(directory: Path) -> None:
+    """B3 headers are added, or the client's are repaired in place, beside traceparent."""
+    flags = [f"--propagators={name}" for name in ("tracecontext", "b3", "b3multi")]
+    served = OneUpstream(directory, "location / { proxy_pass http://@UPSTREAM@; }", "--propagate=socket", *flags)
+    trace, span = "0123456789abcdef0123456789abcdef", "00f067aa0ba902b7"
+    several = (("X-B3-TraceId", trace), ("X-B3-SpanId", span), ("X-B3-Sampled", "1"))
+    told = [
+        served.ask("/", *headers)
+        for headers in (
+            (),
+            (("traceparent", f"00-{trace}-{span}-01"),),
+            (("b3", f"{trace}-{span}-1"),),
+            (("B3", f"{trace[16:]}-{span}-1-{span}"),),
+            several,
+            several[:2],
+            (("X-B3-TraceId", "malformed"),),
+        )
+    ]
+    unsampled = served.ask("/", ("b3", "0"))
+    ids = served.stop()
+    assert len(ids) == len(told)
+    for number, (lines, each) in enumerate(zip(told, ids, strict=True)):
+        of_trace, of_span = each.split("-")
+        short = of_trace[16:] if number == 3 else of_trace
+        assert of_trace == trace or number in (0, 3, 6)
+        contexts = [line.decode().lower() for line in lines if re.match(rb"traceparent|b3|x-b3", line, re.I)]
+        single = f"b3: {short}-{of_span}-1" + f"-{span}" * (number == 3)
+        multi = [f"x-b3-traceid: {of_trace}", f"x-b3-spanid: {of_span}", *["x-b3-sampled: 1"] * (number != 5)]
+        expected = [f"traceparent: 00-{each}-01", single, *(["x-b3-traceid: malformed"] if number == 6 else multi)]
+        assert sorted(contexts) == sorted(expected), number
+    assert [line for line in unsampled if re.match(rb"traceparent|b3|x-b3", line, re.I)] == [b"b3: 0"]
+    assert losses(served.agent) == {"malformed": 1}
+    assert errors(served.nginx) == []
+
+
+def test_another_traceparent_of_the_configuration(directory: Path) -> None:
+    """nginx's own traceparent stays, also behind a client's header; a header that nginx removes is written again."""
     own = "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
-    nginx = NginxServer(
+    served = OneUpstream(
         directory,
-        f"""server {{ listen 127.0.0.1:{address[1]};
-        location /own {{ proxy_pass http://{upstream.address}; proxy_set_header traceparent {own}; }}
-        location /removed {{ proxy_pass http://{upstream.address}; proxy_set_header traceparent ""; }} }}""",
+        f"""location /own {{ proxy_pass http://@UPSTREAM@; proxy_set_header traceparent {own}; }}
+        location /removed {{ proxy_pass http://@UPSTREAM@; proxy_set_header traceparent ""; }}""",
     )
-    nginx.start([address])
-    agent = attach(nginx.pid, directory / "agent")
-    client = "00-" + "c" * 32 + "-" + "d" * 16 + "-01"
-    with Http1Connection(address) as connection:
-        for target in ("/own", "/removed"):
-            for headers in ({}, {"traceparent": client}):
-                assert connection.request(target, headers=headers).status == 200
-    agent.stop()
-    nginx.stop()
-    upstream.stop()
-    ids = [trace.named("upstream exchange")[0].span_id for trace in agent.traces]
-    assert [head.count(b"traceparent: ") for head in heads] == [1] * 4
-    assert [own.encode() in head for head in heads] == [True, True, False, False]
-    assert [ids[index].encode() in heads[index] for index in (2, 3)] == [True, True]
-    assert b"c" * 32 in heads[3]
-    assert losses(agent) == {"configured": 2}
+    client = ("traceparent", "00-" + "c" * 32 + "-" + "d" * 16 + "-01")
+    for target in ("/own", "/removed"):
+        for headers in ((), (client,), (client, client)):
+            served.ask(target, *headers)
+    ids = served.stop()
+    assert [head.count(b"traceparent: ") for head in served.heads] == [1] * 6
+    assert [own.encode() in head for head in served.heads] == [True] * 3 + [False] * 3
+    assert [ids[index].encode() in served.heads[index] for index in (3, 4, 5)] == [True] * 3
+    assert b"c" * 32 in served.heads[4]
+    assert losses(served.agent) == {"configured": 3}
+
+
+def test_doubled_traceparent(directory: Path) -> None:
+    """One valid header takes the place of two, if one of them has the right length."""
+    served = OneUpstream(directory, "location / { proxy_pass http://@UPSTREAM@; }")
+    valid, short = "00-" + "c" * 32 + "-" + "d" * 16 + "-01", "nonsense" * 8
+    for values in ((valid, valid), (short, valid), (valid, short), (short, short), (valid, valid, valid)):
+        served.ask("/", ("x-first", "1"), *(("Traceparent", value) for value in values), ("tracestate", "a=1"))
+    ids = served.stop()
+    told = [re.findall(rb"\r\ntraceparent: 00-(.{49})-01(?=\r)", head, re.I) for head in served.heads]
+    assert told[:3] == [[each.encode()] for each in ids[:3]]
+    assert [head.lower().count(b"\r\ntraceparent:") for head in served.heads] == [1, 1, 1, 2, 3]
+    assert [
+        b"\r\nx-first: 1\r\n" in head and head.endswith(b"\r\ntracestate: a=1\r\n\r\n") for head in served.heads
+    ] == [True] * 5
+    assert losses(served.agent) == {"malformed": 2}
+    assert errors(served.nginx) == []
 
 
 def test_protocols_that_stay_in_the_dark(directory: Path, upstream_addresses: dict[str, str]) -> None:
