@@ -31,52 +31,61 @@ struct owner {
     u64 upstream;             /* ngx_http_upstream_t * */
     u64 state;
     u64 location;             /* r->loc_conf */
+    u64 request_bufs;         /* u->request_bufs */
+    u64 is_stream;
 };
 
+/* A member of the main request, of which process->request_part has a copy. */
+#define OF_PART(process, type, member) (*(type *)((process)->request_part + OFFSET_ngx_http_request_s__##member - REQUEST_PART))
+
 /* Tells whether a state is the last one that ngx_http_upstream_connect pushed to r->upstream_states. */
-static __always_inline bool is_latest_state(u64 request, u64 state)
+static __always_inline bool is_latest_state(u64 states, u64 state)
 {
-    u64 states = 0, elements = 0, count = 0;
-    return read_quietly(&states, request + OFFSET_ngx_http_request_s__upstream_states) && states
-        && read_quietly(&elements, states + OFFSET_ngx_array_t__elts) && read_quietly(&count, states + OFFSET_ngx_array_t__nelts)
-        && state == elements + (count - 1) * SIZEOF_ngx_http_upstream_state_t;
+    u8 array[OFFSET_ngx_array_t__nelts + 8];
+    if (!states || bpf_probe_read_user(array, sizeof(array), (void *)states) != 0)
+        return false;
+    u64 elements = MEMBER(array, u64, ngx_array_t, elts), count = MEMBER(array, u64, ngx_array_t, nelts);
+    return state == elements + (count - 1) * SIZEOF_ngx_http_upstream_state_t;
 }
 
-/* Tells whether `request` is a request whose upstream uses this connection now. Fills in `owner`. */
+static __always_inline bool read_request_part(struct process *process, u64 request)
+{
+    return bpf_probe_read_user(process->request_part, sizeof(process->request_part), (void *)(request + REQUEST_PART)) == 0;
+}
+
+/* Tells whether `request` is a request whose upstream uses this connection now. Fills in `owner` and process->request_part. */
 static __always_inline bool is_owned_by(struct process *process, struct owner *owner, u64 request, u64 connection)
 {
-    u8 *head = process->sent; /* signature, connection, …, loc_conf */
-    u64 peer_connection = 0;
-    if (!request || bpf_probe_read_user(head, OFFSET_ngx_http_request_s__loc_conf + 8, (void *)request) != 0
-        || MEMBER(head, u32, ngx_http_request_s, signature) != HTTP_MODULE
-        || !read_quietly(&owner->upstream, request + OFFSET_ngx_http_request_s__upstream) || !owner->upstream
-        || !read_quietly(&peer_connection, owner->upstream + OFFSET_ngx_http_upstream_s__peer + OFFSET_ngx_peer_connection_s__connection)
-        || peer_connection != connection
+    u8 *head = process->request_head;      /* signature, connection, …, upstream_states */
+    u8 *upstream = process->upstream_head; /* peer, …, request_bufs */
+    if (!request || bpf_probe_read_user(head, sizeof(process->request_head), (void *)request) != 0
+        || MEMBER(head, u32, ngx_http_request_s, signature) != HTTP_MODULE)
+        return false;
+    owner->upstream = MEMBER(head, u64, ngx_http_request_s, upstream);
+    if (!owner->upstream
+        || bpf_probe_read_user(upstream, sizeof(process->upstream_head), (void *)(owner->upstream + UPSTREAM_HEAD)) != 0
+        || MEMBER(upstream + OFFSET_ngx_http_upstream_s__peer - UPSTREAM_HEAD, u64, ngx_peer_connection_s, connection) != connection
         || !read_quietly(&owner->state, owner->upstream + OFFSET_ngx_http_upstream_s__state)
-        || !read_quietly(&owner->main_request, request + OFFSET_ngx_http_request_s__main)
-        || !is_latest_state(request, owner->state))
+        || !is_latest_state(MEMBER(head, u64, ngx_http_request_s, upstream_states), owner->state)
+        || !read_request_part(process, request))
         return false;
     owner->request = request;
+    owner->main_request = OF_PART(process, u64, main);
+    if (owner->main_request != request && !read_request_part(process, owner->main_request))
+        return false;
+    owner->is_stream = OF_PART(process, u64, stream);
     owner->client_connection = MEMBER(head, u64, ngx_http_request_s, connection);
     owner->location = MEMBER(head, u64, ngx_http_request_s, loc_conf);
+    owner->request_bufs = *(u64 *)(upstream + OFFSET_ngx_http_upstream_s__request_bufs - UPSTREAM_HEAD);
     return true;
 }
 
-/* Returns the request for which nginx connects. c->data is set only later. 0: not known. */
-static __always_inline u64 connecting_request(u64 connection)
+/* Returns the request for which nginx connects: the connection's log names it. c->data is set only later. 0: not known. */
+static __always_inline u64 connecting_request(u64 log)
 {
-    u64 log = 0, log_ctx = 0, request = 0;
-    if (read_quietly(&log, connection + OFFSET_ngx_connection_s__log) && read_quietly(&log_ctx, log + OFFSET_ngx_log_s__data)
-        && log_ctx)
+    u64 log_ctx = 0, request = 0;
+    if (read_quietly(&log_ctx, log + OFFSET_ngx_log_s__data) && log_ctx)
         read_quietly(&request, log_ctx + OFFSET_ngx_http_log_ctx_t__current_request);
-    return request;
-}
-
-/* Returns the request whose exchange a connection serves. 0: not known. */
-static __always_inline u64 sending_request(u64 connection)
-{
-    u64 request = 0;
-    read_quietly(&request, connection + OFFSET_ngx_connection_s__data);
     return request;
 }
 
@@ -115,24 +124,20 @@ static __always_inline void settle(struct attempt_state *state, struct socket *s
 static __always_inline void examine_begun(struct process *process)
 {
     struct begun_attempt *begun = &process->begun;
-    u8 *line = process->sent;
-    u32 main_method = 0;
     begun->is_new = 0;
     struct attempt_state *attempt = attempts.lookup(&begun->key);
     if (!attempt)
         return;
-    if (bpf_probe_read_user(line, LINE_BYTES, (void *)(begun->main_request + OFFSET_ngx_http_request_s__method)) == 0) {
-        main_method = OF_LINE(line, method);
-        /* For post_action nginx sets the version to HTTP/0.9. */
-        attempt->acts = !attempt->request && OF_LINE(line, http_version) == HTTP_VERSION_0_9;
-        if (!attempt->request && !attempt->acts) {
-            attempt->location = begun->location;
-            attempt->method_name = ((struct ngx_str *)&OF_LINE(line, method_name))->data;
-        }
+    /* For post_action nginx sets the version to HTTP/0.9. */
+    attempt->acts = !attempt->request && OF_PART(process, u64, http_version) == HTTP_VERSION_0_9;
+    if (!attempt->request && !attempt->acts) {
+        attempt->location = begun->location;
+        attempt->method_name = OF_PART(process, struct ngx_str, method_name).data;
     }
     if (attempt->acts)
         note_answer(process, begun);
-    note_sent(process, attempt, attempt->request ? attempt->request : begun->main_request, main_method);
+    note_sent(process, attempt, begun->request_bufs, attempt->request ? attempt->request : begun->main_request,
+              OF_PART(process, u64, method));
 }
 
 static __always_inline void begin_attempt(
@@ -151,9 +156,9 @@ static __always_inline void begin_attempt(
         socket->connect_errno = 0;
         socket->attempt_serial = 0;
     }
-    struct request_progress *progress = find_progress(&request_key, owner->main_request);
-    if (!progress)
-        progress = keep_progress(&request_key, owner->main_request);
+    struct request_progress *progress = find_progress_of(&request_key, owner->is_stream);
+    if (!progress && owner->is_stream)
+        progress = keep_progress(&request_key);
     if (!progress)
         return;
     if (progress->attempts >= ATTEMPTS_MAX) {
@@ -182,6 +187,7 @@ static __always_inline void begin_attempt(
     process->begun.key = attempt_key;
     process->begun.main_request = owner->main_request;
     process->begun.location = owner->location;
+    process->begun.request_bufs = owner->request_bufs;
     process->begun.is_new = 1;
 }
 
@@ -195,12 +201,11 @@ static __always_inline void was_added(struct socket_key *key, u64 event_address)
 }
 
 /* Tells whether an event's data is a connection. The notify event, a channel and other libraries have other data. */
-static __always_inline bool is_connection(u64 connection, s32 *fd)
+static __always_inline bool is_connection(u64 connection)
 {
     u64 read_event = 0, data = 0;
-    return connection && read_quietly(&read_event, connection + OFFSET_ngx_connection_s__read)
-        && read_quietly(&data, read_event + OFFSET_ngx_event_s__data) && data == connection
-        && bpf_probe_read_user(fd, sizeof(*fd), (void *)(connection + OFFSET_ngx_connection_s__fd)) == 0;
+    return read_quietly(&read_event, connection + OFFSET_ngx_connection_s__read)
+        && read_quietly(&data, read_event + OFFSET_ngx_event_s__data) && data == connection;
 }
 
 /* epoll_wait(epfd, events, maxevents, timeout) returned: a turn of nginx's event loop begins. */
@@ -216,10 +221,10 @@ static __always_inline void turn_began(struct process *process, u32 tgid, u64 ev
         struct socket_key key = {.tgid = tgid};
         bpf_probe_read_user(&event, sizeof(event), (void *)(events + i * sizeof(event)));
         u64 connection = event.data & ~1ULL;
-        if (!is_connection(connection, &key.fd))
+        if (!connection || bpf_probe_read_user(&key.fd, sizeof(key.fd), (void *)(connection + OFFSET_ngx_connection_s__fd)) != 0)
             continue;
         struct socket *socket = sockets.lookup(&key);
-        if (socket && !socket->connection)
+        if (socket && !socket->connection && is_connection(connection))
             socket->connection = connection;
     }
 }
@@ -242,18 +247,17 @@ enum response_state {
 
 /* Returns the state of a response that nginx passes on, by the bytes that nginx still waits for: in u->pipe if nginx buffers the
  * response, else in u->length. `eof`: the peer has closed the connection, or it is not known whether it has. */
-static __always_inline u32 response_state(u64 upstream, bool eof)
+static __always_inline u32 response_state(u64 pipe, s64 length, bool eof)
 {
-    u64 pipe = 0;
-    s64 pipe_length = UNTIL_EOF, length = 0;
-    u32 flags = 0;
-    if (bpf_probe_read_user(&length, sizeof(length), (void *)(upstream + OFFSET_ngx_http_upstream_s__length)) != 0
-        || !read_quietly(&pipe, upstream + OFFSET_ngx_http_upstream_s__pipe))
+    struct {
+        u64 flags;
+        u64 others[6];
+        s64 length;
+    } waits = {.length = UNTIL_EOF};
+    if (pipe && bpf_probe_read_user(&waits, sizeof(waits), (void *)(pipe + PIPE_FLAGS)) != 0)
         return RESPONSE_WHOLE;
-    if (pipe
-        && (bpf_probe_read_user(&flags, sizeof(flags), (void *)(pipe + PIPE_FLAGS)) != 0
-            || bpf_probe_read_user(&pipe_length, sizeof(pipe_length), (void *)(pipe + OFFSET_ngx_event_pipe_s__length)) != 0))
-        return RESPONSE_WHOLE;
+    s64 pipe_length = waits.length;
+    u32 flags = waits.flags;
     if (!length || !pipe_length || flags & PIPE_UPSTREAM_DONE)
         return RESPONSE_WHOLE;
     if (flags & PIPE_UPSTREAM_ERROR)
@@ -262,4 +266,13 @@ static __always_inline u32 response_state(u64 upstream, bool eof)
         return flags & PIPE_UPSTREAM_EOF ? RESPONSE_CLOSED : RESPONSE_UNFINISHED;
     /* without a pipe nginx wants no body (HEAD) */
     return !pipe || eof || flags & PIPE_UPSTREAM_EOF ? RESPONSE_WHOLE : RESPONSE_UNFINISHED;
+}
+
+/* Tells whether the whole response of the attempt that is going on has arrived, if the peer has not closed the connection. */
+static __always_inline bool is_answered(u64 upstream)
+{
+    u64 pipe = 0, length = 0;
+    return !read_quietly(&length, upstream + OFFSET_ngx_http_upstream_s__length)
+        || !read_quietly(&pipe, upstream + OFFSET_ngx_http_upstream_s__pipe)
+        || response_state(pipe, length, false) == RESPONSE_WHOLE;
 }

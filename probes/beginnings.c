@@ -38,31 +38,32 @@ static __always_inline bool is_upstream(struct socket *socket)
 
 /* Returns the progress of a running request. It is kept with the beginning if a probe has marked it. Otherwise, for HTTP/1, it is
  * kept with the client's socket, which serves one request at a time. NULL: it is kept nowhere. */
-static __always_inline struct request_progress *find_progress(struct request_key *key, u64 main_request)
+static __always_inline struct request_progress *find_progress_of(struct request_key *key, bool is_stream)
 {
     struct active_request *active = active_requests.lookup(key);
     if (active)
         return &active->progress;
     struct socket_key socket_key = {.tgid = key->tgid};
-    u64 connection = 0, stream = 0;
-    if (bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(key->connection + OFFSET_ngx_connection_s__fd)) != 0
-        || bpf_probe_read_user(&connection, sizeof(connection),
-                               (void *)(main_request + OFFSET_ngx_http_request_s__connection)) != 0
-        || bpf_probe_read_user(&stream, sizeof(stream), (void *)(main_request + OFFSET_ngx_http_request_s__stream)) != 0
-        || connection != key->connection || stream)
+    if (is_stream
+        || bpf_probe_read_user(&socket_key.fd, sizeof(socket_key.fd), (void *)(key->connection + OFFSET_ngx_connection_s__fd)) != 0)
         return NULL;
     struct socket *socket = sockets.lookup(&socket_key);
     return socket && !is_upstream(socket) && !socket->datagrams ? &socket->progress : NULL;
 }
 
-/* Adds an entry for the progress of a stream whose beginning no probe has marked, at its first attempt. NULL: the request is not
- * a stream, or there is no room. */
-static __always_inline struct request_progress *keep_progress(struct request_key *key, u64 main_request)
+static __always_inline struct request_progress *find_progress(struct request_key *key, u64 main_request)
+{
+    u64 connection = 0, stream = 0;
+    if (!read_quietly(&connection, main_request + OFFSET_ngx_http_request_s__connection) || connection != key->connection
+        || !read_quietly(&stream, main_request + OFFSET_ngx_http_request_s__stream))
+        return NULL;
+    return find_progress_of(key, stream);
+}
+
+/* Adds an entry for the progress of a stream whose beginning no probe has marked, at its first attempt. NULL: there is no room. */
+static __always_inline struct request_progress *keep_progress(struct request_key *key)
 {
     struct active_request unmarked = {};
-    u64 stream = 0;
-    if (bpf_probe_read_user(&stream, sizeof(stream), (void *)(main_request + OFFSET_ngx_http_request_s__stream)) != 0 || !stream)
-        return NULL;
     active_requests.update(key, &unmarked);
     struct active_request *active = active_requests.lookup(key);
     return active ? &active->progress : NULL;

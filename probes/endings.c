@@ -141,14 +141,16 @@ static __always_inline struct upstream_attempt *attempt_of(struct process *proce
 /* Returns an attempt's outcome, if the attempt was the last of its request. OUTCOME_ABANDONED: only the request's end
  * tells more. With `--detail request`, no socket tells whether the peer closed the connection. Over TLS, no socket
  * tells it either, if nginx does not buffer. */
-static __always_inline u8 outcome_of(const struct attempt_state *ended, const struct upstream_attempt *attempt)
+static __always_inline u8 outcome_of(struct process *process, const struct attempt_state *ended, const struct upstream_attempt *attempt)
 {
-    u64 state = 0;
+    u8 *part = process->upstream_end; /* length, …, state */
     if (attempt->header_msec == -1ULL || !attempt->status || attempt->status == SWITCHING_PROTOCOLS
-        || bpf_probe_read_user(&state, sizeof(state), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__state)) != 0
-        || state != ended->state)
+        || bpf_probe_read_user(part, sizeof(process->upstream_end), (void *)(ended->upstream + UPSTREAM_END)) != 0
+        || *(u64 *)(part + OFFSET_ngx_http_upstream_s__state - UPSTREAM_END) != ended->state)
         return OUTCOME_WHOLE;
-    u32 response = response_state(ended->upstream, ended->peer_closed || attempt->tls || DETAIL_REQUEST);
+    s64 length = *(s64 *)(part + OFFSET_ngx_http_upstream_s__length - UPSTREAM_END);
+    u64 pipe = *(u64 *)(process->upstream_middle + OFFSET_ngx_http_upstream_s__pipe - UPSTREAM_MIDDLE);
+    u32 response = response_state(pipe, length, ended->peer_closed || attempt->tls || DETAIL_REQUEST);
     if (response == RESPONSE_WHOLE)
         return OUTCOME_WHOLE;
     if (response == RESPONSE_CLOSED || ended->peer_closed || DETAIL_REQUEST)

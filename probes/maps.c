@@ -27,6 +27,19 @@
 /* Room for a read of the whole struct. The largest of nginx 1.14-1.31 has 1,560 bytes. */
 #define REQUEST_BYTES_MAX 2048
 
+/* Members that are read together. Forks may have them in another order. */
+#define GREATER(one, other) ((one) > (other) ? (one) : (other))
+#define LESS(one, other) ((one) < (other) ? (one) : (other))
+#define UPSTREAM_MIDDLE LESS(OFFSET_ngx_http_upstream_s__pipe, OFFSET_ngx_http_upstream_s__upstream)
+#define UPSTREAM_END LESS(OFFSET_ngx_http_upstream_s__length, OFFSET_ngx_http_upstream_s__state)
+#define UPSTREAM_HEAD LESS(OFFSET_ngx_http_upstream_s__peer, OFFSET_ngx_http_upstream_s__request_bufs)
+#define REQUEST_PART LESS(OFFSET_ngx_http_request_s__method, LESS(OFFSET_ngx_http_request_s__main, OFFSET_ngx_http_request_s__stream))
+#ifdef OFFSET_ngx_connection_s__ssl
+#define CONNECTION_HEAD_BYTES (GREATER(OFFSET_ngx_connection_s__log, OFFSET_ngx_connection_s__ssl) + 8)
+#else
+#define CONNECTION_HEAD_BYTES (OFFSET_ngx_connection_s__log + 8)
+#endif
+
 struct ngx_str {
     u64 len;
     u64 data;
@@ -64,6 +77,14 @@ struct request_trace {
     u8 parent_said_no;
     u8 has_tracestate;        /* the context is a valid W3C context */
     u32 reserved;
+};
+
+#define KNOWN_NAMES_MAX 64 /* a power of two */
+
+/* Where a name of nginx's configuration is. */
+struct known_name {
+    u64 key;                  /* the address of the configuration, and which name of it; 0: none */
+    struct ngx_str name;
 };
 
 /* The request line that a peer is sent. */
@@ -107,6 +128,7 @@ struct begun_attempt {
     struct attempt_key key;
     u64 main_request;
     u64 location;             /* r->loc_conf of the (sub)request */
+    u64 request_bufs;         /* u->request_bufs */
     u64 is_new;
 };
 
@@ -208,12 +230,23 @@ struct process {
     u32 system_call_seen;     /* sys_exit saw the end of the latest system call */
     u32 core_module_index_known;
     u64 core_module_index;
+    u64 keeps_configuration;   /* 1: the process's configuration does not change while it lives */
     u64 plain_requests;
     u8 request[REQUEST_BYTES_MAX]; /* scratch memory, per worker: a worker runs one probe at a time, but several workers share a CPU */
     u8 connection[512];
     u8 upstream_state[256];
+    u8 upstream_head[GREATER(OFFSET_ngx_http_upstream_s__peer, OFFSET_ngx_http_upstream_s__request_bufs) + 8 - UPSTREAM_HEAD];
+    u8 upstream_middle[GREATER(OFFSET_ngx_http_upstream_s__pipe, OFFSET_ngx_http_upstream_s__upstream) + 8 - UPSTREAM_MIDDLE];
+    u8 upstream_connection[CONNECTION_HEAD_BYTES];
+    u8 request_head[GREATER(OFFSET_ngx_http_request_s__loc_conf,
+                            GREATER(OFFSET_ngx_http_request_s__upstream, OFFSET_ngx_http_request_s__upstream_states)) + 8];
+    u8 request_part[GREATER(OFFSET_ngx_http_request_s__method_name + 8,
+                            GREATER(OFFSET_ngx_http_request_s__main, OFFSET_ngx_http_request_s__stream)) + 8 - REQUEST_PART];
+    u8 upstream_end[GREATER(OFFSET_ngx_http_upstream_s__length, OFFSET_ngx_http_upstream_s__state) + 8 - UPSTREAM_END];
     u8 headers[HEADERS_IN_PART * SIZEOF_ngx_table_elt_t];
     u64 headers_read; /* the number of headers; read as volatile, so that the verifier assumes any number */
+    u64 headers_address;                       /* where nginx has `headers`; 0: `headers` are another request's */
+    u64 header[SIZEOF_ngx_table_elt_t / 8];
     u8 header_part[24];
     u64 header_lines[CONTEXT_HEADERS];
     struct ngx_str header_values[CONTEXT_HEADERS];
@@ -240,10 +273,13 @@ struct process {
     u64 last_sent_line;
     u64 peer[SOCKADDR_WORDS];                  /* as in struct socket */
     struct ngx_str method_name;                /* as the client sent it */
+    struct known_name known_names[KNOWN_NAMES_MAX];
+    struct ngx_str name_read;
     u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
     u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
     struct sent_line sent_lines[ATTEMPTS_MAX];
     u64 seen_peers[ATTEMPTS_MAX];              /* the peers of the main request's own attempts */
+    u64 seen_states[ATTEMPTS_MAX];             /* their ngx_http_upstream_state_t * */
     u64 unseen_peers[ATTEMPTS_MAX];
     u64 seen_peers_count;
     u64 unseen_peers_count;
@@ -289,12 +325,12 @@ struct request_key {
 /* A request whose beginning a probe has marked, or a stream with an upstream. While that probe is detached, a plain HTTP/1
  * request has no active_request: the client's socket has all its times. */
 struct active_request {
+    struct request_progress progress; /* first: clang would add an offset before it tests the pointer, which the verifier refuses */
     u64 created_ns;           /* 0: no probe has marked the beginning */
     u64 read_ns;              /* the client socket's last read when the request was created; 0: no read since the earlier request's end */
     u64 first_write_ns;       /* HTTP/2: the request's first frame was handed to the connection */
     u64 last_flush_ns;        /* HTTP/2: the request's last frame was handed to the connection */
     u64 body_wanted_ns;       /* HTTP/2: nginx began to read the request's body */
-    struct request_progress progress;
 #if PROPAGATE
     struct request_trace trace;
     u64 told_span_id;         /* the span id that was written into the request's headers; 0: none */

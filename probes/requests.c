@@ -1,10 +1,15 @@
 /* The end of a client's request, and its record. */
 
+#define PROCESS_WORKER 3 /* NGX_PROCESS_WORKER */
+
 static __always_inline void learn_core_module_index(struct process *process, u64 load_address)
 {
     if (bpf_probe_read_user(&process->core_module_index, sizeof(u64),
                             (void *)(load_address + ADDRESS_ngx_http_core_module + OFFSET_ngx_module_s__ctx_index)) == 0)
         process->core_module_index_known = 1;
+    u64 kind = 0;
+    process->keeps_configuration = ADDRESS_ngx_process && read_quietly(&kind, load_address + ADDRESS_ngx_process)
+        && kind == PROCESS_WORKER;
     if (ADDRESS_ngx_http_core_get_method)
         read_quietly(&process->redirected_method, load_address + ADDRESS_ngx_http_core_get_method + sizeof(u64));
 }
@@ -123,6 +128,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     u64 http_version = MEMBER(process->request, u64, ngx_http_request_s, http_version);
     record->http_version = asked_version(process, http_version);
     process->location = 0;
+    process->headers_address = 0;
     process->peer[0] = 0;
     record->multiplexed =
         MEMBER(process->request, u64, ngx_http_request_s, stream) != 0 || record->http_version == HTTP_VERSION_3;

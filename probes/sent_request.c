@@ -26,17 +26,12 @@
 #define HPACK_HTTP 0x86
 #define HPACK_HTTPS 0x87
 
-/* From r->method to r->method_name. */
-#define LINE_BYTES (OFFSET_ngx_http_request_s__method_name + 16 - OFFSET_ngx_http_request_s__method)
-#define OF_LINE(bytes, member) (*(u64 *)((bytes) + OFFSET_ngx_http_request_s__##member - OFFSET_ngx_http_request_s__method))
-
 /* Returns the length of the first buffer that nginx sends to a peer; 0: there is none. */
-static __always_inline u64 sent_buffer(u64 upstream, u64 *start)
+static __always_inline u64 sent_buffer(u64 chain, u64 *start)
 {
     u8 buffer[OFFSET_ngx_buf_s__start + 8] = {}; /* pos, last, …, start */
-    u64 chain = 0, address = 0;
-    if (!read_quietly(&chain, upstream + OFFSET_ngx_http_upstream_s__request_bufs) || !chain
-        || !read_quietly(&address, chain + OFFSET_ngx_chain_s__buf) || !address
+    u64 address = 0;
+    if (!chain || !read_quietly(&address, chain + OFFSET_ngx_chain_s__buf) || !address
         || bpf_probe_read_user(buffer, sizeof(buffer), (void *)address) != 0)
         return 0;
     u64 last = MEMBER(buffer, u64, ngx_buf_s, last);
@@ -181,13 +176,14 @@ static __always_inline void note_http2(struct attempt_state *attempt, u64 at)
     attempt->sent_host_bytes = hpack_bytes(at + 1);
 }
 
-/* Notes the protocol that an attempt speaks, and what it sends. `request`: the (sub)request; `main_method`: the main request's
- * r->method, or 0. */
-static __always_inline void note_sent(struct process *process, struct attempt_state *attempt, u64 request, u32 main_method)
+/* Notes the protocol that an attempt speaks, and what it sends. `chain`: u->request_bufs; `request`: the (sub)request;
+ * `main_method`: the main request's r->method, or 0. */
+static __always_inline void note_sent(
+    struct process *process, struct attempt_state *attempt, u64 chain, u64 request, u32 main_method)
 {
     struct sent_search *search = &process->sent_search;
     const u8 *sent = process->sent + SENT_GUARD;
-    u64 start = 0, bytes = sent_buffer(attempt->upstream, &start), method = 0;
+    u64 start = 0, bytes = sent_buffer(chain, &start), method = 0;
 
     __builtin_memset(search, 0, sizeof(*search));
     attempt->attempt.upstream_request = (u32)(attempt->upstream >> 3) | 1; /* retries share the ngx_http_upstream_t */

@@ -129,15 +129,24 @@ static __always_inline bool are_no_answer(u64 data, s64 bytes)
     return bytes <= 0;
 }
 
+/* Tells whether an upstream may send such frames. `attempt`: NULL if it is not known. */
+static __always_inline bool may_send_frames(const struct attempt_state *attempt)
+{
+    return !attempt || attempt->attempt.protocol == PROTOCOL_UNKNOWN || attempt->attempt.protocol == PROTOCOL_HTTP_2;
+}
+
 /* Over TLS the interim response "HTTP/1.1 100 Continue" cannot be read, but it is short; the header of a response is longer. */
 #define INTERIM_RESPONSE_BYTES_MAX 64
 
 #define HTTP_1_1_SLASH 0x312e312f50545448ULL /* "HTTP/1.1" */
 
-/* Tells whether nginx sends an interim response to a client (RFC 9110, 15.2): " 1xx", except " 101". */
-static __always_inline bool is_interim(u64 data)
+/* Tells whether nginx sends an interim response to a client (RFC 9110, 15.2): " 1xx", except " 101". `parts`: the address of a
+ * struct iovec whose first part has the bytes, or 0. */
+static __always_inline bool is_interim(u64 data, u64 parts)
 {
     u64 text[2] = {};
+    if (parts)
+        read_quietly(&data, parts);
     return data && bpf_probe_read_user(text, sizeof(text), (void *)data) == 0 && text[0] == HTTP_1_1_SLASH
         && (text[1] & 0xffff) == 0x3120 && (text[1] & 0xffffffff) != 0x31303120;
 }
@@ -168,12 +177,12 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
         if (bytes || socket->client || !socket->first_read_ns)
             return NOT_WANTED;
         struct attempt_state *attempt = attempt_on(key, socket);
-        if (attempt && response_state(attempt->upstream, false) != RESPONSE_WHOLE) /* only then does the end of file end the answer */
+        if (attempt && !is_answered(attempt->upstream)) /* only then does the end of file end the answer */
             socket->last_read_ns = now;
         return NOT_WANTED;
     }
     socket->datagrams |= datagrams;
-    if (data && !socket->client && !socket->first_read_ns && are_no_answer(data, bytes))
+    if (data && !socket->client && !socket->first_read_ns && may_send_frames(attempt_on(key, socket)) && are_no_answer(data, bytes))
         return NOT_WANTED;
     if (!socket->first_read_ns) {
         socket->first_read_ns = now;
@@ -206,8 +215,8 @@ static __always_inline void note_write(struct socket *socket, u64 began_ns, u64 
     socket->announced = 0;
 }
 
-/* A write returned. `data`: the address of the bytes, or 0. */
-static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 began_ns, u64 now)
+/* A write returned. `data`: the address of the bytes, or 0; `parts`: of their struct iovec, or 0. */
+static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 parts, u64 began_ns, u64 now)
 {
     struct socket *socket = find_or_add_socket(key);
     if (!socket)
@@ -215,7 +224,7 @@ static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 beg
     if (!socket->client && socket->connection && !socket->announced
         && (!socket->first_write_ns || socket->last_read_ns > socket->last_write_ns))
         return WANTED_TO_WRITE;
-    if (!socket->first_write_ns && !socket->tls_connection && !is_upstream(socket) && is_interim(data))
+    if (!socket->first_write_ns && !socket->tls_connection && !is_upstream(socket) && is_interim(data, parts))
         return NOT_WANTED;
     note_write(socket, began_ns, now);
     if (socket->client || socket->connection || socket->sought)
@@ -232,9 +241,13 @@ static __always_inline void look_for_attempt(
     struct socket *socket = sockets.lookup(key);
     if (!socket)
         return;
+    u8 *connection = process->upstream_connection; /* data, …, log, …, ssl */
     u64 serial = socket->attempt_serial, request = 0;
-    if (socket->connection)
-        request = wanted == WANTED_TO_CONNECT ? connecting_request(socket->connection) : sending_request(socket->connection);
+    bool readable = socket->connection
+        && bpf_probe_read_user(connection, sizeof(process->upstream_connection), (void *)socket->connection) == 0;
+    if (readable)
+        request = wanted == WANTED_TO_CONNECT ? connecting_request(MEMBER(connection, u64, ngx_connection_s, log))
+                                              : MEMBER(connection, u64, ngx_connection_s, data);
     else if (wanted == WANTED_TO_SEND || wanted == WANTED_BY_EVENT)
         process->wanted_until_ns = now + WANTED_NS;
     if (is_owned_by(process, &owner, request, socket->connection)) {
@@ -245,9 +258,8 @@ static __always_inline void look_for_attempt(
         begin_attempt(process, key, socket, &owner, now);
     }
 #ifdef OFFSET_ngx_connection_s__ssl
-    u64 ssl = 0;
-    if (socket->connection && read_quietly(&ssl, socket->connection + OFFSET_ngx_connection_s__ssl))
-        socket->tls = ssl != 0;
+    if (readable)
+        socket->tls = MEMBER(connection, u64, ngx_connection_s, ssl) != 0;
 #endif
     if (wanted == WANTED_TO_SEND) {
         exchange_begins(socket, now);
@@ -330,11 +342,8 @@ static __always_inline int system_call_ended(
             note_told(process, &key, result, result == -EAGAIN || result == -EINTR);
 #endif
         if (result > 0) {
-            if (entry.number == SYS_writev)
-                bpf_probe_read_user(&data, sizeof(data), (void *)entry.argument2); /* the address of the first part */
-            else if (entry.number == SYS_sendto)
-                data = entry.argument2;
-            wanted = was_written(&key, data, began_ns, now);
+            wanted = was_written(&key, entry.number == SYS_sendto ? entry.argument2 : 0,
+                                 entry.number == SYS_writev ? entry.argument2 : 0, began_ns, now);
         } else if (result == -EPIPE || result == -ECONNRESET) {
             socket = sockets.lookup(&key);
             if (socket)

@@ -83,13 +83,22 @@ static __always_inline void append_str_at(struct process *process, u8 kind, u8 a
 }
 
 
-/* Appends the name in the http core module's configuration. `confs` is r->srv_conf or r->loc_conf. */
+#define KNOWN_NAMES_FACTOR 0x9e3779b97f4a7c15ULL
+
+/* Appends the name in the http core module's configuration. `confs` is r->srv_conf or r->loc_conf. A worker's configuration does
+ * not change, so the name's place is looked up once; only with `master_process off` a reload changes it. */
 static __always_inline void append_core_conf_name(struct process *process, u8 kind, u64 confs, u64 name_offset)
 {
-    u64 conf = 0;
-    bpf_probe_read_user(&conf, sizeof(conf), (void *)(confs + process->core_module_index * 8));
-    if (conf)
-        append_str_at(process, kind, 0, conf + name_offset, SHORT_STRING_BYTES_MAX);
+    u64 key = confs + kind, conf = 0; /* the address is a multiple of 8, and the two kinds differ in these bits */
+    struct known_name *known = &process->known_names[(key * KNOWN_NAMES_FACTOR) >> 58];
+    if (known->key != key || !process->keeps_configuration) {
+        known->key = 0;
+        if (bpf_probe_read_user(&conf, sizeof(conf), (void *)(confs + process->core_module_index * 8)) != 0 || !conf
+            || bpf_probe_read_user(&known->name, sizeof(known->name), (void *)(conf + name_offset)) != 0)
+            return;
+        known->key = key;
+    }
+    append_string(process, kind, 0, known->name.data, known->name.len, SHORT_STRING_BYTES_MAX);
 }
 
 /* Appends the tracestate lines. A line is never cut, because a part of its list of vendors would be a different list. */
@@ -107,21 +116,32 @@ static __always_inline void append_tracestate(struct process *process)
     }
 }
 
-/* The members key and value of an ngx_table_elt_t. */
-#define HEADER_BYTES (OFFSET_ngx_table_elt_t__value + 16 - OFFSET_ngx_table_elt_t__key)
 #define SPACES_MAX 8
+
+/* Copies an ngx_table_elt_t to process->header: from process->headers, if it is among the headers that were read last. */
+static __always_inline bool copy_header(struct process *process, u64 header)
+{
+    u64 at = header - process->headers_address;
+    if (process->headers_address && at < process->headers_read * SIZEOF_ngx_table_elt_t
+        && at <= sizeof(process->headers) - SIZEOF_ngx_table_elt_t) {
+        u64 *read = (u64 *)(process->headers + at);
+        for (int i = 0; i < SIZEOF_ngx_table_elt_t / 8; i++)
+            process->header[i] = read[i];
+        return true;
+    }
+    return bpf_probe_read_user(process->header, SIZEOF_ngx_table_elt_t, (void *)header) == 0;
+}
 
 /* Appends the value of a header as the client sent it. A module that sets a header replaces `value`, but leaves `key` in the
  * client's text. There nginx has put a NUL in the place of the colon and behind the value (ngx_http_process_request_headers). The
  * headers of HTTP/2 and HTTP/3 do not show whether they were replaced. `name_bytes`: the length of the header's name */
 static __always_inline void append_received(struct process *process, u8 kind, u64 header, u64 name_bytes, u64 limit)
 {
-    u8 element[HEADER_BYTES];
     u8 *around = process->header_part;
-    if (!header || bpf_probe_read_user(element, sizeof(element), (void *)(header + OFFSET_ngx_table_elt_t__key)) != 0)
+    if (!header || !copy_header(process, header))
         return;
-    struct ngx_str *key = (struct ngx_str *)element;
-    struct ngx_str *value = (struct ngx_str *)(element + OFFSET_ngx_table_elt_t__value - OFFSET_ngx_table_elt_t__key);
+    struct ngx_str *key = (struct ngx_str *)((u8 *)process->header + OFFSET_ngx_table_elt_t__key);
+    struct ngx_str *value = (struct ngx_str *)((u8 *)process->header + OFFSET_ngx_table_elt_t__value);
     u64 behind_colon = key->data + name_bytes + 1;
     bool in_buffer = key->data >= process->header_start && key->data < process->header_last;
     if (((struct request_record *)process->record)->multiplexed
@@ -169,6 +189,27 @@ static __always_inline bool is_accepted_address(struct process *process)
         == MEMBER(process->connection, u64, ngx_connection_s, pool) + SIZEOF_POOL;
 }
 
+/* Appends the address that accept() returned. Returns whether it had room. */
+static __always_inline bool append_accepted(struct process *process, u8 kind)
+{
+    u16 family = process->peer[0];
+    u64 bytes = family == FAMILY_INET6 ? 28 : family == FAMILY_INET ? 16 : 2, at = process->record_bytes;
+    if (at > STRING_AT_MAX) {
+        count_loss(PARTIAL_STRING_CUT);
+        return false;
+    }
+    struct string_header *header = string_at(process, at);
+    u64 *address = (u64 *)(header + 1);
+    for (int i = 0; i < SOCKADDR_WORDS; i++)
+        address[i] = process->peer[i];
+    header->kind = kind;
+    header->attempt = 0;
+    header->bytes = bytes;
+    header->whole_bytes = bytes;
+    process->record_bytes = at + sizeof(struct string_header) + ((bytes + 7) & ~7ULL);
+    return true;
+}
+
 /* Compares the client's address, which was appended at `at`, with the address of the socket's peer. Appends the latter if realip has
  * replaced the former. */
 static __always_inline void append_peer(struct process *process, u64 at)
@@ -186,24 +227,21 @@ static __always_inline void append_peer(struct process *process, u64 at)
     u64 others = (client[0] ^ process->peer[0]) & (family == FAMILY_UNIX ? 0xffff : ~0ULL);
     if (family == FAMILY_INET6)
         others |= (client[1] ^ process->peer[1]) | (client[2] ^ process->peer[2]);
-    record->peer_known = 1;
-    if (!others)
-        return;
-    if (end > STRING_AT_MAX) {
-        count_loss(PARTIAL_STRING_CUT);
-        record->peer_known = 0;
+    record->peer_known = !others || append_accepted(process, STRING_PEER_SOCKADDR);
+}
+
+/* Appends the client's address, and the address of the socket's peer if realip has replaced the client's. */
+static __always_inline void append_client(struct process *process)
+{
+    u64 at = process->record_bytes;
+    u16 family = process->peer[0];
+    if ((family == FAMILY_INET || family == FAMILY_INET6) && is_accepted_address(process)) {
+        ((struct request_record *)process->record)->peer_known = append_accepted(process, STRING_CLIENT_SOCKADDR);
         return;
     }
-    struct string_header *header = string_at(process, end);
-    u64 *peer = (u64 *)(header + 1);
-    u64 bytes = family == FAMILY_INET6 ? 28 : family == FAMILY_INET ? 16 : 2;
-    for (int i = 0; i < SOCKADDR_WORDS; i++)
-        peer[i] = process->peer[i];
-    header->kind = STRING_PEER_SOCKADDR;
-    header->attempt = 0;
-    header->bytes = bytes;
-    header->whole_bytes = bytes;
-    process->record_bytes = end + sizeof(struct string_header) + ((bytes + 7) & ~7ULL);
+    append_string(process, STRING_CLIENT_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, sockaddr),
+                  MEMBER(process->connection, u32, ngx_connection_s, socklen), SHORT_STRING_BYTES_MAX);
+    append_peer(process, at);
 }
 
 #if TRUSTED_PROXIES
@@ -221,16 +259,11 @@ static __always_inline void append_request_strings(struct process *process)
     struct ngx_str *uri = REQUEST_STR(unparsed_uri);
     u8 *headers_in = process->request + OFFSET_ngx_http_request_s__headers_in;
     u64 user_agent = MEMBER(headers_in, u64, ngx_http_headers_in_t, user_agent);
-    u64 client_at;
-    u32 client_length = MEMBER(process->connection, u32, ngx_connection_s, socklen);
 
     append_string(process, STRING_URI, 0, uri->data, uri->len, STRING_BYTES_MAX);
     append_request_target(process);
     append_received(process, STRING_USER_AGENT, user_agent, sizeof("User-Agent") - 1, USER_AGENT_BYTES_MAX);
-    client_at = process->record_bytes;
-    append_string(process, STRING_CLIENT_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, sockaddr),
-                  client_length, SHORT_STRING_BYTES_MAX);
-    append_peer(process, client_at);
+    append_client(process);
 #if TRUSTED_PROXIES
     append_header(process, STRING_FORWARDED, HEADER_FORWARDED);
 #endif

@@ -21,7 +21,7 @@ static __always_inline struct attempt_state *find_attempt(struct process *proces
 static __always_inline bool recall_last_attempt(struct process *process, u64 r, u64 *began_ns, u64 now)
 {
     struct attempt_state *last = &process->attempt;
-    u64 upstream = MEMBER(process->request, u64, ngx_http_request_s, upstream), start_msec = 0;
+    u64 upstream = MEMBER(process->request, u64, ngx_http_request_s, upstream), start_msec = 0, chain = 0;
     struct {
         u64 status;
         u64 response_msec;
@@ -46,7 +46,8 @@ static __always_inline bool recall_last_attempt(struct process *process, u64 r, 
     last->upstream = upstream;
     last->settled = 1;
     bool is_redirected = REQUEST_STR(method_name)->data == process->redirected_method;
-    note_sent(process, last, r, is_redirected ? 0 : MEMBER(process->request, u64, ngx_http_request_s, method));
+    read_quietly(&chain, upstream + OFFSET_ngx_http_upstream_s__request_bufs);
+    note_sent(process, last, chain, r, is_redirected ? 0 : MEMBER(process->request, u64, ngx_http_request_s, method));
     last->attempt.ended_ns = end_ns;
     if (state.connect_msec == -1ULL) {
         last->attempt.connect_start_ns = start_ns;
@@ -91,9 +92,10 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
     if (ended->told_span_id)
         attempt->span_id = ended->told_span_id;
 #endif
-    u64 configuration = 0;
-    bpf_probe_read_user(&configuration, sizeof(u64), (void *)(ended->upstream + OFFSET_ngx_http_upstream_s__upstream));
-    process->upstream_configurations[index] = configuration;
+    u8 *middle = process->upstream_middle; /* pipe, …, upstream */
+    if (bpf_probe_read_user(middle, sizeof(process->upstream_middle), (void *)(ended->upstream + UPSTREAM_MIDDLE)) != 0)
+        return false;
+    process->upstream_configurations[index] = *(u64 *)(middle + OFFSET_ngx_http_upstream_s__upstream - UPSTREAM_MIDDLE);
     process->sent_lines[index] = ended->sent_line;
 #if REQUEST_METRICS
     process->attempt_states[index] = ended->state;
@@ -112,7 +114,7 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
 #endif
     attempt->bytes_received = MEMBER(state, u64, ngx_http_upstream_state_t, bytes_received);
     process->attempt_peers[index] = MEMBER(state, u64, ngx_http_upstream_state_t, peer);
-    attempt->outcome = outcome_of(ended, attempt);
+    attempt->outcome = outcome_of(process, ended, attempt);
     if (!ended->request) {
         if (!process->seen_peers_count) {
             process->location = ended->location;
@@ -121,6 +123,7 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
         if (!ended->acts)
             process->last_location = ended->location;
         process->seen_peers[slot(process->seen_peers_count)] = process->attempt_peers[index];
+        process->seen_states[slot(process->seen_peers_count)] = ended->state;
         process->seen_peers_count++;
         if (process->answer ? !ended->acts : ended->upstream == MEMBER(process->request, u64, ngx_http_request_s, upstream)) {
             process->main_outcome = attempt->outcome;
@@ -184,7 +187,10 @@ static __always_inline void find_unseen(struct process *process, struct request_
         record->attempts_lost = count - ATTEMPTS_MAX > 255 ? 255 : count - ATTEMPTS_MAX;
     process->next_seen = 0;
     EACH(i, count, ATTEMPTS_MAX) {
-        if (!read_pointer(&peer, elements + i * SIZEOF_ngx_http_upstream_state_t + OFFSET_ngx_http_upstream_state_t__peer))
+        u64 state = elements + i * SIZEOF_ngx_http_upstream_state_t, next = slot(process->next_seen);
+        if (process->next_seen < process->seen_peers_count && process->seen_states[next] == state)
+            peer = process->seen_peers[next];
+        else if (!read_pointer(&peer, state + OFFSET_ngx_http_upstream_state_t__peer))
             break;
         if (!peer)
             continue;

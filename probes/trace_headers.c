@@ -44,15 +44,18 @@ static __always_inline void find_context_headers(struct process *process)
     u64 next = MEMBER(part, u64, ngx_list_part_s, next);
 
     __builtin_memset(process->header_lines, 0, sizeof(process->header_lines));
+    process->headers_address = 0;
     for (int p = 0; p < HEADER_PARTS_MAX; p++) {
         if (count > HEADERS_IN_PART)
             count = HEADERS_IN_PART;
         u64 bytes = count * SIZEOF_ngx_table_elt_t;
         if (bytes && (bytes > sizeof(process->headers) || bpf_probe_read_user(process->headers, bytes, (void *)elements) != 0)) {
             count_loss(PARTIAL_STRING_READ_FAILED);
-            return; /* process->headers still holds another request's headers */
+            process->headers_address = 0; /* process->headers still holds other headers */
+            return;
         }
         process->headers_read = count;
+        process->headers_address = elements;
         for (u32 i = 0; i < HEADERS_IN_PART && i < *(volatile u64 *)&process->headers_read; i++) {
             u8 *header = process->headers + i * SIZEOF_ngx_table_elt_t;
             u64 hash = MEMBER(header, u64, ngx_table_elt_t, hash);

@@ -23,9 +23,11 @@
 static __always_inline void expect_connection(struct process *process, struct socket_key *key)
 {
     struct owner owner = {};
+    u64 log = 0;
     struct socket *socket = sockets.lookup(key);
     if (!socket || socket->client || !socket->connection || socket->attempt_serial
-        || !is_owned_by(process, &owner, connecting_request(socket->connection), socket->connection))
+        || !read_quietly(&log, socket->connection + OFFSET_ngx_connection_s__log)
+        || !is_owned_by(process, &owner, connecting_request(log), socket->connection))
         return;
     struct telling *telling = find_or_add_telling();
     if (!telling)

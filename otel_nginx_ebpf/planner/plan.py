@@ -76,7 +76,10 @@ class Plan:
             {
                 f"SITE_{end.function}": end.address,
                 **{f"ADDRESS_{name}": self.binary.address(name) for name in sites.OBJECTS},
-                **{f"ADDRESS_{name}": self.binary.symbols.get(name, 0) for name in sites.ENDINGS + sites.REDIRECTS},
+                **{
+                    f"ADDRESS_{name}": self.binary.symbols.get(name, 0)
+                    for name in sites.ENDINGS + sites.REDIRECTS + sites.PROCESS
+                },
                 "OF_FORK": int(self.binary.is_fork),
                 "DETAIL_REQUEST": int(settings.detail == "request"),
                 "REQUEST_METRICS": int(settings.measures_requests),

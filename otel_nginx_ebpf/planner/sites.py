@@ -101,3 +101,7 @@ ENDINGS = ("ngx_http_request_empty_handler", "ngx_http_discarded_request_body_ha
 
 REDIRECTS = ("ngx_http_core_get_method",)
 """Exported object with the method that nginx sets for an internal redirect. Without it the program guesses."""
+
+PROCESS = ("ngx_process",)
+"""Exported number: what kind of process it is. A worker's configuration does not change. Without this number the
+program looks up names in the configuration for each request."""
