@@ -209,11 +209,11 @@ static __always_inline bool is_connection(u64 connection)
 }
 
 /* epoll_wait(epfd, events, maxevents, timeout) returned: a turn of nginx's event loop begins. */
-static __always_inline void turn_began(struct process *process, u32 tgid, u64 events, s64 count, u64 now)
+static __always_inline void turn_began(struct caller *caller, u32 tgid, u64 events, s64 count, u64 now)
 {
-    process->turn_began_ns = now;
-    process->latest_read_fd = -1;
-    if (now > process->wanted_until_ns)
+    caller->turn_began_ns = now;
+    caller->latest_read_fd = -1;
+    if (now > caller->wanted_until_ns)
         return;
     u64 wanted = count > 0 ? count : 0;
     EACH(i, wanted, EVENTS_MAX) {

@@ -18,6 +18,10 @@
  */
 
 #define PROCESSES_MAX 512
+#define CALLERS 8192 /* a power of two; so many more than processes that a process finds a place soon */
+#define CALLERS_BITS 13
+#define CALLER_PLACES 8
+#define CALLER_GONE 0xffffffff
 #define SOCKETS_MAX 65536
 #define FLUSHES_MAX 16384
 
@@ -222,15 +226,12 @@ struct socket {
 
 struct process {
     u64 known_since_ns;       /* system calls are seen since then. Must be first: kernel/attachment.py writes it */
-    u64 last_event_ns;        /* the worker's latest system call exit or probe hit: the next event began no earlier */
-    u64 turn_began_ns;        /* the last return of epoll_wait() */
-    u64 wanted_until_ns;      /* until then, search epoll's events for the unknown ngx_connection_t of a socket */
+    u64 turn_began_ns;        /* of its caller, as the running probe found it */
     u64 attempt_serial;       /* the serial of the latest attempt */
-    s32 latest_read_fd;       /* the descriptor of the last read in this turn; -1: none */
-    u32 system_call_seen;     /* sys_exit saw the end of the latest system call */
+    s32 latest_read_fd;       /* as turn_began_ns */
     u32 core_module_index_known;
     u64 core_module_index;
-    u64 keeps_configuration;   /* 1: the process's configuration does not change while it lives */
+    u64 keeps_configuration;  /* 1: the process's configuration does not change while it lives */
     u64 plain_requests;
     u8 request[REQUEST_BYTES_MAX]; /* scratch memory, per worker: a worker runs one probe at a time, but several workers share a CPU */
     u8 connection[512];
@@ -274,7 +275,6 @@ struct process {
     u64 peer[SOCKADDR_WORDS];                  /* as in struct socket */
     struct ngx_str method_name;                /* as the client sent it */
     struct known_name known_names[KNOWN_NAMES_MAX];
-    struct ngx_str name_read;
     u64 upstream_configurations[ATTEMPTS_MAX]; /* of the request's attempts: ngx_http_upstream_srv_conf_t * */
     u64 attempt_peers[ATTEMPTS_MAX];           /* ngx_str_t * */
     struct sent_line sent_lines[ATTEMPTS_MAX];
@@ -301,13 +301,24 @@ struct process {
     struct client_key client_key;
 #endif
 #if PROPAGATE_SOCKET
-    s32 told_fd;                               /* the connection on which a request is announced; 0: none */
-    u32 announces;                             /* the next three are of a request that nginx is about to send */
+    u64 announces;                             /* the next three are of a request that nginx is about to send */
     u64 told_request;                          /* the main request's ngx_http_request_t * */
     u64 told_upstream;                         /* ngx_http_upstream_t * */
 #endif
     u64 record_bytes;
     u8 record[RECORD_BYTES_MAX];
+};
+
+/* What each system call of a traced process needs. */
+struct caller {
+    u32 tgid;                 /* 0: nobody was here yet; CALLER_GONE: nobody is here any more */
+    u32 system_call_seen;     /* sys_exit saw the end of the worker's latest system call */
+    u64 last_event_ns;        /* the worker's latest system call exit or probe hit: the next event began no earlier */
+    u64 turn_began_ns;        /* the last return of epoll_wait() */
+    u64 wanted_until_ns;      /* until then, search epoll's events for the unknown ngx_connection_t of a socket */
+    s32 latest_read_fd;       /* the descriptor of the last read in this turn; -1: none */
+    s32 told_fd;              /* --propagate on the socket: the connection on which a request is announced; 0: none */
+    u64 reserved[2];          /* up to a cache line */
 };
 
 /* Every key begins with the process, so that user space finds the state of dead workers. */
@@ -345,6 +356,9 @@ struct flush_key {
     u64 began_ns;
 };
 
+/* Every system call of the machine looks here first, so this is an array, which costs less than a hash. A process is at the place that
+ * its pid gives, or at one of the next places (kernel/callers.py). */
+BPF_ARRAY(callers, struct caller, CALLERS);
 BPF_TABLE("hash", u32, struct process, processes, PROCESSES_MAX);
 BPF_ARRAY(new_processes, struct process, 1); /* all zero; too large for the stack */
 BPF_ARRAY(new_sockets, struct socket, 1);    /* as well */
@@ -382,6 +396,52 @@ static __always_inline u32 current_tgid(void)
     return current_pid_tgid() >> 32;
 }
 
+static __always_inline u32 caller_place(u32 tgid)
+{
+    return tgid * 0x9e3779b1U >> (32 - CALLERS_BITS);
+}
+
+/* Returns NULL if the process is not traced. */
+static __always_inline struct caller *find_caller(u32 tgid)
+{
+    u32 place = caller_place(tgid);
+    for (int i = 0; i < CALLER_PLACES; i++) {
+        struct caller *caller = callers.lookup(&place);
+        if (!caller || !caller->tgid)
+            return NULL;
+        if (caller->tgid == tgid)
+            return caller;
+        place = (place + 1) & (CALLERS - 1);
+    }
+    return NULL;
+}
+
+/* Two processes could take the same place at the same time. Then the one that lost it is added again at its next probe. */
+static __always_inline struct caller *add_caller(u32 tgid)
+{
+    u32 place = caller_place(tgid);
+    for (int i = 0; i < CALLER_PLACES; i++) {
+        struct caller *caller = callers.lookup(&place);
+        if (!caller)
+            return NULL;
+        if (!caller->tgid || caller->tgid == CALLER_GONE) {
+            __builtin_memset(caller, 0, sizeof(*caller));
+            caller->tgid = tgid;
+            return caller;
+        }
+        place = (place + 1) & (CALLERS - 1);
+    }
+    return NULL;
+}
+
+static __always_inline void forget_process(u32 tgid)
+{
+    struct caller *caller = find_caller(tgid);
+    if (caller)
+        caller->tgid = CALLER_GONE;
+    processes.delete(&tgid);
+}
+
 static __always_inline void add_process(u32 tgid)
 {
     u32 zero = 0;
@@ -390,10 +450,16 @@ static __always_inline void add_process(u32 tgid)
         return;
     processes.insert(&tgid, fresh);
     struct process *process = processes.lookup(&tgid);
-    if (!process)
+    if (!process) {
         count_loss(LOST_PROCESSES_FULL);
-    else if (!process->known_since_ns)
+        return;
+    }
+    if (!process->known_since_ns)
         process->known_since_ns = bpf_ktime_get_ns();
+    if (find_caller(tgid) || add_caller(tgid))
+        return;
+    processes.delete(&tgid);
+    count_loss(LOST_PROCESSES_FULL);
 }
 
 static __always_inline bool is_live(void)
@@ -436,8 +502,20 @@ static __always_inline struct process *entered(struct pt_regs *ctx, u32 *tgid, u
         return NULL;
     }
     struct process *process = probed_process(*tgid);
-    if (process)
-        process->last_event_ns = *now;
+#if !DETAIL_REQUEST
+    if (!process)
+        return NULL;
+    struct caller *caller = find_caller(*tgid);
+    if (!caller)
+        caller = add_caller(*tgid);
+    if (!caller) {
+        count_loss(LOST_PROCESSES_FULL);
+        return NULL;
+    }
+    caller->last_event_ns = *now;
+    process->turn_began_ns = caller->turn_began_ns;
+    process->latest_read_fd = caller->latest_read_fd;
+#endif
     return process;
 }
 

@@ -12,7 +12,7 @@ int sched_process_exit(struct bpf_raw_tracepoint_args *ctx)
     u64 pid_tgid = current_pid_tgid();
     u32 tgid = pid_tgid >> 32;
     if ((u32)pid_tgid == tgid)
-        processes.delete(&tgid);
+        forget_process(tgid);
 #if PROPAGATE_SOCKET
     u64 task = bpf_get_current_task();
     tellings.delete(&task);

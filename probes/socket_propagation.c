@@ -461,12 +461,13 @@ int tell_attempt(struct bpf_raw_tracepoint_args *ctx)
 {
     u32 tgid = current_tgid();
     struct process *process = processes.lookup(&tgid);
-    if (!process)
+    struct caller *caller = find_caller(tgid);
+    if (!process || !caller)
         return 0;
-    struct socket_key socket_key = {.tgid = tgid, .fd = process->told_fd};
+    struct socket_key socket_key = {.tgid = tgid, .fd = caller->told_fd};
     struct socket *socket = sockets.lookup(&socket_key);
     struct telling *telling = find_or_add_telling();
-    process->told_fd = 0;
+    caller->told_fd = 0;
     if (!socket)
         return 0;
     struct attempt_state *attempt = attempt_on(&socket_key, socket);
@@ -506,6 +507,6 @@ int tell_attempt(struct bpf_raw_tracepoint_args *ctx)
     telling->result = TELLING_UNSEEN;
     telling->announced = socket->peer_number;
     telling->connection = socket->peer_number;
-    process->told_fd = socket_key.fd;
+    caller->told_fd = socket_key.fd;
     return 0;
 }

@@ -12,6 +12,7 @@
 #define ECONNRESET 104
 #define EINPROGRESS 115
 #define EPOLL_CTL_ADD 1
+#define AT_EMPTY_PATH 0x1000
 #define CLONE_THREAD 0x00010000
 
 static __always_inline struct socket *find_or_add_socket(struct socket_key *key)
@@ -29,8 +30,11 @@ static __always_inline struct socket *find_or_add_socket(struct socket_key *key)
 }
 
 /* `peer`: the address of accept()'s second argument; 0: a socket without a client. */
-static __always_inline void opened(struct process *process, struct socket_key *key, u64 now, u8 client, u64 peer)
+static __always_inline void opened(struct socket_key *key, u64 now, u8 client, u64 peer)
 {
+    struct process *process = processes.lookup(&key->tgid);
+    if (!process)
+        return;
     struct socket *socket = &process->opened_socket;
     __builtin_memset(socket, 0, sizeof(*socket));
     socket->opened_ns = now;
@@ -234,8 +238,8 @@ static __always_inline u32 was_written(struct socket_key *key, u64 data, u64 par
 }
 
 /* Finds the request that a connection serves, begins its attempt, and then does what was waiting for this. */
-static __always_inline void look_for_attempt(
-    struct process *process, struct socket_key *key, u32 wanted, bool worker, u64 began_ns, u64 now)
+static __always_inline void look_for_attempt(struct process *process, struct caller *caller, struct socket_key *key, u32 wanted,
+                                             bool worker, u64 began_ns, u64 now)
 {
     struct owner owner = {};
     struct socket *socket = sockets.lookup(key);
@@ -249,7 +253,7 @@ static __always_inline void look_for_attempt(
         request = wanted == WANTED_TO_CONNECT ? connecting_request(MEMBER(connection, u64, ngx_connection_s, log))
                                               : MEMBER(connection, u64, ngx_connection_s, data);
     else if (wanted == WANTED_TO_SEND || wanted == WANTED_BY_EVENT)
-        process->wanted_until_ns = now + WANTED_NS;
+        caller->wanted_until_ns = now + WANTED_NS;
     if (is_owned_by(process, &owner, request, socket->connection)) {
         if (wanted == WANTED_TO_READ && !socket->ready_ns) {
             socket->ready_ns = socket->first_write_ns;
@@ -266,7 +270,7 @@ static __always_inline void look_for_attempt(
         socket->announced = 1;
 #if PROPAGATE_SOCKET
         if (worker && owner.state && attempt_on(key, socket))
-            announce(process, key, &owner);
+            announce(process, caller, key, &owner);
 #endif
     }
     if (wanted == WANTED_TO_WRITE) {
@@ -298,18 +302,42 @@ static __always_inline void was_peeked_at(struct socket_key *key, u64 now)
     beginnings_needed(now);
 }
 
+/* Tells whether a system call does not matter, and took so little time that not even its end does: it moved no bytes and could not
+ * wait. For such a call the program does not ask for the time, which costs more than all before it. */
+static __always_inline bool tells_nothing(const struct syscall_entry *entry, s64 result)
+{
+    switch (entry->number) {
+    case SYS_newfstatat:
+        return entry->argument4 & AT_EMPTY_PATH; /* fstat() of newer C libraries; with a path it may wait for a disk */
+    case SYS_fstat:
+    case SYS_ioctl:
+    case SYS_setsockopt:
+    case SYS_getsockname:
+        return true;
+    case SYS_epoll_ctl:
+        return entry->argument2 != EPOLL_CTL_ADD;
+    case SYS_recvfrom:
+    case SYS_read:
+    case SYS_readv:
+    case SYS_recvmsg:
+        return result == -EAGAIN;
+    }
+    return false;
+}
+
 static __always_inline int system_call_ended(
-    struct bpf_raw_tracepoint_args *ctx, struct process *process, u32 tgid, bool worker)
+    struct bpf_raw_tracepoint_args *ctx, struct caller *caller, u32 tgid, bool worker)
 {
     struct pt_regs *regs = (struct pt_regs *)ctx->args[0];
     s64 result = ctx->args[1];
-    u64 now = bpf_ktime_get_ns();
-    u64 began_ns = process->last_event_ns ? process->last_event_ns : now;
-    struct syscall_entry entry = {};
+    struct syscall_entry entry;
 
+    if (bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs)) != 0 || tells_nothing(&entry, result))
+        return 0;
+    u64 now = bpf_ktime_get_ns();
+    u64 began_ns = caller->last_event_ns ? caller->last_event_ns : now;
     if (worker) /* threads of a thread pool run in parallel with the worker */
-        process->last_event_ns = now;
-    bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs));
+        caller->last_event_ns = now;
     struct socket_key key = {.tgid = tgid, .fd = entry.argument1};
     struct socket *socket;
     u64 data = 0;
@@ -330,7 +358,7 @@ static __always_inline int system_call_ended(
         if (result != -EAGAIN && result != -EINTR)
             wanted = was_read(&key, data, result, began_ns, now, entry.number == SYS_recvmsg);
         if (worker && result > 0)
-            process->latest_read_fd = key.fd;
+            caller->latest_read_fd = key.fd;
         break;
     case SYS_writev:
     case SYS_write:
@@ -338,8 +366,8 @@ static __always_inline int system_call_ended(
     case SYS_sendmsg:
     case SYS_sendfile:
 #if PROPAGATE_SOCKET
-        if (worker && process->told_fd == key.fd)
-            note_told(process, &key, result, result == -EAGAIN || result == -EINTR);
+        if (worker && caller->told_fd == key.fd)
+            note_told(caller, &key, result, result == -EAGAIN || result == -EINTR);
 #endif
         if (result > 0) {
             wanted = was_written(&key, entry.number == SYS_sendto ? entry.argument2 : 0,
@@ -354,12 +382,12 @@ static __always_inline int system_call_ended(
     case SYS_accept4:
         key.fd = result;
         if (result >= 0)
-            opened(process, &key, now, 1, entry.argument2);
+            opened(&key, now, 1, entry.argument2);
         break;
     case SYS_socket:
         key.fd = result;
         if (result >= 0)
-            opened(process, &key, now, 0, 0);
+            opened(&key, now, 0, 0);
         break;
     case SYS_epoll_ctl:
         key.fd = entry.argument3;
@@ -367,13 +395,13 @@ static __always_inline int system_call_ended(
             was_added(&key, entry.argument4);
 #if PROPAGATE_SOCKET
         if (worker && entry.argument2 == EPOLL_CTL_ADD && result == 0)
-            expect_connection(process, &key);
+            expect_connection(&key);
 #endif
         break;
     case SYS_epoll_wait:
     case SYS_epoll_pwait: /* musl */
         if (worker)
-            turn_began(process, tgid, entry.argument2, result, now);
+            turn_began(caller, tgid, entry.argument2, result, now);
         break;
     case SYS_connect:
 #if PROPAGATE_SOCKET
@@ -392,8 +420,8 @@ static __always_inline int system_call_ended(
         break;
     case SYS_close:
 #if PROPAGATE_SOCKET
-        if (worker && process->told_fd == key.fd)
-            note_told(process, &key, 0, false);
+        if (worker && caller->told_fd == key.fd)
+            note_told(caller, &key, 0, false);
 #endif
         was_closed(&key, now);
         break;
@@ -408,8 +436,10 @@ static __always_inline int system_call_ended(
         break;
 #endif
     }
-    if (wanted)
-        look_for_attempt(process, &key, wanted, worker, began_ns, now);
+    struct process *process = wanted ? processes.lookup(&tgid) : NULL;
+    if (!process)
+        return 0;
+    look_for_attempt(process, caller, &key, wanted, worker, began_ns, now);
     if (process->begun.is_new)
         examine_begun(process);
 #if PROPAGATE_SOCKET
@@ -425,13 +455,13 @@ int sys_exit(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 pid_tgid = current_pid_tgid();
     u32 tgid = pid_tgid >> 32;
-    struct process *process = processes.lookup(&tgid);
-    if (!process)
+    struct caller *caller = find_caller(tgid);
+    if (!caller)
         return 0;
     bool worker = (u32)pid_tgid == tgid;
     if (worker)
-        process->system_call_seen = 1;
-    return system_call_ended(ctx, process, tgid, worker);
+        caller->system_call_seen = 1;
+    return system_call_ended(ctx, caller, tgid, worker);
 }
 
 /* Runs after sys_exit where the kernel may skip a program (planner/tracepoints.py), and handles the system calls that sys_exit has
@@ -440,12 +470,12 @@ int sys_exit_missed(struct bpf_raw_tracepoint_args *ctx)
 {
     u64 pid_tgid = current_pid_tgid();
     u32 tgid = pid_tgid >> 32;
-    struct process *process = processes.lookup(&tgid);
-    if (!process || (u32)pid_tgid != tgid)
+    struct caller *caller = find_caller(tgid);
+    if (!caller || (u32)pid_tgid != tgid)
         return 0;
-    if (process->system_call_seen) {
-        process->system_call_seen = 0;
+    if (caller->system_call_seen) {
+        caller->system_call_seen = 0;
         return 0;
     }
-    return system_call_ended(ctx, process, tgid, true);
+    return system_call_ended(ctx, caller, tgid, true);
 }

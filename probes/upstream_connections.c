@@ -20,12 +20,13 @@
 #define MAP_NOEXIST 1
 
 /* epoll_ctl(ADD) has named a connection, which may be a new upstream connection: nginx calls connect() next. */
-static __always_inline void expect_connection(struct process *process, struct socket_key *key)
+static __always_inline void expect_connection(struct socket_key *key)
 {
     struct owner owner = {};
     u64 log = 0;
     struct socket *socket = sockets.lookup(key);
-    if (!socket || socket->client || !socket->connection || socket->attempt_serial
+    struct process *process = processes.lookup(&key->tgid);
+    if (!process || !socket || socket->client || !socket->connection || socket->attempt_serial
         || !read_quietly(&log, socket->connection + OFFSET_ngx_connection_s__log)
         || !is_owned_by(process, &owner, connecting_request(log), socket->connection))
         return;
@@ -77,16 +78,16 @@ static __always_inline void count_untold(struct attempt_state *attempt, u64 resu
 
 /* A write on the announced connection returned (`again`: EAGAIN), or the connection was closed. Copies what was told into the
  * attempt. */
-static __always_inline void note_told(struct process *process, struct socket_key *key, s64 bytes, bool again)
+static __always_inline void note_told(struct caller *caller, struct socket_key *key, s64 bytes, bool again)
 {
     struct telling *telling = find_telling();
-    if (!telling || process->told_fd != key->fd)
+    if (!telling || caller->told_fd != key->fd)
         return;
     if (again) { /* nothing was sent: nginx will send the same again */
         telling->connection = telling->announced;
         return;
     }
-    process->told_fd = 0;
+    caller->told_fd = 0;
     telling->connection = 0;
     struct attempt_key attempt_key = {
         .tgid = key->tgid, .index = telling->attempt_index, .connection = telling->client_connection};
@@ -114,9 +115,9 @@ static __always_inline void answered(struct socket *socket)
 }
 
 /* nginx is about to send an attempt's request. */
-static __always_inline void announce(struct process *process, struct socket_key *key, struct owner *owner)
+static __always_inline void announce(struct process *process, struct caller *caller, struct socket_key *key, struct owner *owner)
 {
-    process->told_fd = key->fd;
+    caller->told_fd = key->fd;
     process->told_request = owner->main_request;
     process->told_upstream = owner->upstream;
     process->announces = 1;

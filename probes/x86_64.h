@@ -4,6 +4,8 @@
 #define SYS_read 0
 #define SYS_write 1
 #define SYS_close 3
+#define SYS_fstat 5
+#define SYS_ioctl 16
 #define SYS_readv 19
 #define SYS_writev 20
 #define SYS_sendfile 40
@@ -15,11 +17,14 @@
 #define SYS_sendmsg 46
 #define SYS_recvmsg 47
 #define SYS_shutdown 48
+#define SYS_getsockname 51
+#define SYS_setsockopt 54
 #define SYS_getsockopt 55
 #define SYS_clone 56
 #define SYS_fork 57
 #define SYS_epoll_wait 232
 #define SYS_epoll_ctl 233
+#define SYS_newfstatat 262
 #define SYS_epoll_pwait 281
 #define SYS_accept4 288
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from otel_nginx_ebpf.errors import TemporaryError
 from otel_nginx_ebpf.kernel.beginnings import BeginningsProbe
+from otel_nginx_ebpf.kernel.callers import Callers
 from otel_nginx_ebpf.kernel.loader import HELD_MAPS, READABLE_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray
@@ -84,6 +85,7 @@ class Attachment:
         """Descriptors of the maps that the emitter reads."""
         self._held = [maps[name] for name in HELD_MAPS if name in maps]
         self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(KERNEL_CAUSES))
+        self._callers = Callers(maps["callers"])
         self._processes = HashMap(maps["processes"], key_bytes=4)
         self._sockets = HashMap(maps["sockets"], key_bytes=8)
         self._active_requests = HashMap(maps["active_requests"], key_bytes=16)
@@ -118,6 +120,7 @@ class Attachment:
     def add_processes(self, pids: Iterable[int]) -> None:
         """Traces more processes from now on. The loader added the first ones."""
         for pid in pids:
+            self._callers.add(pid)
             known_since_ns = _U64.pack(time.monotonic_ns())
             self._processes.add(_PID.pack(pid), known_since_ns.ljust(self._process_bytes, b"\0"))
 
@@ -132,6 +135,8 @@ class Attachment:
         gone, self._known_processes = self._known_processes - alive, alive
         if not gone:
             return 0
+        for key in gone:
+            self._callers.forget(*_PID.unpack(key))
 
         def is_dead(key: bytes) -> bool:
             return key[: _PID.size] not in alive
@@ -193,7 +198,7 @@ class Attachment:
             os.close(descriptor)
         self._handlers, self._held = {}, []
         self._loss_counts.close()
-        for state in (self._processes, self._sockets, self._active_requests, self._attempts):
+        for state in (self._callers, self._processes, self._sockets, self._active_requests, self._attempts):
             state.close()
         return self.readable
 

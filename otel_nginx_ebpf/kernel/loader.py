@@ -16,10 +16,20 @@ from importlib.resources import as_file, files
 from typing import Any
 
 from otel_nginx_ebpf.kernel import socket_propagation, uprobes
+from otel_nginx_ebpf.kernel.callers import Callers
 
 _DISTRIBUTION_PACKAGES = "/usr/lib/python3/dist-packages"
 
-HANDED_OVER_MAPS = ("records", "loss_counts", "processes", "sockets", "active_requests", "attempts", "beginnings")
+HANDED_OVER_MAPS = (
+    "records",
+    "loss_counts",
+    "callers",
+    "processes",
+    "sockets",
+    "active_requests",
+    "attempts",
+    "beginnings",
+)
 
 DURATION_MAPS = ("server_durations", "client_durations", "duration_names")
 
@@ -208,7 +218,9 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         probes += socket_descriptors
     # After all probes are attached: if only some of them saw a request, its record would contradict itself.
     processes = program["processes"]
+    callers = Callers(program["callers"].map_fd)
     for pid in request["pids"]:
+        callers.add(pid)
         processes[ctypes.c_uint(pid)] = processes.Leaf(known_since_ns=time.monotonic_ns())
     program["live"][ctypes.c_int(0)] = ctypes.c_uint(1)
     answer = {

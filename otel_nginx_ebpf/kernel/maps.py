@@ -123,6 +123,11 @@ class HashMap:
         raw_key = ctypes.create_string_buffer(key, self._key_bytes)
         self._call(_BPF_MAP_UPDATE_ELEM, raw_key, ctypes.addressof(raw_value), _BPF_NOEXIST)
 
+    def put(self, key: bytes, value: bytes) -> None:
+        """Sets the value of a key, also of an array. Raises `OSError` if the map is full."""
+        raw_value = ctypes.create_string_buffer(value, len(value))
+        self._call(_BPF_MAP_UPDATE_ELEM, ctypes.create_string_buffer(key, self._key_bytes), ctypes.addressof(raw_value))
+
     def delete_where(self, unwanted: Callable[[bytes], bool]) -> int:
         """Deletes the keys for which `unwanted` is true. Returns how many it deleted."""
         return sum(

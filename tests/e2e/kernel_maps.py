@@ -49,6 +49,12 @@ class KernelMaps:
         """Return the sockets in the map that are no longer open."""
         return {(pid, fd) for pid, fd in self.sockets() if not Path(f"/proc/{pid}/fd/{fd}").exists()}
 
+    def callers(self) -> set[int]:
+        """Return the processes whose system calls the program looks at."""
+        entries = _bpftool("map", "dump", "id", self._ids["callers"])
+        pids = {int.from_bytes([int(byte, 16) for byte in entry["value"][:4]], "little") for entry in entries}
+        return pids - {0, 2**32 - 1}
+
     def processes(self) -> set[int]:
         return {struct.unpack("=I", key)[0] for key in self._keys("processes")}
 

@@ -80,7 +80,7 @@ def no_leak(stage: Stage) -> Iterator[KernelMaps]:
         return (
             maps.in_flight() == {"active_requests": 0, "attempts": 0}
             and not maps.stale_sockets()
-            and maps.processes() == {stage.site.nginx.pid, *stage.site.nginx.worker_pids()}
+            and maps.processes() == {stage.site.nginx.pid, *stage.site.nginx.worker_pids()} == maps.callers()
         )
 
     try:
