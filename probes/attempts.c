@@ -140,6 +140,53 @@ static __always_inline void examine_begun(struct process *process)
               OF_PART(process, u64, method));
 }
 
+#if LEAVES_OUT_EARLY
+#define IS_ANOTHER(hash, name) is_not_0((hash) ^ HASH_##name)
+
+/* Tells whether a request certainly has no header with a trace context. It may have more than a part of the list holds. */
+static __always_inline bool has_no_context(struct process *process, u64 main_request)
+{
+    u8 *part = process->header_part;
+    u64 list = main_request + OFFSET_ngx_http_request_s__headers_in + OFFSET_ngx_http_headers_in_t__headers, other = 1;
+    if (bpf_probe_read_user(part, sizeof(process->header_part), (void *)(list + OFFSET_ngx_list_t__part)) != 0)
+        return false;
+    u64 count = MEMBER(part, u64, ngx_list_part_s, nelts), bytes = count * SIZEOF_ngx_table_elt_t;
+    asm volatile("" : "+r"(bytes));
+    if (count > HEADERS_IN_PART || bytes > sizeof(process->headers) || MEMBER(part, u64, ngx_list_part_s, next)
+        || bpf_probe_read_user(process->headers, bytes, (void *)MEMBER(part, u64, ngx_list_part_s, elts)) != 0)
+        return false;
+    process->headers_read = count;
+    for (u32 i = 0; i < HEADERS_IN_PART && i < *(volatile u64 *)&process->headers_read; i++) {
+        u64 hash = MEMBER(process->headers + i * SIZEOF_ngx_table_elt_t, u64, ngx_table_elt_t, hash);
+#if PROPAGATOR_TRACECONTEXT
+        other &= IS_ANOTHER(hash, traceparent);
+#endif
+#if PROPAGATOR_B3
+        other &= IS_ANOTHER(hash, b3);
+#endif
+#if PROPAGATOR_B3MULTI
+        other &= IS_ANOTHER(hash, x_b3_traceid) & IS_ANOTHER(hash, x_b3_spanid) & IS_ANOTHER(hash, x_b3_sampled)
+            & IS_ANOTHER(hash, x_b3_flags);
+#endif
+#if PROPAGATOR_XREQUESTID
+        other &= IS_ANOTHER(hash, x_request_id);
+#endif
+    }
+    return other;
+}
+
+/* Decides at a request's first attempt whether the sampler leaves the request out, if no other service has decided. Most of what an
+ * attempt costs is spared then. */
+static __always_inline bool is_left_out(struct process *process, struct request_progress *progress, u64 main_request)
+{
+    if (!progress->root_id) {
+        progress->root_id = random_id();
+        progress->left_out = progress->root_id >= SAMPLE_RATIO_BOUND && has_no_context(process, main_request);
+    }
+    return progress->left_out;
+}
+#endif
+
 static __always_inline void begin_attempt(
     struct process *process, struct socket_key *key, struct socket *socket, struct owner *owner, u64 now)
 {
@@ -161,6 +208,12 @@ static __always_inline void begin_attempt(
         progress = keep_progress(&request_key);
     if (!progress)
         return;
+#if LEAVES_OUT_EARLY
+    if (is_left_out(process, progress, owner->main_request)) {
+        socket->attempt_serial = ++process->attempt_serial; /* it serves an attempt, but nothing keeps that */
+        return;
+    }
+#endif
     if (progress->attempts >= ATTEMPTS_MAX) {
         count_loss(PARTIAL_ATTEMPTS_LIMIT);
         return;

@@ -26,6 +26,10 @@
 #define FLUSHES_MAX 16384
 
 #define TELLS (PROPAGATE || PROPAGATE_SOCKET) /* upstreams are told the context: in nginx's memory, or on the socket */
+/* Whether a request can be left out when its first attempt begins: nothing that is known later can keep it. */
+#define LEAVES_OUT_EARLY                                                                                               \
+    (!SAMPLE_ALWAYS && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS && !REQUEST_METRICS && !ADOPT_UPSTREAM_CONTEXT && !TELLS   \
+     && !DETAIL_REQUEST)
 #define TIMES_REQUESTS (REQUEST_METRICS || KEEP_SLOWER_THAN_NS) /* whether the kernel program computes how long requests took */
 
 /* Room for a read of the whole struct. The largest of nginx 1.14-1.31 has 1,560 bytes. */
@@ -185,6 +189,10 @@ struct request_progress {
     u32 attempts;
     u32 body_unseen;          /* a part of a stream's body arrived at an unknown time */
     u64 answer;
+#if LEAVES_OUT_EARLY
+    u64 root_id;              /* the low half of the trace's id, if the trace begins here; 0: not decided yet */
+    u64 left_out;             /* 1: the request has no context, and the sampler leaves it out. Its attempts are not kept */
+#endif
 };
 
 struct socket {
@@ -257,6 +265,7 @@ struct process {
     struct trace_context told;
     u64 client_span_id;
     struct request_trace trace;
+    u64 root_id;                               /* as in struct request_progress */
     u64 found_at;
     struct layout_look layout;
     struct layout_trust layout_trust[LAYOUT_PARTS];

@@ -162,6 +162,13 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         return 0;
     }
 #endif
+#if LEAVES_OUT_EARLY
+    if (active.progress.left_out) {
+        count_loss(NOT_SAMPLED);
+        return 0;
+    }
+    process->root_id = active.progress.root_id;
+#endif
     struct request_trace *trace = &process->trace;
     u64 told_span_id = 0;
 #if TELLS

@@ -265,7 +265,7 @@ static __always_inline void decide_trace(struct process *process)
     struct trace_context *incoming = &process->incoming;
     struct request_trace *trace = &process->trace;
     trace->trace_id_high = incoming->valid ? incoming->trace_id_high : random_id();
-    trace->trace_id_low = incoming->valid ? incoming->trace_id_low : random_id();
+    trace->trace_id_low = incoming->valid ? incoming->trace_id_low : process->root_id ? process->root_id : random_id();
     trace->parent_span_id = incoming->valid ? incoming->parent_span_id : 0;
     trace->parent_said_no = incoming->decision == DECISION_NO;
     trace->sampled = is_sampled(incoming, trace->trace_id_low);

@@ -60,11 +60,13 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
         directory,
         f"""
         keepalive_requests 100000;
+        upstream kept {{ server {upstream_addresses["ipv4"]}; keepalive 4; }}
         server {{
             listen 127.0.0.1:{port};
             access_log logs/all.log json;
             location / {{ return 204; }}
             location /app {{ proxy_pass http://{upstream_addresses["ipv4"]}; }}
+            location /kept {{ proxy_pass http://kept; proxy_http_version 1.1; proxy_set_header Connection ""; }}
             location /mirrored {{ mirror /mirror; proxy_pass http://{upstream_addresses["ipv4"]}; }}
             location = /mirror {{ internal; proxy_pass http://{upstream_addresses["other"]}/?delay_ms=400; }}
             location /broken {{ return 503; }}
@@ -156,6 +158,33 @@ def test_decisions_are_the_sdks(stand: Stand, name: str, tmp_path: Path) -> None
     assert all(sampled(sampler, int(each.trace_id, 16), None) for each in begun)
     assert len({each.trace_id for each in begun}) == len(begun)
     assert {each.server.parent_span_id for each in begun} <= {None}
+
+
+KEPT = 400
+
+
+def test_over_a_kept_upstream_connection(stand: Stand, tmp_path: Path) -> None:
+    """Roots that are left out when their attempt begins, between requests whose parent wants them, over one upstream
+    connection. What is traced has its own exchange, and nothing of what was left out."""
+    sampler = ParentBasedTraceIdRatio(RATIO)
+    wanted = {f"/kept/{number}": secrets.randbits(128) | 1 for number in range(0, KEPT, 4)}
+    paths = [f"/kept/{number}" for number in range(KEPT)]
+    requests = [request(wanted[path], 1, path) if path in wanted else request_bytes("GET", path) for path in paths]
+    traces = traced(stand, tmp_path, requests, OTEL_TRACES_SAMPLER="parentbased_traceidratio", **RATIO_OF)
+
+    continued = {path: each for each in traces if (path := each.server.attributes["url.path"]) in wanted}
+    assert {path: int(each.trace_id, 16) for path, each in continued.items()} == wanted
+    begun = [each for each in traces if each.server.attributes["url.path"] not in wanted]
+    roots = KEPT - len(wanted)
+    assert abs(len(begun) - RATIO * roots) <= ceil(sqrt(roots * log(2 / NEVER_FAILS) / 2))
+    assert all(sampled(sampler, int(each.trace_id, 16), None) for each in begun)
+    for each in traces:
+        exchange = each.named("upstream exchange")[0].attributes
+        assert exchange["url.full"] == f"http://kept{each.server.attributes['url.path']}"
+    outlines = [[name for name in each.outline() if name != "downstream read"] for each in traces]
+    reused = ["upstream exchange", "downstream write"]
+    assert all(outline in (reused, ["upstream connect", *reused]) for outline in outlines)
+    assert outlines.count(reused) > len(traces) / 2
 
 
 WANTED, UNWANTED, ROOT = "parent wants it", "parent does not", "no parent"
