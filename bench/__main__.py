@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bench import counts, emitter, latency, machine, memory, recording, tables, worker
 from bench.site import SCENARIOS, Site
-from bench.variants import Variant
+from bench.variants import SETTINGS, Variant
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what tracing costs.")
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -74,12 +74,12 @@ def _write(path: Path, part: str, figures: dict[str, Any], load_before: tuple[fl
 def worker_command(
     scenario: Scenarios = None,
     variant: Variants = None,
-    rounds: Rounds = 10,
+    rounds: Rounds = 6,
     json_file: Output = OUTPUT,
 ) -> None:
     """Measure processor time in the worker, and what another process pays."""
     names = scenario or [*SCENARIOS, worker.BYSTANDER]
-    variants = [Variant.parse(text) for text in variant or ["on"]]
+    variants = [Variant.parse(text) for text in variant or SETTINGS]
     load = os.getloadavg()
     requests = [name for name in names if name != worker.BYSTANDER]
     steps = rounds * len(names) * (len(variants) + 1) + len(requests) * len(variants)
@@ -169,7 +169,7 @@ def counts_command(json_file: Output = OUTPUT) -> None:
 
 @app.command("all")
 def all_command(json_file: Output = OUTPUT) -> None:
-    """Measure every part with its defaults; about ten minutes."""
+    """Measure every part with its defaults; about twenty minutes."""
     for part in (worker_command, latency_command, emitter_command, memory_command, counts_command):
         part(json_file=json_file)
 

@@ -26,6 +26,11 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "lower_quartile": low, "upper_quartile": high, "least": min(values)}
 
 
+def ratios(values: Sequence[float], against: Sequence[float]) -> list[float]:
+    """Return each round's value divided by the other value of that round."""
+    return [value / other for value, other in zip(values, against, strict=True)]
+
+
 def paired(values: Sequence[float], against: Sequence[float]) -> list[float]:
     """Return each round's value minus the other value of that round. This removes what both share, such as load."""
     return [value - other for value, other in zip(values, against, strict=True)]

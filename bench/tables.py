@@ -17,35 +17,52 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+RATES = 1_000, 10_000, 50_000
+"""Requests a second, for the share of the worker's time that tracing takes."""
+
+
 def cpu(figures: dict[str, Any], rates: dict[str, Any]) -> Table:
     """Show what tracing adds. “least” compares the best rounds, which have the least load."""
     table = _table(
         "Processor time in the worker, µs a request (bystander: µs a system call)",
         "scenario",
         "",
-        "median",
-        "least",
-        "added, median",
+        "to untraced",
         "quartiles",
-        "added, least",
+        "least",
+        "median µs",
+        "added µs",
+        "least",
+        *(f"at {rate:,}/s" for rate in RATES),
         "requests/s",
-        "ratio",
+    )
+    table.caption = (
+        "the last columns: the share of a processor that tracing takes at this rate; the worker's highest rate"
     )
     for name, series in figures.items():
+        digits = 3 if name == "bystander" else 2
         for label, figure in series.items():
-            digits = 3 if name == "bystander" else 2
-            cells = [f"{figure['median']:.{digits}f}", f"{figure['least']:.{digits}f}", "", "", ""]
+            cells = [""] * (6 + len(RATES))
+            cells[3] = f"{figure['median']:.{digits}f}"
             if added := figure.get("above_off"):
-                cells[2:] = [
-                    f"{added['median']:+.{digits}f}",
-                    f"{added['lower_quartile']:+.{digits}f} … {added['upper_quartile']:+.{digits}f}",
-                    f"{figure['least'] - series[OFF]['least']:+.{digits}f}",
+                ratio, least = figure["to_off"], series[OFF]["least"]
+                cells[:3] = [
+                    f"{ratio['median']:.2f}",
+                    f"{ratio['lower_quartile']:.2f} … {ratio['upper_quartile']:.2f}",
+                    f"{figure['least'] / least:.2f}",
                 ]
+                cells[4:6] = f"{added['median']:+.{digits}f}", f"{figure['least'] - least:+.{digits}f}"
+                if name in rates:
+                    cells[6:] = [f"{share(added['median'], rate):.1%}" for rate in RATES]
             if rate := rates.get(name):
                 cells.append(f"{rate[label]['median']:.0f}")
-                cells.append("" if label == OFF else f"{rate[label]['median'] / rate[OFF]['median']:.2f}")
-            table.add_row(name, label, *cells)
+            table.add_row(name, label, *cells, end_section=label == list(series)[-1])
     return table
+
+
+def share(added_us: float, requests_a_second: int) -> float:
+    """Return the share of a processor that this much time for each request takes."""
+    return added_us * requests_a_second / 1e6
 
 
 def programs(figures: dict[str, Any]) -> Table:

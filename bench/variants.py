@@ -31,6 +31,15 @@ class Variant:
         return cls(name, program, tuple(words))
 
 
+SETTINGS = (
+    "all",
+    "1 %=--sampler traceidratio --sampler-arg 0.01",
+    "request=--detail request",
+    "request, 0 %=--detail request --sampler always_off",
+)
+"""What `worker` compares by default: all requests, one in a hundred, and both with less detail."""
+
+
 @contextmanager
 def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | None]:
     """Trace with `variant` while the block runs, and only write the records to a file. None: do not trace."""

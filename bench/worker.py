@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from bench.figures import paired, summary
+from bench.figures import paired, ratios, summary
 from bench.load import at_most_speed
 from bench.machine import NGINX_CPU
 from bench.programs import counting, programs_of
@@ -71,7 +71,14 @@ def compare(series: Series) -> dict[str, Any]:
         label: {
             **summary(values),
             "rounds": values,
-            **({} if label == OFF else {"above_off": summary(paired(values, series[OFF]))}),
+            **(
+                {}
+                if label == OFF
+                else {
+                    "above_off": summary(paired(values, series[OFF])),
+                    "to_off": summary(ratios(values, series[OFF])),
+                }
+            ),
         }
         for label, values in series.items()
     }

@@ -8,6 +8,7 @@ from bench.figures import paired, percentile, quartiles
 from bench.load import parse_latencies, parse_rate
 from bench.memory import by_group, parse_smaps
 from bench.programs import Program, parse_program
+from bench.tables import cpu
 from bench.variants import Variant
 from bench.worker import compare
 
@@ -45,8 +46,29 @@ def test_what_both_of_a_round_share_drops_out() -> None:
 def test_a_variant_is_held_against_off_round_by_round() -> None:
     figures = compare({"off": [10, 30, 20], "on": [13, 33, 23]})
     assert figures["on"]["above_off"] == {"median": 3, "lower_quartile": 3, "upper_quartile": 3, "least": 3}
+    assert figures["on"]["to_off"]["median"] == pytest.approx(1.15)
     assert figures["off"]["median"] == 20
     assert "above_off" not in figures["off"]
+
+
+def test_the_table_tells_ratio_and_share() -> None:
+    series = {"static": compare({"off": [10.0], "all": [13.0]})}
+    rates = {"static": {label: {"median": 50_000} for label in ("off", "all")}}
+    columns = [list(column.cells) for column in cpu(series, rates).columns]
+    assert columns == [
+        ["static", "static"],
+        ["off", "all"],
+        ["", "1.30"],
+        ["", "1.30 … 1.30"],
+        ["", "1.30"],
+        ["10.00", "13.00"],
+        ["", "+3.00"],
+        ["", "+3.00"],
+        ["", "0.3%"],
+        ["", "3.0%"],
+        ["", "15.0%"],
+        ["50000", "50000"],
+    ]
 
 
 def test_h2load_tells_its_rate() -> None:
