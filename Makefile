@@ -2,78 +2,86 @@
 
 PYTHON ?= /usr/bin/python3
 BIN := .venv/bin
-PACKAGES := nginx openssl python3-bpfcc python3-venv
-# For tests only: a load generator; servers of other protocols; uwsgi's Python plugin, which brings the libpython that rotel
-# needs.
-PACKAGES += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached uwsgi-core uwsgi-plugin-python3
-# To build Go programs.
-PACKAGES += ca-certificates
-# nginx modules that handle requests, choose peers and change responses.
-PACKAGES += libnginx-mod-http-echo libnginx-mod-http-headers-more-filter libnginx-mod-http-lua libnginx-mod-http-perl
-PACKAGES += libnginx-mod-http-subs-filter libnginx-mod-http-upstream-fair libnginx-mod-nchan
-# For measurements only.
-PACKAGES += bpftool nghttp2-client valgrind
-# nginx's sources and a compiler, for tests that compare our struct layouts with the compiler's.
-PACKAGES += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
-# A terminal, its shells and a browser. Tests read their screens.
-PACKAGES += chromium fonts-dejavu-core tmux zsh
+# Debian packages: what the program needs; what `make demo` needs, too; then tests, the image and measurements.
+PACKAGES_program := python3-bpfcc python3-venv
+PACKAGES_demo := $(PACKAGES_program) nginx
 # To build and run the image.
-PACKAGES += buildah debootstrap netavark podman runc
+PACKAGES_image := buildah ca-certificates debootstrap netavark podman runc
+PACKAGES_test := $(PACKAGES_demo) $(PACKAGES_image) bpftool openssl
+# Load generators; servers of other protocols; uwsgi's Python plugin, which brings the libpython that rotel needs.
+PACKAGES_test += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached nghttp2-client uwsgi-core uwsgi-plugin-python3
+# nginx modules that handle requests, choose peers and change responses.
+PACKAGES_test += libnginx-mod-http-echo libnginx-mod-http-headers-more-filter libnginx-mod-http-lua libnginx-mod-http-perl
+PACKAGES_test += libnginx-mod-http-subs-filter libnginx-mod-http-upstream-fair libnginx-mod-nchan
+# nginx's sources and a compiler, for tests that compare our struct layouts with the compiler's.
+PACKAGES_test += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
+# A terminal, its shells and a browser. Tests read their screens.
+PACKAGES_test += chromium fonts-dejavu-core tmux zsh
+PACKAGES_bench := $(PACKAGES_test) valgrind
 
 .DEFAULT_GOAL := help
 BENCH ?= all
 SECONDS ?= 60
 MINUTES ?= 5
 REQUESTS ?= 100000
+SUITES ?= bookworm trixie
+RUN ?= make demo "&&" make test
 
-.PHONY: help setup demo test image matrix truth soak attach socket vm bench counts fuzz check docs clean
+.PHONY: help setup setup-test setup-bench demo test image debian matrix truth soak attach socket vm bench counts fuzz check docs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: .cache/packages .venv/installed ## install the packages below and this program to .venv/bin/otel-nginx-ebpf
+setup: .cache/packages-program .venv/program ## install BCC from Debian, and this program to .venv/bin/otel-nginx-ebpf
 
-demo: setup ## trace a private nginx and show its requests as waterfalls
+setup-test: .cache/packages-test .venv/test ## install what tests need, too
+
+setup-bench: .cache/packages-bench .venv/bench ## install what measurements need, too
+
+demo: .cache/packages-demo .venv/program ## trace a private nginx and show its requests as waterfalls
 	@$(BIN)/python examples/demo.py
 
-test: setup ## run all tests, on the real kernel, a real nginx and real collectors
+test: setup-test ## run all tests, on the real kernel, a real nginx and real collectors
 	tests/collector/build
 	image/build
 	tests/jaeger/build
 	$(BIN)/pytest
 
-image: .cache/packages ## build the sidecar's image with buildah, and print the storage options for podman
+image: .cache/packages-image ## build the sidecar's image with buildah, and print the storage options for podman
 	image/build
 
-matrix: setup ## run the end-to-end scenarios against a dozen builds of nginx, as a table; BUILDS="debian-11 o3" for some
+debian: .cache/packages-image ## run README's two commands in a new Debian 12 and 13 each; SUITES="sid" RUN="make demo"
+	@for suite in $(SUITES); do tests/debian/run $$suite $(RUN) || exit; done
+
+matrix: setup-test ## run the end-to-end scenarios against a dozen builds of nginx, as a table; BUILDS="debian-11 o3" for some
 	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
 
-truth: setup ## trace random configurations and clients, and compare with nginx's log, clients and upstreams; MINUTES=5 SEED=17
+truth: setup-test ## trace random configurations and clients, and compare with nginx's log, clients and upstreams; MINUTES=5 SEED=17
 	@PYTHONPATH=tests $(BIN)/python -m truth.run --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(TRUTH)
 
-bench: setup ## measure what tracing costs, as tables and in bench.json; BENCH=--help shows parts and options
+bench: setup-bench ## measure what tracing costs, as tables and in bench.json; BENCH=--help shows parts and options
 	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
 
 counts: BENCH := counts
 counts: bench ## count instructions only: they do not depend on the machine's load
 
-soak: setup ## check memory and losses in ten minutes at 5,000 requests/s without a collector; SOAK="--minutes 60"
+soak: setup-test ## check memory and losses in ten minutes at 5,000 requests/s without a collector; SOAK="--minutes 60"
 	@PYTHONPATH=tests $(BIN)/python -m soak.run $(SOAK)
 
-attach: setup ## attach to a busy nginx, twenty times each: under traffic, during reloads, on a busy machine; ten minutes
+attach: setup-test ## attach to a busy nginx, twenty times each: under traffic, during reloads, on a busy machine; ten minutes
 	@OTEL_NGINX_EBPF_TEST_ATTACHES=20 $(BIN)/pytest tests/e2e/test_attach_under_traffic.py
 
-socket: setup ## check --propagate on the socket with REQUESTS=100000 mixed requests; five minutes
+socket: setup-test ## check --propagate on the socket with REQUESTS=100000 mixed requests; five minutes
 	@SOCKET_REQUESTS=$(REQUESTS) $(BIN)/pytest -s tests/e2e/test_socket_propagation.py
 
-vm: setup ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; default: all
+vm: setup-test ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; default: all
 	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86
 	@PYTHONPATH=tests $(BIN)/python -m vm.table $(KERNEL)
 
-fuzz: setup ## give hostile input to each reader for SECONDS=60; TARGETS="record capture" for some readers
+fuzz: setup-test ## give hostile input to each reader for SECONDS=60; TARGETS="record capture" for some readers
 	@PYTHONPATH=tests:. $(BIN)/python -m fuzz --seconds $(SECONDS) $(TARGETS)
 
-check: setup ## check format, lint, types, layers, unit tests and docs; needs no root after setup
+check: setup-test ## check format, lint, types, layers, unit tests and docs; needs no root after setup-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -81,19 +89,25 @@ check: setup ## check format, lint, types, layers, unit tests and docs; needs no
 	$(BIN)/pytest tests/unit
 	@$(MAKE) --no-print-directory docs
 
-docs: setup ## build the pages of docs/ as a site in .cache/site; a broken link is an error
+docs: .venv/test ## build the pages of docs/ as a site in .cache/site; a broken link is an error
 	@# Not --quiet: mkdocs counts only warnings that it prints.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove the virtual environment and everything built
 	rm -rf .venv .cache build dist *.egg-info
 
-.venv/installed: pyproject.toml
-	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || .ci/install-packages python3-venv
+.venv/%: pyproject.toml | .cache/packages-program
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.$(EXTRAS)'
+	@touch .venv/program $@
 
-.cache/packages: .ci/install-packages Makefile
-	@.ci/install-packages $(PACKAGES)
+.venv/test: EXTRAS := [test]
+.venv/bench: EXTRAS := [test,bench]
+
+# The program reads requests as nobody. A checkout that nobody cannot read is refused before anything is installed.
+.cache/packages-%: .ci/install-packages Makefile
+	@[ "$$(id -u)" != 0 ] || setpriv --reuid=nobody --regid=nogroup --clear-groups test -r $(CURDIR)/Makefile || [ $$? != 1 ] || { \
+	    echo "setup: the user nobody, who reads requests, cannot read $(CURDIR): move it below /opt, or chmod -R go+rX it" \
+	        "and chmod o+x the directories above it" >&2; exit 1; }
+	@.ci/install-packages $(PACKAGES_$*)
 	@mkdir -p $(@D) && touch $@

@@ -32,7 +32,7 @@ OTHER_ID, OTHER_SPAN = "f" * 31 + "e", "00f067aa0ba902b7"
 @pytest.fixture(scope="module")
 def upstream_addresses(upstream_addresses: dict[str, str], public_directory: Path) -> Iterator[dict[str, str]]:
     if not shutil.which("uwsgi"):
-        pytest.skip("needs uwsgi; `make setup` installs it")
+        pytest.skip("needs uwsgi; `make setup-test` installs it")
     server = UwsgiServer(public_directory)
     yield {**upstream_addresses, **server.addresses}
     server.stop()

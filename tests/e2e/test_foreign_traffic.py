@@ -40,7 +40,7 @@ LOADING = {module: _loading(module) for module in ("stream", "mail")}
 
 pytestmark = pytest.mark.skipif(
     None in LOADING.values(),
-    reason=f"needs nginx's stream and mail, this one has {LOADING}; `make setup` installs both for Debian's own",
+    reason=f"needs nginx's stream and mail, this one has {LOADING}; `make setup-test` installs both for Debian's own",
 )
 
 

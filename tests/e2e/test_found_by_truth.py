@@ -17,7 +17,7 @@ from e2e.timing import Slack
 TLS = "listen @LISTEN@ ssl; ssl_certificate @CERTIFICATE@; ssl_certificate_key @KEY@;"
 
 
-pytestmark = pytest.mark.skipif(not shutil.which("memcached"), reason="needs memcached; `make setup` installs it")
+pytestmark = pytest.mark.skipif(not shutil.which("memcached"), reason="needs memcached; `make setup-test` installs it")
 
 WAITING = "location = /waiting { internal; proxy_pass http://@OTHER@/?delay_ms=600; }"
 

@@ -24,7 +24,7 @@ GATEWAYS = ("uwsgi", "fastcgi", "scgi")
 
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("uwsgi", "fcgiwrap", "memcached"))),
-    reason="needs uwsgi, fcgiwrap and memcached; `make setup` installs them",
+    reason="needs uwsgi, fcgiwrap and memcached; `make setup-test` installs them",
 )
 
 

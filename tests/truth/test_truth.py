@@ -54,7 +54,7 @@ def test_every_configuration_is_good(public_directory: Path) -> None:
 @pytest.fixture(scope="module")
 def rounds(public_directory: Path) -> Iterator[list[Round]]:
     if not all(map(shutil.which, ("uwsgi", "fcgiwrap", "memcached"))):
-        pytest.skip("needs uwsgi, fcgiwrap and memcached; `make setup` installs them")
+        pytest.skip("needs uwsgi, fcgiwrap and memcached; `make setup-test` installs them")
     directory = public_directory / "truth"
     directory.mkdir()
     with upstreams(directory) as addresses:
