@@ -24,10 +24,11 @@ BENCH ?= all
 SECONDS ?= 60
 MINUTES ?= 5
 REQUESTS ?= 100000
+SUITE ?= bookworm
 SUITES ?= bookworm trixie
 RUN ?= make demo "&&" make test
 
-.PHONY: help setup setup-test setup-bench demo test image debian matrix truth soak attach socket vm bench counts fuzz check docs clean
+.PHONY: help setup setup-test setup-bench demo test image deb debian matrix truth soak attach socket vm bench counts fuzz check docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +50,9 @@ test: setup-test ## run all tests, on the real kernel, a real nginx and real col
 
 image: .cache/packages-image ## build the sidecar's image with buildah, and print the storage options for podman
 	image/build
+
+deb: .cache/packages-image ## build the Debian package into dist/, for Debian 12; SUITE=trixie for 13
+	image/build deb $(SUITE)
 
 debian: .cache/packages-image ## run README's two commands in a new Debian 12 and 13 each; SUITES="sid" RUN="make demo"
 	@for suite in $(SUITES); do tests/debian/run $$suite $(RUN) || exit; done

@@ -1,6 +1,4 @@
-# A machine with systemd, nginx and the program. The program is at the path that examples/systemd names.
-FROM localhost/otel-nginx-ebpf
+# A machine with systemd, nginx and BCC. test_systemd.py installs the program's Debian package on it.
+FROM localhost/debian
 RUN apt-get update && apt-get install -y --no-install-recommends nginx systemd && rm -rf /var/lib/apt/lists/*
-HEALTHCHECK NONE
-ENTRYPOINT []
 CMD ["/lib/systemd/systemd"]

@@ -79,6 +79,10 @@ def _answers(port: int) -> bool:
         return False
 
 
+def _release(nginx: Container) -> str:
+    return nginx.exec("sh", "-c", "nginx -v 2>&1").strip().partition("nginx/")[2]
+
+
 def _least(directory: Path) -> list[str]:
     """What README says to give instead of --privileged; the system call filter is podman's own with bpf let through."""
     profile = json.loads(_SECCOMP.read_text())
@@ -112,7 +116,7 @@ def test_traces_arrive(
         return collected(output, lambda resource: resource["service.name"] == rights) if output.exists() else []
 
     with Container(podman, "otel-nginx-ebpf", options=options) as sidecar:
-        sidecar.wait_until_it_says("ready: nginx 1.22.1 (pid 1), 2 workers")
+        sidecar.wait_until_it_says(f"ready: nginx {_release(nginx)} (pid 1), 2 workers")
         if rights != "privileged":
             effective = next(line for line in sidecar.exec("cat", "/proc/self/status").splitlines() if "CapEff" in line)
             assert int(effective.split()[1], 16) == 1 << 39 | 1 << 38 | 1 << 19
@@ -134,7 +138,7 @@ def test_stopped_without_a_collector(podman: Podman, nginx: Container, ports: di
     (absent,) = free_ports(1)
     options = [*_least(tmp_path), f"--env=OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:{absent}"]
     with Container(podman, "otel-nginx-ebpf", options=[*options, f"--pid=container:{nginx.name}"]) as sidecar:
-        sidecar.wait_until_it_says("ready: nginx 1.22.1 (pid 1), 2 workers")
+        sidecar.wait_until_it_says(f"ready: nginx {_release(nginx)} (pid 1), 2 workers")
         assert _get(ports["BACK"], "/counted") == b"hello"
         assert sidecar.stop(seconds=None) == 0
         assert "received 1, exported 0, lost 1 (lost_export_failed 1)" in sidecar.output()
