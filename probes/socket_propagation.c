@@ -425,8 +425,9 @@ int upstream_message(struct sk_msg_md *msg)
 /* Reads where nginx's request begins: its first buffer has the whole head. */
 static __always_inline bool read_head(struct telling *telling, u64 upstream)
 {
-    u64 start = 0;
-    telling->head_bytes = sent_buffer(upstream, &start);
+    u64 start = 0, chain = 0;
+    read_quietly(&chain, upstream + OFFSET_ngx_http_upstream_s__request_bufs);
+    telling->head_bytes = sent_buffer(chain, &start);
     return telling->head_bytes >= COMPARED_BYTES && bpf_probe_read_user(telling->first, COMPARED_BYTES, (void *)start) == 0;
 }
 

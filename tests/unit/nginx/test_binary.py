@@ -181,13 +181,14 @@ def renamed(path: Path, *changes: tuple[bytes, bytes]) -> Path:
     return path
 
 
-SAYS = (b"nginx version: nginx/1.22.1", b"\0nginx/1.22.1", b"Server: nginx/1.22.1")
+RELEASE = subprocess.run([NGINX, "-v"], capture_output=True, text=True).stderr.strip().partition("nginx/")[2]
+SAYS = tuple(f"{before}nginx/{RELEASE}".encode() for before in ("nginx version: ", "\0", "Server: "))
 
 
 @pytest.mark.parametrize(
     ("texts", "product", "version", "release"),
     [
-        (SAYS, "nginx", "1.22.1", "1.22.1"),
+        (SAYS, "nginx", RELEASE, RELEASE),
         (
             (b"Angie version: Angie/1.12.1", b"\0Angie/1.12.1", b"Server: Angie/1.12.1"),
             "Angie",
@@ -199,7 +200,7 @@ SAYS = (b"nginx version: nginx/1.22.1", b"\0nginx/1.22.1", b"Server: nginx/1.22.
         ((SAYS[0], SAYS[1], b"Server: Tengine/3.2"), "Tengine", "3.2", "tengine-3.2"),
         ((SAYS[0], b"\0Tengine/3.2", SAYS[2]), "Tengine", "3.2", "tengine-3.2"),
         ((b"nginx version: mine/8.8", *SAYS[1:]), "mine", "8.8", "mine-8.8"),
-        ((b"nginx version: openresty/1.", *SAYS[1:]), "nginx", "1.22.1", "1.22.1"),
+        ((b"nginx version: openresty/1.", *SAYS[1:]), "nginx", RELEASE, RELEASE),
     ],
 )
 def test_a_fork_is_known_by_the_name_that_it_gives_itself(
