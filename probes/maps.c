@@ -12,6 +12,7 @@
  *     FOLLOW_FORKS    1: the result of fork is the child's pid in user space too; 0: nginx has another pid namespace
  *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the pid namespace of user space, unless it is the host's
  *     REQUEST_METRICS    1: the durations of all requests are counted (metrics.c)
+ *     ERROR_LOG    1: the lines of nginx's error log are sent, up to the level LOG_LEVEL, nginx's number
  *     DETAIL_REQUEST    1: there is a single probe, at the end of a request, and no tracepoint of system calls
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
  * BCC rewrites only the main text. So maps and handlers are in .c files, which program.py joins into one text.
@@ -232,6 +233,18 @@ struct socket {
 #endif
 };
 
+/* Every key begins with the process, so that user space finds the state of dead workers. */
+struct socket_key {
+    u32 tgid;
+    s32 fd;
+};
+
+struct request_key {
+    u32 tgid;
+    u32 reserved;
+    u64 connection;           /* the client's ngx_connection_t *; each stream of HTTP/2 has its own */
+};
+
 struct process {
     u64 known_since_ns;       /* system calls are seen since then. Must be first: kernel/attachment.py writes it */
     u64 turn_began_ns;        /* of its caller, as the running probe found it */
@@ -314,6 +327,16 @@ struct process {
     u64 told_request;                          /* the main request's ngx_http_request_t * */
     u64 told_upstream;                         /* ngx_http_upstream_t * */
 #endif
+#if ERROR_LOG
+    struct log_line log_line;                  /* a line that nginx is about to write */
+    u64 log_second_ns;
+    u64 log_second_lines;
+    u64 logged_requests;                       /* the number of the worker's entries in the map logged_requests, or more */
+    u64 ended_connection;                      /* the last request that ended: its connection, and its number there */
+    u64 ended_connection_requests;
+    u64 worst_level;                           /* the lowest level that nginx logged for that request; 0: none */
+    struct request_key logged_key;
+#endif
     u64 record_bytes;
     u8 record[RECORD_BYTES_MAX];
 };
@@ -327,20 +350,19 @@ struct caller {
     u64 wanted_until_ns;      /* until then, search epoll's events for the unknown ngx_connection_t of a socket */
     s32 latest_read_fd;       /* the descriptor of the last read in this turn; -1: none */
     s32 told_fd;              /* --propagate on the socket: the connection on which a request is announced; 0: none */
-    u64 reserved[2];          /* up to a cache line */
+    u64 log_stack;            /* a line for nginx's error log is expected; the address on the stack below which nginx makes it; 0: none */
+    u64 reserved;             /* up to a cache line */
 };
 
-/* Every key begins with the process, so that user space finds the state of dead workers. */
-struct socket_key {
-    u32 tgid;
-    s32 fd;
+#if ERROR_LOG
+/* A running request for which nginx has logged something. The first two members are as in struct log_line. */
+struct logged_request {
+    u64 connection;
+    u64 connection_requests;
+    u32 level;                /* the lowest, which is the worst */
+    u32 lines;                /* how many were sent */
 };
-
-struct request_key {
-    u32 tgid;
-    u32 reserved;
-    u64 connection;           /* the client's ngx_connection_t *; each stream of HTTP/2 has its own */
-};
+#endif
 
 /* A request whose beginning a probe has marked, or a stream with an upstream. While that probe is detached, a plain HTTP/1
  * request has no active_request: the client's socket has all its times. */
@@ -376,6 +398,9 @@ BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
 BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("hash", struct attempt_key, struct attempt_state, attempts, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("lru_hash", struct flush_key, u64, flush_ends, FLUSHES_MAX);
+#if ERROR_LOG
+BPF_TABLE("lru_hash", struct request_key, struct logged_request, logged_requests, ACTIVE_REQUESTS_MAX);
+#endif
 BPF_F_TABLE("array", u32, u64, loss_counts, LOSS_CAUSES, BPF_F_MMAPABLE);
 BPF_F_TABLE("array", u32, u64, beginnings, BEGINNINGS, BPF_F_MMAPABLE);
 BPF_RINGBUF_OUTPUT(records, RING_BUFFER_PAGES);

@@ -120,7 +120,9 @@ enum loss {
     PARTIAL_PROPAGATION_CONNECTION = 17, /* on the socket: a connection that is older than the probes, or that this kernel allows one request */
     PARTIAL_PROPAGATION_PROTOCOL = 18,  /* on the socket: not HTTP/1 over TCP without TLS */
     PARTIAL_PROPAGATION_CONFIGURED = 19, /* on the socket: nginx's configuration sends a traceparent of its own */
-    LOSS_CAUSES = 20,
+    PARTIAL_LOG_LINES_LIMIT = 20,       /* the request has more than LOG_LINES_MAX lines, or the worker more than LOG_LINES_PER_SECOND_MAX */
+    PARTIAL_LOG_LINES_UNATTACHED = 21,  /* a line that nginx logged for a request after its end, or in another thread */
+    LOSS_CAUSES = 22,
 };
 
 /* Index into the `beginnings` map, which tells whether requests need the probe that marks their beginning. */
@@ -154,6 +156,15 @@ enum limit {
     ATTEMPTS_MAX = 32,
     STRING_BYTES_MAX = 4096,
     RECORD_BYTES_MAX = 16384,
+    LOG_LINE_BYTES_MAX = 2560,  /* nginx cuts lines at 2,048; syslog's header is before them */
+    LOG_LINES_MAX = 32,
+    LOG_LINES_PER_SECOND_MAX = 1000,
+    NO_ATTEMPT = 255,
+};
+
+/* log_line.marker: a record does not begin with it. */
+enum log_marker {
+    LOG_MARKER = 7453295172825737070, /* "nginxlog" */
 };
 
 struct request_record {
@@ -234,4 +245,18 @@ struct layout_doubt {
     __u64 facts;
     __u32 worker_pid;
     __u32 connections;        /* how many connections in a row had requests that contradict, without an agreeing request between them */
+};
+
+/* A line of nginx's error log for a running request, followed by `bytes` bytes of text. Sent before the request's record. */
+struct log_line {
+    __u64 marker;
+    __u64 connection;         /* as in the request's record; the two and the process tell which request it is */
+    __u64 connection_requests;
+    __u64 logged_ns;
+    __u32 worker_pid;
+    __s32 error_number;       /* errno of the failed system call; 0: none failed */
+    __u32 lines;              /* how many lines of the request were sent, including this one */
+    __u8 level;               /* nginx's number, from 1 (emerg) to 8 (debug). 0: no line, but the request's end; its record follows, if any */
+    __u8 attempt;             /* the index of the latest attempt of the (sub)request that nginx worked on, or NO_ATTEMPT */
+    __u16 bytes;
 };

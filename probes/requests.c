@@ -115,6 +115,10 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     }
     key.connection = MEMBER(process->request, u64, ngx_http_request_s, connection);
     bool readable = bpf_probe_read_user(process->connection, SIZEOF_ngx_connection_s, (void *)key.connection) == 0;
+#if ERROR_LOG
+    if (readable)
+        end_lines(process, &key);
+#endif
     if (readable && is_of_a_handshake(process))
         return 0;
     u64 load_address = ctx->ip - SITE_ngx_http_free_request;

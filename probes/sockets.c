@@ -342,6 +342,7 @@ static __always_inline int system_call_ended(
     struct socket *socket;
     u64 data = 0;
     u32 wanted = NOT_WANTED;
+    bool logs = false;
 
     switch (entry.number) {
     case SYS_recvfrom:
@@ -368,6 +369,9 @@ static __always_inline int system_call_ended(
 #if PROPAGATE_SOCKET
         if (worker && caller->told_fd == key.fd)
             note_told(caller, &key, result, result == -EAGAIN || result == -EINTR);
+#endif
+#if ERROR_LOG
+        logs = worker && caller->log_stack && result > 0 && is_line(caller, &entry);
 #endif
         if (result > 0) {
             wanted = was_written(&key, entry.number == SYS_sendto ? entry.argument2 : 0,
@@ -436,9 +440,15 @@ static __always_inline int system_call_ended(
         break;
 #endif
     }
-    struct process *process = wanted ? processes.lookup(&tgid) : NULL;
+    struct process *process = wanted || logs ? processes.lookup(&tgid) : NULL;
     if (!process)
         return 0;
+#if ERROR_LOG
+    if (logs)
+        send_line(process, caller, &entry);
+    if (!wanted)
+        return 0;
+#endif
     look_for_attempt(process, caller, &key, wanted, worker, began_ns, now);
     if (process->begun.is_new)
         examine_begun(process);

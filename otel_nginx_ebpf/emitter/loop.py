@@ -27,6 +27,7 @@ from otel_nginx_ebpf.process.messages import (
     Order,
     Retired,
 )
+from otel_nginx_ebpf.traces.error_log import is_log_line
 from otel_nginx_ebpf.traces.losses import LOST, of_kind
 from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.model import AttributeValue
@@ -37,6 +38,8 @@ _log = logging.getLogger(__name__)
 
 # How long records wait in the ring buffer at most. The kernel wakes no reader, because a worker would pay for it.
 _POLL_S = 0.02
+
+_NO_RESOURCE: Mapping[str, AttributeValue] = {}
 
 # How often to read the counters that the metrics show.
 _NOTE_S = 1.0
@@ -143,7 +146,7 @@ class Emitter:
             case Abandoned():
                 source = Source(Attached(0, "", "", order.descriptors), self._ring_buffer_bytes, self._known_methods)
                 # The last emitter may have sent some of these records. A trace must not come twice, so all are lost.
-                unread = sum(1 for raw in source.records.read() if not doubt(raw))
+                unread = sum(1 for raw in source.records.read() if not doubt(raw) and not is_log_line(raw))
                 self._counts.lose_unread("lost_emitter_killed", unread)
                 self._give_back(source)
             case Measured(number, cost_ns, hits, passed):
@@ -181,6 +184,9 @@ class Emitter:
             for raw in source.records.read(self._counts.write):
                 if found := doubt(raw):
                     self._doubt(source, found)
+                    continue
+                if is_log_line(raw):
+                    yield raw, unix_offset_ns, _NO_RESOURCE
                     continue
                 self._stats.received += 1
                 if source.silence.fell_silent(raw):

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.traces.attributes import NGINX_TERMINATION, NGINX_UPSTREAM_PEER, NGINX_UPSTREAM_REUSED
+from otel_nginx_ebpf.traces.events import text_of
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.sockaddr import Address, parse
 
@@ -168,11 +169,14 @@ def waterfall(trace: Trace, width: int) -> Text:
             (f"{duration(_length(span)):>{_DURATION_CELLS}}", ""),
         )
         detail = _detail(span)
+        rail = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
         if detail and detail_cells:
             line.append("  " + clip(detail, detail_cells), style="red" if span.error else "dim")
         elif detail and span.error and span is not root:
-            rail = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
             line.append(f"\n{rail}", style=_TRACK_STYLE).append(clip(f"✗ {detail}", width - len(rail)), style="red")
+        for event in span.events:
+            text = clip(printable(text_of(event)), width - len(rail))
+            line.append(f"\n{rail}", style=_TRACK_STYLE).append(text, style="red" if span.error else "yellow")
         lines.append(line)
     return Text("\n").join(lines)
 

@@ -26,6 +26,14 @@ def to_json(trace: Trace, resource: Resource) -> str:
                     "status": "UNSET" if span.error is None else "ERROR",
                     "error": span.error,
                     "attributes": dict(span.attributes),
+                    "events": [
+                        {
+                            "name": event.name,
+                            "time_unix_ns": event.time_unix_ns,
+                            "attributes": dict(event.attributes),
+                        }
+                        for event in span.events
+                    ],
                 }
                 for span in trace.spans
             ],

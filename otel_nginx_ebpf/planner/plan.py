@@ -8,6 +8,7 @@ import pickle
 import resource
 import sys
 from dataclasses import dataclass
+from typing import get_args
 
 from otel_nginx_ebpf.errors import TemporaryError, UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
@@ -18,7 +19,7 @@ from otel_nginx_ebpf.planner import client, sampling, sites
 from otel_nginx_ebpf.planner.program import program_text
 from otel_nginx_ebpf.planner.tracepoints import handlers
 from otel_nginx_ebpf.process import stdio
-from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.settings.model import LogLevel, Settings
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +83,8 @@ class Plan:
                 },
                 "OF_FORK": int(self.binary.is_fork),
                 "DETAIL_REQUEST": int(settings.detail == "request"),
+                "ERROR_LOG": int(settings.reads_error_log),
+                "LOG_LEVEL": get_args(LogLevel).index(settings.log_level),
                 "REQUEST_METRICS": int(settings.measures_requests),
                 **sampling.constants(settings),
             },

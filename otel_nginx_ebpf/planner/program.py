@@ -27,6 +27,7 @@ _SOURCES = (
     "sent_request.c",
     "attempts.c",
     "upstream_connections.c",
+    "error_log.c",
     "sockets.c",
     "trace_headers.c",
     "propagation.c",

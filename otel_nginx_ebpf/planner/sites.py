@@ -90,6 +90,15 @@ BOUNDARIES: tuple[Boundary, ...] = (
         setting="tells_in_memory",
         writes=True,
     ),
+    Boundary(
+        name="error is logged",
+        # Called only for a level that the log has.
+        functions=("ngx_log_error_core",),
+        arguments=3,
+        required=False,
+        without="the lines of nginx's error log",
+        setting="reads_error_log",
+    ),
 )
 
 OBJECTS = ("ngx_http_core_module", "ngx_cached_time", "ngx_current_msec")

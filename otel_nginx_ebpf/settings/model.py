@@ -39,6 +39,8 @@ OptInAttribute = Literal[
 """The attributes that the semantic conventions leave out of HTTP spans by default, and that the program knows."""
 SpanNames = Literal["phases", "semconv"]
 Detail = Literal["phases", "request"]
+LogLevel = Literal["none", "emerg", "alert", "crit", "error", "warn", "notice", "info"]
+"""nginx's levels, in the order of nginx's numbers. `debug` is left out: nginx logs many such lines for a request."""
 OtlpProtocol = Literal["grpc", "http/protobuf"]
 
 Sort = Literal["rate", "errors", "total", "read", "connect", "wait", "transfer", "write", "nginx"]
@@ -227,6 +229,15 @@ class Settings:
         allowed="phases or request",
         metavar="LEVEL",
     )
+    log_level: LogLevel = setting(
+        "warn",
+        "Add the lines of nginx's error log, from this level up, to the spans of their requests. What nginx does not "
+        "log stays out; none adds no lines.",
+        commands=("run", "record"),
+        allowed=f"one of {', '.join(get_args(LogLevel))}",
+        metavar="LEVEL",
+        read=lower,
+    )
     ring_buffer_mib: int = setting(
         16,
         "Size in MiB of the buffer between the kernel and this program.",
@@ -402,6 +413,11 @@ class Settings:
             return ()
         b3 = () if "none" in self.propagators else (each for each in ("b3", "b3multi") if each in self.propagators)
         return ("tracecontext", *b3)
+
+    @property
+    def reads_error_log(self) -> bool:
+        """Tells whether the lines of nginx's error log are read. System calls show their text."""
+        return self.log_level != "none" and self.detail == "phases" and self.top is None
 
     @property
     def measures_requests(self) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT
+from otel_nginx_ebpf.traces.error_log import LOG_LINE
 
 MAGIC = b"otel-nginx-ebpf capture 1\n"
 
@@ -38,7 +39,7 @@ class CaptureError(Exception):
 
 def record_layout() -> dict[str, Any]:
     """Returns the layout of records. The writer and the reader of a file must have equal layouts."""
-    structs = (REQUEST_RECORD, UPSTREAM_ATTEMPT, STRING_HEADER)
+    structs = (REQUEST_RECORD, UPSTREAM_ATTEMPT, STRING_HEADER, LOG_LINE)
     return {
         "structs": {layout.name: [list(field) for field in layout.fields] for layout in structs},
         "string_kinds": STRING_KINDS,

@@ -11,6 +11,15 @@ AttributeValue = str | bool | int | float | tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened during a span."""
+
+    name: str
+    time_unix_ns: int
+    attributes: Mapping[str, AttributeValue]
+
+
+@dataclass(frozen=True, slots=True)
 class Span:
     """One span. Times are Unix nanoseconds. Ids are integers, as in OpenTelemetry.
 
@@ -26,6 +35,7 @@ class Span:
     end_unix_ns: int
     attributes: Mapping[str, AttributeValue]
     error: str | None = None
+    events: tuple[Event, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from otel_nginx_ebpf.traces import hpack_fields
 from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, c_enum
+from otel_nginx_ebpf.traces.error_log import LogLine
 
 
 class RecordError(Exception):
@@ -220,6 +221,8 @@ class Request:
     x_forwarded_host: str | None = None
     impossible: int = 0
     """How many of nginx's numbers are impossible, including the attempts'. An impossible time or size is `None`."""
+    log_lines: tuple[LogLine, ...] = ()
+    """What nginx logged for the request. The record does not have it: the emitter adds it (`traces.error_log`)."""
 
 
 def http_status(status: int | None) -> int | None:

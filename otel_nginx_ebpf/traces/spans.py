@@ -22,6 +22,7 @@ from otel_nginx_ebpf.traces import attributes, upstream_attributes
 from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.authority import of_absolute_form
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
+from otel_nginx_ebpf.traces.events import events_of
 from otel_nginx_ebpf.traces.forwarded import Origin, origin
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.phases import (
@@ -290,10 +291,11 @@ def build_trace(
         choices: What the spans have.
         resource: Resource attributes of the nginx that served the request.
     """
-    server, *children = _readable(choices).build(request, ids.generate_span_id)
+    built = _readable(choices).build(request, ids.generate_span_id)
+    events = events_of(request.log_lines, [phase for phase, _, _ in built], unix_offset_ns, choices.query)
 
-    def span(built: BuiltSpan[SpanFields], parent_span_id: int | None) -> Span:
-        (start_mono_ns, end_mono_ns, _, _, error), span_id, fields = built
+    def span(index: int, parent_span_id: int | None) -> Span:
+        (start_mono_ns, end_mono_ns, _, _, error), span_id, fields = built[index]
         return Span(
             name=fields[0].name or "",
             kind=fields[0].kind,
@@ -303,11 +305,12 @@ def build_trace(
             end_unix_ns=end_mono_ns + unix_offset_ns,
             attributes={name: value for each in fields for name, value in each.attributes.items()},
             error=error,
+            events=events.get(index, ()),
         )
 
     return Trace(
         trace_id=request.trace_id,
-        spans=(span(server, request.parent_span_id), *(span(child, server[1]) for child in children)),
+        spans=(span(0, request.parent_span_id), *(span(index, built[0][1]) for index in range(1, len(built)))),
         request=request,
         unix_offset_ns=unix_offset_ns,
         resource=resource or {},

@@ -3,10 +3,12 @@
 import re
 
 # The parameters whose values are redacted by default (semantic conventions, url.query and url.full).
-_SENSITIVE = re.compile(
-    r"((?:^|(?<=&))(?:AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token))"
-    r"=[^&]*"
-)
+_NAMES = "AWSAccessKeyId|Signature|sig|X-Goog-Signature|X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token"
+_SENSITIVE = re.compile(rf"((?:^|(?<=&))(?:{_NAMES}))=[^&]*")
+_SENSITIVE_IN_TEXT = re.compile(rf"(\b(?:{_NAMES}))=[^&\s\"']*")
+
+# nginx logs URIs, and the query string alone as `args: "…"`.
+_QUERY_IN_TEXT = re.compile(r"\?[^\s\"']*|(?<=\bargs: \")[^\"]*")
 
 
 def redact_query(query: str) -> str:
@@ -15,3 +17,8 @@ def redact_query(query: str) -> str:
     if "ig" in query or "X-Amz-" in query or "AWSAccessKeyId" in query:
         return _SENSITIVE.sub(r"\1=REDACTED", query)
     return query
+
+
+def redact_text(text: str, query: bool) -> str:
+    """Returns a text with its URIs' queries redacted; without `query`, removed."""
+    return _SENSITIVE_IN_TEXT.sub(r"\1=REDACTED", text if query else _QUERY_IN_TEXT.sub("", text))

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-from e2e.agent_process import Span, Trace
+from e2e.agent_process import Event, Span, Trace
 from e2e.nginx_server import wait_until
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, MetricsData
@@ -120,6 +120,7 @@ def _span(span: OtlpSpan) -> Span:
         status=Status.StatusCode.Name(span.status.code).removeprefix("STATUS_CODE_"),
         error=span.status.message if failed else None,
         attributes=attributes(span.attributes),
+        events=tuple(Event(event.name, event.time_unix_nano, attributes(event.attributes)) for event in span.events),
     )
 
 

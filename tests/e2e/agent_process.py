@@ -23,6 +23,13 @@ PROGRAM = Path(sys.executable).with_name("otel-nginx-ebpf")
 
 
 @dataclass(frozen=True)
+class Event:
+    name: str
+    time_unix_ns: int
+    attributes: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Span:
     name: str
     kind: str
@@ -33,6 +40,7 @@ class Span:
     status: str
     error: str | None
     attributes: dict[str, Any]
+    events: tuple[Event, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -52,7 +60,9 @@ class Trace:
     @classmethod
     def parse(cls, line: bytes) -> "Trace":
         fields = json.loads(line)
-        spans = tuple(Span(**span) for span in fields["spans"])
+        spans = tuple(
+            Span(**{**span, "events": tuple(Event(**event) for event in span["events"])}) for span in fields["spans"]
+        )
         seen.trace(fields["resource"], spans)
         return cls(fields["trace_id"], fields["trace_flags"], fields["trace_state"], fields["resource"], spans)
 

@@ -11,6 +11,7 @@ from types import TracebackType
 import pytest
 
 from e2e.agent_process import EMPTY, AgentProcess, Trace
+from e2e.error_lines import differences
 from e2e.http1_client import Address, Http1Connection, Response
 from e2e.nginx_server import BUILD, PATIENCE, AccessLog, LogLine, NginxServer, wait_until
 from e2e.oracle import check_facts
@@ -134,9 +135,19 @@ class Site:
         received, exported, lost = map(int, counts.groups())
         assert (received, exported) == (expected, expected), self.agent.stderr()
         assert lost <= self.losses_max, self.agent.stderr()
+        self._check_error_lines()
         problems, meant = self.nginx.problems(), self.expected_problems
         assert [line for line in problems if not any(text in line for text in meant)] == []
         assert [text for text in meant if not any(text in line for line in problems)] == []
+
+    def _check_error_lines(self) -> None:
+        """Check that every line of nginx's error log for a request is on its trace, once, and on no other."""
+        access_lines = [line for log in self.logs.values() for line in log.lines]
+        missing, surplus = differences(self.nginx.error_log, access_lines, self.agent.traces, self._environment)
+        missing = [line for line in missing if line[1] not in self.unlogged]
+        assert not surplus, f"lines on a trace that nginx did not log for it: {surplus}; without a trace: {missing}"
+        counted = sum(map(int, re.findall(r"partial_log_lines_\w+ (\d+)", self.agent.stderr())))
+        assert len(missing) == counted, f"{counted} log lines counted as missing, these are: {missing}"
 
 
 def cannot(lacks: str) -> str:

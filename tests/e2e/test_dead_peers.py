@@ -147,6 +147,8 @@ def test_a_client_span_tells_of_a_dead_peer(stand: Stand) -> None:
     assert told == expected_calls(stand)
     failed = [span for span in client_spans(stand) if span.status == "ERROR"]
     assert {span.name for span in failed} == {"upstream connect"}
+    lines = [[event.attributes["nginx.error.message"] for event in span.events] for span in failed]
+    assert lines == [["connect() failed (111: Connection refused) while connecting to upstream"]] * len(failed)
 
 
 def test_the_collector_counts_dead_peers(stand: Stand) -> None:

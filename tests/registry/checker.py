@@ -144,6 +144,12 @@ def check_span(
     return check_group(group, attributes, {**attributes, "span.status": status}, excused)
 
 
+def check_event(name: str, attributes: Mapping[str, object]) -> list[str]:
+    """Checks an event of a span."""
+    group = next((each.id for each in own().of_type("event") if each.name == name), None)
+    return [f"our registry has no event {name!r}"] if group is None else check_group(group, attributes)
+
+
 def check_resource(attributes: Mapping[str, object], said: Iterable[str] = ()) -> list[str]:
     """Checks the resource of an nginx. The user named the attributes `said`; they may be any."""
     ours = {name: value for name, value in attributes.items() if name not in frozenset(said)}

@@ -58,7 +58,7 @@ _GROUPS = {
     "span.nginx.connect": "connect",
     "span.nginx.connect.failed": "failed connect",
 }
-_GROUPS |= {"span.nginx.exchange": "exchange", "entity.nginx": "resource"}
+_GROUPS |= {"span.nginx.exchange": "exchange", "event.nginx.error_log": "log line", "entity.nginx": "resource"}
 
 
 def everything() -> str:
@@ -88,6 +88,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "attributes.nginx.attempt",
             "attributes.nginx.asked",
             "span.nginx.exchange",
+            "event.nginx.error_log",
             "entity.nginx",
             "metric.nginx.http.server.request.duration",
             "metric.nginx.http.client.request.duration",

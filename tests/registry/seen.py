@@ -5,10 +5,18 @@ fails a test whose data have findings.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from registry.checker import check_labels, check_metric, check_program, check_resource, check_span, span_group
+from registry.checker import (
+    check_event,
+    check_labels,
+    check_metric,
+    check_program,
+    check_resource,
+    check_span,
+    span_group,
+)
 from registry.reader import declaration, own
 
 # Resource attributes that tests, or the collectors of tests, add: users may name any.
@@ -23,6 +31,13 @@ _excused: Counter[str] = Counter()
 _last_resource: Mapping[str, Any] | None = None
 
 
+class Event(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def attributes(self) -> Mapping[str, Any]: ...
+
+
 class Span(Protocol):
     @property
     def kind(self) -> str: ...
@@ -32,6 +47,8 @@ class Span(Protocol):
     def status(self) -> str: ...
     @property
     def attributes(self) -> Mapping[str, Any]: ...
+    @property
+    def events(self) -> Sequence[Event]: ...
 
 
 def _resource(attributes: Mapping[str, Any]) -> None:
@@ -53,6 +70,9 @@ def trace(resource: Mapping[str, Any], spans: Iterable[Span]) -> None:
             text = f"{span.kind} {span.name!r}: {each}" if span.kind != "SERVER" else f"SERVER: {each}"
             _findings[text] += 1
             _examples.setdefault(text, str(dict(span.attributes)))
+        for event in span.events:
+            _told.update((f"event.{event.name}", name) for name in event.attributes)
+            _findings.update(f"event {event.name!r}: {each}" for each in check_event(event.name, event.attributes))
     _excused.update(excused)
 
 

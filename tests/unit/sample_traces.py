@@ -6,7 +6,16 @@ from dataclasses import replace
 
 from opentelemetry.trace import SpanKind
 
-from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
+from otel_nginx_ebpf.traces.abi import (
+    LIMITS,
+    REQUEST_RECORD,
+    STRING_HEADER,
+    STRING_KINDS,
+    UPSTREAM_ATTEMPT,
+    CStruct,
+    c_enum,
+)
+from otel_nginx_ebpf.traces.error_log import LOG_LINE
 from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
 from otel_nginx_ebpf.traces.record import Request, decode
 
@@ -42,6 +51,19 @@ def record(
     parts += [string("STRING_TRACESTATE", line, index) for index, line in enumerate(tracestate)]
     parts += [string("STRING_PEER", peer, index) for index, (peer, _) in enumerate(attempts)]
     return b"".join(parts)
+
+
+def log_line(text: str | bytes, **fields: int) -> bytes:
+    """A line of the error log, as the kernel sends it."""
+    raw = text.encode() if isinstance(text, str) else text
+    marker = c_enum("log_marker")["LOG_MARKER"]
+    told = {"marker": marker, "worker_pid": 4711, "logged_ns": MONO_NS, "attempt": LIMITS["NO_ATTEMPT"]}
+    return _pack(LOG_LINE, {**told, "bytes": len(raw), **fields}) + raw
+
+
+def log_end(lines: int, **fields: int) -> bytes:
+    """The end of a request with this many lines."""
+    return log_line(b"", lines=lines, level=0, **fields)
 
 
 STATIC = record(

@@ -6,7 +6,7 @@ from typing import Any
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, Status, StatusCode, TraceFlags
 
@@ -31,6 +31,7 @@ def to_readable_spans(trace: Trace, resource: Resource) -> list[ReadableSpan]:
             parent=None if span.parent_span_id is None else context(span.parent_span_id, remote=span is server),
             resource=resource,
             attributes=span.attributes,
+            events=[Event(event.name, event.attributes, event.time_unix_ns) for event in span.events],
             kind=span.kind,
             status=Status() if span.error is None else Status(StatusCode.ERROR, span.error),
             start_time=span.start_unix_ns,

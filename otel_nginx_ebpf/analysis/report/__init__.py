@@ -28,6 +28,7 @@ from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.traces.attributes import NGINX_UPSTREAM_PEER, NGINX_UPSTREAM_TTFB
 from otel_nginx_ebpf.traces.choices import SpanChoices
+from otel_nginx_ebpf.traces.events import text_of
 from otel_nginx_ebpf.traces.model import Span, Trace
 from otel_nginx_ebpf.traces.phases import DOWNSTREAM_READ, DOWNSTREAM_WRITE, UPSTREAM_CONNECT, UPSTREAM_EXCHANGE
 from otel_nginx_ebpf.traces.record import Request
@@ -197,7 +198,8 @@ def _waterfall(trace: Trace) -> dict[str, Any]:
             "parts": parts,
             "duration": duration(span.end_unix_ns - span.start_unix_ns),
             "error": printable(span.error or ""),
-            "attributes": [(name, printable(str(value))) for name, value in sorted(span.attributes.items())],
+            "attributes": [(name, printable(str(value))) for name, value in sorted(span.attributes.items())]
+            + [(event.name, printable(text_of(event))) for event in span.events],
         }
 
     attributes = server.attributes

@@ -16,7 +16,8 @@ from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
-from otel_nginx_ebpf.traces.model import Trace
+from otel_nginx_ebpf.traces.events import events_of
+from otel_nginx_ebpf.traces.model import Event, Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request
 from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder
 from otel_nginx_ebpf.traces.trace_state import canonical
@@ -127,6 +128,17 @@ def encode_fields(fields: SpanFields) -> bytes:
     return _text(5, fields.name) + _int_field(6, _KINDS[fields.kind]) + encoded + _field(15, status)
 
 
+_TIME = struct.Struct("<BQ")
+
+
+def _events(events: Sequence[Event]) -> bytes:
+    """Encodes the events of a Span (trace.proto)."""
+    return b"".join(
+        _field(11, _TIME.pack(1 << 3 | 1, event.time_unix_ns) + _text(2, event.name) + _attributes(3, event.attributes))
+        for event in events
+    )
+
+
 _SPAN = _LENGTH_KEYS[2]
 _SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS[: 1 << 12]]
 _SPAN_HEADERS_COUNT = len(_SPAN_HEADERS)
@@ -182,6 +194,7 @@ class Encoder:
             encode_fields, lambda name: _NumberAttribute(name).__getitem__, _make_text_attribute, choices
         )
         self._build = builder.build
+        self._query = choices.query
 
     def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[BuiltSpan[bytes]]]:
         """Returns the encoded spans of one request, and the built spans behind them.
@@ -195,6 +208,9 @@ class Encoder:
             trace += _text(3, canonical(request.trace_state))
         common = trace + _parent(request.parent_span_id, remote=True)
         encoded: list[bytes] = []
+        lines = request.log_lines
+        if lines:
+            events = events_of(lines, [phase for phase, _, _ in spans], unix_offset_ns, self._query)
         try:
             for (start_mono_ns, end_mono_ns, _, _, _), span_id, fields in spans:
                 own_id = span_id.to_bytes(8, "big")
@@ -207,6 +223,8 @@ class Encoder:
                     end_mono_ns + unix_offset_ns,
                 )
                 span = b"".join((common, times, *fields))
+                if lines:
+                    span += _events(events.get(len(encoded) // 2, ()))
                 length = len(span)
                 header = _SPAN_HEADERS[length] if length < _SPAN_HEADERS_COUNT else _SPAN + _varint(length)
                 if not encoded:  # The first span is the parent of the others.
@@ -228,7 +246,8 @@ class Encoder:
                     + _TIMES.pack(
                         _SPAN_ID, span.span_id.to_bytes(8, "big"), _START, span.start_unix_ns, _END, span.end_unix_ns
                     )
-                    + encode_fields(SpanFields(span.attributes, span.name, span.kind, span.error)),
+                    + encode_fields(SpanFields(span.attributes, span.name, span.kind, span.error))
+                    + _events(span.events),
                 )
                 for span in trace.spans
             )

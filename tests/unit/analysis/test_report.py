@@ -15,6 +15,7 @@ from otel_nginx_ebpf.analysis.report.timeline import SLOTS_MAX, Timeline
 from otel_nginx_ebpf.analysis.tally import Row, Tally
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.choices import SpanChoices
+from otel_nginx_ebpf.traces.error_log import LogLine
 from otel_nginx_ebpf.traces.record import Request, decode
 from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
 
@@ -62,6 +63,12 @@ def hostile() -> Request:
     attempts = tuple(replace(attempt, peer=HOSTILE, upstream=HOSTILE) for attempt in retried.attempts)
     names = dict.fromkeys(("uri", "method", "host", "user_agent", "location", "server_name"), HOSTILE)
     return replace(retried, attempts=attempts, **names)
+
+
+def test_a_line_of_the_error_log_is_shown() -> None:
+    line = LogLine(0, "error", 0, None, f"open() {HOSTILE} failed")
+    page = Elements(report_of(replace(decode(STATIC), log_lines=(line,))).page("a", []))
+    assert "[error] open() /</script><script>alert(1)" in page.text
 
 
 def test_what_strangers_sent_is_text() -> None:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from otel_nginx_ebpf.export.console import _bar, duration, make_renderer, waterfall
+from otel_nginx_ebpf.traces.model import Event, Trace
 from unit.sample_traces import retried_trace, static_trace
 
 
@@ -33,6 +34,29 @@ def test_a_retried_request_in_80_columns() -> None:
         "├─ upstream exchange [::1]:8080       ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╸   11.5 ms",
         "└─ downstream write                                         ━━━━━━━━   3.05 ms",
     ]
+
+
+def logged_trace(message: str) -> Trace:
+    trace = retried_trace()
+    event = Event("nginx.error_log", 0, {"log.severity": "error", "nginx.error.message": message})
+    spans = [replace(span, events=(event,)) if index in (0, 2, 5) else span for index, span in enumerate(trace.spans)]
+    return replace(trace, spans=tuple(spans))
+
+
+def test_lines_of_the_error_log_are_below_their_span() -> None:
+    assert lines(waterfall(logged_trace("refused\x1b[2J"), 80).plain)[2:] == [
+        "GET /api/                            ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━   12.1 ms",
+        "[error] refused\\x1b[2J",
+        "├─ downstream read                   ╸                                  140 µs",
+        "├─ upstream connect 127.0.0.1:9      ╺                                 90.0 µs",
+        "│  ✗ connection refused",
+        "│  [error] refused\\x1b[2J",
+        "├─ upstream connect [::1]:8080       ╺                                  150 µs",
+        "├─ upstream exchange [::1]:8080       ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━╸   11.5 ms",
+        "└─ downstream write                                         ━━━━━━━━   3.05 ms",
+        "   [error] refused\\x1b[2J",
+    ]
+    assert all(cell_len(line) <= 40 for line in waterfall(logged_trace("x" * 100), 40).plain.split("\n"))
 
 
 def test_a_wide_terminal_has_everything_on_one_line() -> None:

@@ -1,6 +1,7 @@
 import io
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.json_lines import to_json
 from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces.model import Event
 from unit.sample_traces import retried_trace, static_trace
 
 RESOURCE = Resource({"service.name": "nginx", "list": ["a", "b"]})
@@ -37,6 +39,7 @@ def test_one_trace_literally() -> None:
                     "http.response.status_code": 200,
                     "client.address": "192.0.2.7",
                 },
+                "events": [],
             },
             {
                 "name": "downstream write",
@@ -48,9 +51,25 @@ def test_one_trace_literally() -> None:
                 "status": "UNSET",
                 "error": None,
                 "attributes": {},
+                "events": [],
             },
         ],
     }
+
+
+def test_a_line_of_the_error_log() -> None:
+    trace = static_trace()
+    event = Event("nginx.error_log", 1700000005000050000, {"log.severity": "warn", "nginx.error.message": "é"})
+    trace = replace(trace, spans=(replace(trace.spans[0], events=(event,)), *trace.spans[1:]))
+    server, write = json.loads(to_json(trace, RESOURCE))["spans"]
+    assert server["events"] == [
+        {
+            "name": "nginx.error_log",
+            "time_unix_ns": 1700000005000050000,
+            "attributes": {"log.severity": "warn", "nginx.error.message": "é"},
+        }
+    ]
+    assert write["events"] == []
 
 
 def test_an_error_has_status_and_description() -> None:

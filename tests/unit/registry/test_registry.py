@@ -34,6 +34,8 @@ from otel_nginx_ebpf.export.metrics import own as own_metrics
 from otel_nginx_ebpf.export.metrics.requests import DESCRIPTIONS
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.abi import c_enum
+from otel_nginx_ebpf.traces.error_log import LEVELS
+from otel_nginx_ebpf.traces.events import ERROR_LOG, LOG_SEVERITY, NGINX_ERROR_ERRNO, NGINX_ERROR_MESSAGE
 from otel_nginx_ebpf.traces.record import decode
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
@@ -41,8 +43,8 @@ from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
 SOURCES = sorted((ROOT / "otel_nginx_ebpf").rglob("*.py"))
 _NAMESPACES = ("opentelemetry.semconv.attributes", "opentelemetry.semconv._incubating.attributes")
 _CONSTANTS = (*_NAMESPACES, "opentelemetry.sdk.resources")
-# Names of files and folders, which look like attributes.
-_NO_ATTRIBUTES = {"nginx.conf", "nginx.pid"}
+# Names of files and events, which look like attributes.
+_NO_ATTRIBUTES = {"nginx.conf", "nginx.pid", *(str(group.name) for group in own().of_type("event"))}
 
 
 def _constants(path: Path) -> Iterator[str]:
@@ -84,6 +86,14 @@ def test_the_names_in_the_code_were_found() -> None:
 def test_a_name_in_the_code_is_declared_and_in_a_group(name: str) -> None:
     assert declaration(name), f"{name}: neither the conventions nor docs/registry.yaml know it"
     assert name in REFERENCES, f"{name}: no span, metric or resource of docs/registry.yaml has it"
+
+
+def test_our_own_events_are_in_the_code() -> None:
+    assert {group.name for group in own().of_type("event")} == {ERROR_LOG}
+    assert {LOG_SEVERITY, NGINX_ERROR_ERRNO, NGINX_ERROR_MESSAGE} == own().groups[
+        "event.nginx.error_log"
+    ].attributes.keys()
+    assert [member["value"] for member in own().attributes[LOG_SEVERITY].members] == list(LEVELS[:-1])
 
 
 @pytest.mark.parametrize("name", sorted(name for name in own().attributes if name.startswith("nginx.")))

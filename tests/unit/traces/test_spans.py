@@ -14,7 +14,8 @@ from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
 from otel_nginx_ebpf.traces.attributes import redact_query
 from otel_nginx_ebpf.traces.choices import SpanChoices
-from otel_nginx_ebpf.traces.model import AttributeValue, Span, Trace
+from otel_nginx_ebpf.traces.error_log import LogLine
+from otel_nginx_ebpf.traces.model import AttributeValue, Event, Span, Trace
 from otel_nginx_ebpf.traces.record import Attempt, Request
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
@@ -231,6 +232,54 @@ def test_a_refused_connection_is_a_failed_connect_and_no_exchange() -> None:
         ("upstream connect", 1_200, 1_500, None),
         ("upstream exchange", 1_500, 4_000, None),
     ]
+
+
+def logged(time_ns: int, attempt: int | None, message: str = "x", level: str = "error", number: int = 0) -> LogLine:
+    return LogLine(time_ns, level, number, attempt, message)
+
+
+def test_a_line_of_the_error_log_is_on_the_span_that_it_is_about() -> None:
+    """The first attempt was refused, the second was connected and then failed."""
+    refused = replace(ATTEMPT, connected_mono_ns=None, connect_failed_mono_ns=1_180, first_write_mono_ns=None,
+                      connect_start_mono_ns=1_150, header_ms=None, status=502)  # fmt: skip
+    lines = (
+        logged(1_120, None, "of the request"),
+        logged(1_190, 1, "refused", number=111),
+        logged(1_195, 1, "temporarily disabled", level="warn"),
+        logged(1_300, 2, "while connecting"),
+        logged(4_050, 2, "while reading"),
+        logged(4_060, 3, "of an attempt without spans"),
+    )
+    trace = build(replace(REQUEST, attempts=(refused, ATTEMPT), upstream_states=2, log_lines=lines))
+    found = [
+        (
+            span.name,
+            [(event.time_unix_ns - OFFSET_NS, event.attributes["nginx.error.message"]) for event in span.events],
+        )
+        for span in trace.spans
+    ]
+    assert found == [
+        ("GET /api/", [(1_120, "of the request"), (4_060, "of an attempt without spans")]),
+        ("downstream read", []),
+        ("upstream connect", [(1_190, "refused"), (1_195, "temporarily disabled")]),
+        ("upstream connect", [(1_300, "while connecting")]),
+        ("upstream exchange", [(4_050, "while reading")]),
+        ("downstream write", []),
+    ]
+    first, second = trace.spans[2].events
+    assert first == Event(
+        "nginx.error_log",
+        OFFSET_NS + 1_190,
+        {"log.severity": "error", "nginx.error.message": "refused", "nginx.error.errno": 111},
+    )
+    assert second.attributes == {"log.severity": "warn", "nginx.error.message": "temporarily disabled"}
+
+
+@pytest.mark.parametrize(("query", "shown"), [(True, "/a?sig=REDACTED"), (False, "/a")])
+def test_the_query_in_a_line_of_the_error_log(query: bool, shown: str) -> None:
+    request = replace(REQUEST, log_lines=(logged(1_120, None, "/a?sig=x"),))
+    trace = build_trace(request, OFFSET_NS, CountingIds(), choices=SpanChoices(query=query))
+    assert trace.spans[0].events[0].attributes["nginx.error.message"] == shown
 
 
 def test_a_connect_that_never_ended_lasts_as_long_as_its_attempt() -> None:

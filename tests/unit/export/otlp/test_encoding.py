@@ -1,6 +1,7 @@
 """Our OTLP messages equal the SDK's messages for equal spans, whatever a record contains."""
 
 import struct
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,7 @@ from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
 from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
+from otel_nginx_ebpf.traces.error_log import LEVELS, LogLine
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request, decode
 from otel_nginx_ebpf.traces.spans import build_trace
@@ -133,10 +135,23 @@ def records(draw: st.DrawFn) -> bytes:
     )
 
 
+log_lines = st.lists(
+    st.builds(
+        LogLine,
+        times,
+        st.sampled_from(LEVELS),
+        st.integers(-(2**31), 2**31 - 1),
+        st.one_of(st.none(), st.integers(1, 5)),
+        st.one_of(st.text(max_size=40), st.just("x" * 2048), st.just("/a?sig=x")),
+    ),
+    max_size=3,
+).map(tuple)
+
+
 @settings(max_examples=400, deadline=None)
-@given(st.lists(records(), min_size=1, max_size=3), choices)
-def test_any_records(raws: list[bytes], choices: SpanChoices) -> None:
-    requests = [decode(raw) for raw in raws]
+@given(st.lists(st.tuples(records(), log_lines), min_size=1, max_size=3), choices)
+def test_any_records(raws: list[tuple[bytes, tuple[LogLine, ...]]], choices: SpanChoices) -> None:
+    requests = [replace(decode(raw), log_lines=lines) for raw, lines in raws]
     # Twice, as the second time their parts are known already.
     assert ours(*requests, *requests, choices=choices) == sdks(*requests, *requests, choices=choices)
 
@@ -156,7 +171,17 @@ def test_more_kinds_of_requests_than_are_kept() -> None:
     assert ours(*many, decode(RETRIED)) == sdks(*many, decode(RETRIED))
 
 
-@pytest.mark.parametrize("trace", [retried_trace(), build_trace(decode(RETRIED), UNIX_OFFSET_NS, CountingIds())])
+LOGGED = replace(decode(RETRIED), log_lines=(LogLine(5_000_290_000, "error", 111, 1, "refused"),))
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        retried_trace(),
+        build_trace(decode(RETRIED), UNIX_OFFSET_NS, CountingIds()),
+        build_trace(LOGGED, UNIX_OFFSET_NS, CountingIds()),
+    ],
+)
 def test_a_trace_that_was_built_to_be_read(trace: Trace) -> None:
     encoded = Encoder(CountingIds().generate_span_id).encode_trace(trace)
     message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [encoded]))

@@ -1,0 +1,112 @@
+"""The lines of nginx's error log: from the kernel's records to the request that each line is for. Pure."""
+
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from otel_nginx_ebpf.traces.abi import LIMITS, CStruct, c_enum
+
+LOG_LINE = CStruct("log_line")
+_MARKER = c_enum("log_marker")["LOG_MARKER"].to_bytes(8, "little")
+_NO_ATTEMPT = LIMITS["NO_ATTEMPT"]
+
+LEVELS = ("emerg", "alert", "crit", "error", "warn", "notice", "info", "debug")
+"""nginx's levels. The first has the number 1."""
+
+# How many lines wait for the end of their requests, at most.
+_WAITING_MAX = 4096
+
+# ngx_log_error_core. syslog's header is in front of it.
+_LINE = re.compile(rb"(?:<\d+>.{0,400}?)?\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \[(\w+)\] \d+#\d+: \*(\d+) (.*?)\n?", re.DOTALL)
+
+# What ngx_http_log_error adds to nginx's message. The spans say it: client, server, request, upstream, host, referrer.
+_ADDED = re.compile(r", client: (?:unix:|[0-9a-f.:]+)(?=,|$).*", re.DOTALL)
+
+# ngx_http_log_error also says what nginx was doing ("while connecting to upstream").
+_ABOUT_UPSTREAM = re.compile(r" while [\w ]*\bupstream$")
+
+
+@dataclass(slots=True)
+class LogLine:
+    """A line of nginx's error log."""
+
+    logged_mono_ns: int
+    level: str
+    error_number: int
+    """errno of the system call that failed; 0: none failed."""
+    attempt: int | None
+    """The number of the upstream attempt that the line is about, from 1. `None`: it is about the request."""
+    message: str
+    """nginx's message, without what nginx adds to every message of a request."""
+
+
+Key = tuple[int, int, int]
+"""A request: pid of the worker, number of the connection, number of the request on it."""
+
+
+def is_log_line(raw: bytes) -> bool:
+    """Tells whether the bytes are a line of the error log, or the end of a request's lines, instead of a record."""
+    return raw.startswith(_MARKER)
+
+
+class LogLines:
+    """Holds the lines of running requests until their records come.
+
+    The kernel sends a request's lines, then their number when the request ends, then the request's record, if any.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[Key, list[LogLine | None]] = OrderedDict()
+        """`None` stands for a line that is not as nginx writes it."""
+        self._count = 0
+        self._ended: dict[int, tuple[Key, list[LogLine | None], int]] = {}
+        """The last request with lines that ended, by its worker's pid: its lines, and how many the kernel sent."""
+        self.lost = 0
+        """How many lines of ended requests did not arrive, or are not as nginx writes them."""
+
+    def add(self, raw: bytes) -> None:
+        """Takes a line, or the end of a request's lines. Anything else is counted as a lost line."""
+        if len(raw) < LOG_LINE.size:
+            self.lost += 1
+            return
+        _, connection, requests, logged_ns, pid, error_number, lines, level, attempt, length = (
+            LOG_LINE.struct.unpack_from(raw)
+        )
+        key = pid, connection, requests
+        if not level:
+            found = self._waiting.pop(key, [])
+            self._count -= len(found)
+            self._ended[pid] = key, found, lines
+            return
+        text = raw[LOG_LINE.size : LOG_LINE.size + length]
+        line = _parse(text, connection, level, logged_ns, error_number, None if attempt == _NO_ATTEMPT else attempt + 1)
+        self._waiting.setdefault(key, []).append(line)
+        self._count += 1
+        while self._count > _WAITING_MAX:  # their request's end will say that they are missing
+            _, oldest = self._waiting.popitem(last=False)
+            self._count -= len(oldest)
+
+    def take(self, pid: int, connection: int, requests: int) -> tuple[LogLine, ...]:
+        """Returns the lines of the request whose record follows, and forgets lines of requests without a record."""
+        if not self._ended:
+            return ()
+        key, lines, sent = self._ended.pop(pid, ((0, 0, 0), [], 0))
+        if key != (pid, connection, requests):
+            return ()
+        whole = tuple(line for line in lines if line is not None)
+        self.lost += max(sent - len(whole), 0)
+        return whole
+
+
+def _parse(
+    text: bytes, connection: int, level: int, logged_ns: int, error_number: int, attempt: int | None
+) -> LogLine | None:
+    """Returns a line. `None`: the text is not the line that nginx was about to write."""
+    match = _LINE.fullmatch(text)
+    name = LEVELS[level - 1] if level <= len(LEVELS) else ""
+    if match is None or match[1] != name.encode() or int(match[2]) != connection:
+        return None
+    message = _ADDED.sub("", match[3].decode("utf-8", "backslashreplace"), count=1)
+    if not _ABOUT_UPSTREAM.search(message):
+        attempt = None
+    return LogLine(logged_ns, name, error_number, attempt, message)
