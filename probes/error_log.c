@@ -10,6 +10,7 @@
  */
 
 #if ERROR_LOG
+#define LOG_LEVEL_ERROR 4     /* NGX_LOG_ERR */
 #define LOG_STACK_BYTES 16384 /* ngx_log_error_core() and ngx_syslog_writer() have buffers of 2 KiB each */
 #define LOG_CTX_REQUEST (OFFSET_ngx_http_log_ctx_t__connection + 8) /* ngx_http_log_ctx_t: connection, request, current_request */
 #define SECOND_NS 1000000000ULL
@@ -152,6 +153,7 @@ static __always_inline void end_lines(struct process *process, struct request_ke
     u64 connection_requests = MEMBER(process->connection, u64, ngx_connection_s, requests);
     process->ended_connection = connection;
     process->ended_connection_requests = connection_requests;
+    process->worst_level = 0;
     if (!process->logged_requests)
         return;
     struct logged_request *logged = logged_requests.lookup(key);
@@ -164,8 +166,10 @@ static __always_inline void end_lines(struct process *process, struct request_ke
     end->level = 0;
     end->bytes = 0;
     end->lines = 0;
-    if (logged->connection == connection && logged->connection_requests == connection_requests)
+    if (logged->connection == connection && logged->connection_requests == connection_requests) {
+        process->worst_level = logged->level;
         end->lines = logged->lines;
+    }
     struct caller *caller = find_caller(key->tgid);
     if (caller)
         caller->log_stack = 0;

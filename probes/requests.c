@@ -39,6 +39,10 @@ static __always_inline u8 keep(const struct process *process, const struct reque
     u64 status = final_status(record);
     if (KEEP_ERRORS && status >= 500 && status < 600) /* modules make up higher numbers */
         return KEPT_ERROR;
+#if ERROR_LOG
+    if (KEEP_ERRORS && process->worst_level && process->worst_level <= LOG_LEVEL_ERROR)
+        return KEPT_ERROR;
+#endif
     return KEEP_SLOWER_THAN_NS && process->request_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
 }
 

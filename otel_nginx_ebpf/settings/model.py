@@ -180,8 +180,8 @@ class Settings:
     )
     keep_errors: bool = setting(
         False,
-        "Also trace requests with a status of 500 or more that the sampler leaves out. An incoming context that says "
-        "no still wins.",
+        "Also trace requests that the sampler leaves out, if their status is 500 or more or nginx logs an error for "
+        "them. An incoming context that says no still wins.",
         commands=("run", "record"),
     )
     keep_slower_than: int | None = setting(

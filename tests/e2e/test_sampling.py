@@ -71,6 +71,7 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
             location = /mirror {{ internal; proxy_pass http://{upstream_addresses["other"]}/?delay_ms=400; }}
             location /broken {{ return 503; }}
             location /missing {{ return 404; }}
+            location /logged {{ root /nonexistent; }}
             location /dead {{ proxy_pass http://{upstream_addresses["dead1"]}; }}
         }}
         """,
@@ -188,7 +189,7 @@ def test_over_a_kept_upstream_connection(stand: Stand, tmp_path: Path) -> None:
 
 
 WANTED, UNWANTED, ROOT = "parent wants it", "parent does not", "no parent"
-ERRORS = ("/broken", "/dead", "/app?status=503")
+ERRORS = ("/broken", "/dead", "/app?status=503", "/logged")  # the last is a 404 for which nginx logs [error]
 SLOW = "/app?delay_ms=400"
 OTHERS = ("/", "/missing", "/app?status=404")
 
