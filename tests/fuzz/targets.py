@@ -23,7 +23,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.resources import Resource
 from unit.context_library import Context, read
-from unit.sample_traces import CLIENT, CLIENT_V6, MONO_NS, RETRIED, STATIC, UNIX_OFFSET_NS, record
+from unit.sample_traces import CLIENT, CLIENT_V6, MONO_NS, RETRIED, STATIC, UNIX_OFFSET_NS, log_end, log_line, record
 
 from fuzz.nginx_files import WANTED, damaged, damages, small_executables
 from otel_nginx_ebpf.analysis.report import Report
@@ -171,6 +171,11 @@ def _no_checksum(data: bytes, start: int = 0) -> int:
 def capture_seeds() -> Iterator[bytes]:
     with patch.object(capture.zlib, "crc32", _no_checksum):
         with capture.CaptureWriter(SCRATCH, {"nginx": "1.22.1"}) as writer:
+            line = (
+                '2026/11/30 19:43:51 [error] 1#1: *1 \x1b[31m "/?sig=1" while reading upstream, client: ::1, server: x'
+            )
+            writer.append(UNIX_OFFSET_NS, log_line(line, connection=1, connection_requests=1, level=4, attempt=0))
+            writer.append(UNIX_OFFSET_NS, log_end(2, connection=1, connection_requests=1))
             writer.append(UNIX_OFFSET_NS, STATIC)
             writer.append(-UNIX_OFFSET_NS, RETRIED)
             writer.append(0, b"")
