@@ -71,6 +71,12 @@ static __always_inline void look_at_upstream(struct layout_look *look, u8 *reque
     expect(look, FOLLOWS(ngx_http_upstream_s, start_time, 8, state), FACT_UPSTREAM);
     expect(look, FOLLOWS(ngx_http_upstream_s, pipe, 8, request_bufs), FACT_UPSTREAM);
 
+#ifdef OFFSET_ngx_http_upstream_s__cleanup
+    /* It leads to the handler in an ngx_http_cleanup_t: handler, data; ngx_http_upstream_init_request. NULL: nginx is done. */
+    u64 cleanup = word_at(upstream + OFFSET_ngx_http_upstream_s__cleanup);
+    expect(look, !cleanup || (is_pointer(cleanup) && word_at(cleanup + 8) == look->r), FACT_UPSTREAM);
+#endif
+
     u64 pipe = word_at(upstream + OFFSET_ngx_http_upstream_s__pipe);
     u64 chain = word_at(upstream + OFFSET_ngx_http_upstream_s__request_bufs);
     u64 pipe_pool = word_at(pipe + PIPE_POOL), pipe_log = word_at(pipe + PIPE_POOL + 8);

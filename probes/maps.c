@@ -7,6 +7,7 @@
  *     SITE_ngx_http_free_request, ADDRESS_<symbol>    virtual addresses in the binary
  *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE, PROPAGATE_SOCKET, TRUSTED_PROXIES    the settings (planner/sampling.py)
  *     HASH_<header>, LENGTH_<header>, NAME_LOW_<header>, NAME_HIGH_<header>    nginx's hash of a header's name, and its bytes
+ *     HTTP_CACHE    1: it is known where nginx keeps the status of its cache
  *     OF_FORK    1: the binary is a fork of nginx
  *     FOLLOW_ALL    1: trace every process that hits a probe; 0: only the processes that user space named, and their children
  *     FOLLOW_FORKS    1: the result of fork is the child's pid in user space too; 0: nginx has another pid namespace

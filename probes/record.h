@@ -89,6 +89,17 @@ enum protocol {
     PROTOCOL_MEMCACHED = 6,
 };
 
+/* request_record.cache_status: nginx's numbers (ngx_http_cache.h). 0: the cache was not asked, or it is not known. */
+enum cache_status {
+    CACHE_MISS = 1,
+    CACHE_BYPASS = 2,
+    CACHE_EXPIRED = 3,
+    CACHE_STALE = 4,
+    CACHE_UPDATING = 5,
+    CACHE_REVALIDATED = 6,
+    CACHE_HIT = 7,            /* the next, SCARCE, does not fit into nginx's three bits: nginx itself does not tell it */
+};
+
 /* request_record.http_version: nginx's numbers. */
 enum http_version {
     HTTP_VERSION_0_9 = 9,
@@ -200,7 +211,7 @@ struct request_record {
     __u8 ends_with_write;     /* 1: the request ended with last_write_ns; 0: with ended_ns */
     __u8 location_unknown;    /* 1: nginx redirected the request (error_page, X-Accel-Redirect, post_action), and had not tried a peer */
     __u8 peer_known;          /* 1: the socket's peer is STRING_PEER_SOCKADDR, or STRING_CLIENT_SOCKADDR if there is none */
-    __u8 reserved;
+    __u8 cache_status;
     __u32 reserved_too;
     __u64 trace_id_high;      /* from the incoming context, from what nginx sent upstream, or random; never all 0 */
     __u64 trace_id_low;

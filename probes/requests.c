@@ -46,6 +46,18 @@ static __always_inline u8 keep(const struct process *process, const struct reque
     return KEEP_SLOWER_THAN_NS && process->request_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
 }
 
+/* Returns what nginx's cache said about the request: $upstream_cache_status. ngx_http_upstream_s: cleanup, then the bits store,
+ * cacheable, accel, ssl, and three bits cache_status. */
+static __always_inline u8 cache_status(struct process *process)
+{
+#if HTTP_CACHE
+    u64 upstream = MEMBER(process->request, u64, ngx_http_request_s, upstream);
+    return upstream ? byte_at(upstream + OFFSET_ngx_http_upstream_s__cleanup + 8) >> 4 & 7 : 0;
+#else
+    return 0;
+#endif
+}
+
 #define METHOD_BYTES_MAX 16
 
 /* Finds the method that the client sent. An internal redirect sets r->method and r->method_name to GET, and modules set other
@@ -153,7 +165,6 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->requests_seen = 0;
     record->coarse_start = 0;
     record->peer_known = 0;
-    record->reserved = 0;
     record->reserved_too = 0;
     read_header_in(process);
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
@@ -228,6 +239,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
     record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
+    record->cache_status = cache_status(process);
     process->version_lost = record->http_version != http_version;
     process->answer = process->version_lost ? active.progress.answer : 0;
     process->last_location = 0;

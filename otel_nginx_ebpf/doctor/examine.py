@@ -14,7 +14,7 @@ from otel_nginx_ebpf.nginx.binary import Binary, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, is_master, pid_namespace, title
 from otel_nginx_ebpf.planner import sites
-from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site
+from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site, tells_cache_status
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.tracing import by_binary, find_instances
 
@@ -63,6 +63,8 @@ class LayoutReport:
 
     source: str
     assumed: bool
+    without_cache_status: bool = False
+    """The build may have the HTTP cache, but it is not known where it keeps its status."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +177,15 @@ def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
         build_id=binary.build_id or None,
         flags=_flags(binary),
         instances=running,
-        layout=LayoutReport(layout.source, layout.assumed) if layout else None,
+        layout=_layout_report(binary, layout) if layout else None,
         boundaries=boundaries,
         problems=tuple(problems),
     )
+
+
+def _layout_report(binary: Binary, layout: Layout) -> LayoutReport:
+    has_no_cache = binary.signature.is_understood and not binary.signature.has_http_cache
+    return LayoutReport(layout.source, layout.assumed, not has_no_cache and not tells_cache_status(binary, layout))
 
 
 def _flags(binary: Binary) -> dict[str, bool]:

@@ -65,6 +65,8 @@ def _nginx_table(nginx: NginxReport) -> Table:
     if nginx.layout:
         advice = "counts once nginx's memory has confirmed it, at the first requests" if nginx.layout.assumed else ""
         _row(table, "note" if nginx.layout.assumed else "ok", "layout", nginx.layout.source, advice)
+        if nginx.layout.without_cache_status:
+            _row(table, "note", "cache", "no nginx.cache.status: the layout does not tell where it is")
     for each in nginx.boundaries:
         if each.reason is None:
             _row(table, each.state, each.boundary, f"{each.function}+{each.displacement} ({each.instruction})")

@@ -26,11 +26,13 @@ _DEBUG_SYMBOLS_OF_FORK = (
 # trusted.
 _STRUCT_BYTES_MAX = 16 << 10
 
-# Not every build has these: HTTP/2, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0.
+# Not every build has these: HTTP/2, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0. Nor has every
+# catalogue of a user's own: `cleanup` is new.
 _OPTIONAL_STRUCTS = ("ngx_http_v2_",)
 _OPTIONAL_MEMBERS = {
     ("ngx_connection_s", "proxy_protocol"),
     ("ngx_connection_s", "ssl"),
+    ("ngx_http_upstream_s", "cleanup"),
     ("ngx_http_upstream_state_t", "bytes_sent"),
     ("ngx_table_elt_t", "next"),
 }

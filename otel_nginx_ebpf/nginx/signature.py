@@ -70,6 +70,11 @@ class Signature:
         return self.with_compat and not self.contradicts_itself
 
     @property
+    def has_http_cache(self) -> bool:
+        """Tells whether the build is known to have the HTTP cache."""
+        return self.is_understood and self._has(_HTTP_CACHE)
+
+    @property
     def lacks(self) -> tuple[str, ...]:
         """The names of the options that a `--with-compat` build may lack, and this build lacks."""
         return tuple(_NAMES[flag] for flag in _GAPS if not self._has(flag)) if self.is_understood else ()

@@ -82,6 +82,7 @@ class Plan:
                     for name in sites.ENDINGS + sites.REDIRECTS + sites.PROCESS
                 },
                 "OF_FORK": int(self.binary.is_fork),
+                "HTTP_CACHE": int(tells_cache_status(self.binary, self.layout)),
                 "DETAIL_REQUEST": int(settings.detail == "request"),
                 "ERROR_LOG": int(settings.reads_error_log),
                 "LOG_LEVEL": get_args(LogLevel).index(settings.log_level),
@@ -142,6 +143,15 @@ def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: froze
         else:
             missing.append(Missing(boundary, found))
     return Plan(binary, layout, tuple(chosen), tuple(missing), instances)
+
+
+def tells_cache_status(binary: Binary, layout: Layout) -> bool:
+    """Tells whether it is known where nginx keeps its cache's status: in bits behind `cleanup`.
+
+    A fork may have other bits there. A build without the cache has.
+    """
+    known = "cleanup" in layout.structs.get("ngx_http_upstream_s", {})
+    return known and binary.signature.has_http_cache and not binary.is_fork
 
 
 def no_site(binary: Binary, boundary: sites.Boundary, reason: str) -> str:

@@ -25,6 +25,7 @@ from otel_nginx_ebpf.traces.url import redact_query
 
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
+NGINX_CACHE_STATUS = "nginx.cache.status"
 NGINX_CONNECTION_ID = "nginx.connection.id"
 NGINX_CONNECTION_REQUESTS = "nginx.connection.requests"
 NGINX_NO_LIVE_PEERS = "nginx.upstream.no_live_peers"
@@ -109,6 +110,7 @@ def server_fields(
     attempts: int,
     attempts_lost: int,
     no_live_peers: int,
+    cache_status: str | None,
     kept: str | None,
     error: str | None,
 ) -> SpanFields:
@@ -142,6 +144,8 @@ def server_fields(
         attributes[error_attributes.ERROR_TYPE] = error
     if ending is not None:
         attributes[NGINX_TERMINATION] = ending
+    if cache_status is not None:
+        attributes[NGINX_CACHE_STATUS] = cache_status
     if kept is not None:
         attributes[NGINX_SAMPLING_KEPT_FOR] = kept
 

@@ -73,6 +73,7 @@ ENDINGS = {value: name.removeprefix("ENDED_").lower() for name, value in c_enum(
 OUTCOMES = {value: name.removeprefix("OUTCOME_").lower() for name, value in c_enum("outcome").items() if value}
 METHODS = {bit: name.removeprefix("METHOD_") for name, bit in c_enum("method").items()}
 """The methods that the semantic conventions know, by nginx's bit: RFC 9110, PATCH (RFC 5789) and QUERY."""
+CACHE_STATUSES = {value: name.removeprefix("CACHE_") for name, value in c_enum("cache_status").items()}
 HTTP_VERSIONS = {
     number: name.removeprefix("HTTP_VERSION_").replace("_", ".") for name, number in c_enum("http_version").items()
 }
@@ -221,6 +222,8 @@ class Request:
     x_forwarded_host: str | None = None
     impossible: int = 0
     """How many of nginx's numbers are impossible, including the attempts'. An impossible time or size is `None`."""
+    cache_status: str | None = None
+    """$upstream_cache_status: `MISS`, `HIT`, … `None`: the cache was not asked, or it is not known."""
     log_lines: tuple[LogLine, ...] = ()
     """What nginx logged for the request. The record does not have it: the emitter adds it (`traces.error_log`)."""
 
@@ -405,7 +408,7 @@ def decode(raw: bytes) -> Request:
             ends_with_write,
             _,
             peer_known,
-            _,
+            cache_status,
             _,
             trace_id_high,
             trace_id_low,
@@ -481,4 +484,5 @@ def decode(raw: bytes) -> Request:
         string(_X_FORWARDED_PROTO),
         string(_X_FORWARDED_HOST),
         impossible,
+        cache_status=CACHE_STATUSES.get(cache_status),
     )

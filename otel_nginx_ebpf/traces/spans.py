@@ -151,6 +151,7 @@ class SpanBuilder(Generic[F]):
                 len(request.attempts),
                 attempts_lost,
                 no_live_peers,
+                request.cache_status,
                 request.kept,
                 error,
             ),

@@ -47,6 +47,7 @@ def nginx_release() -> str:
     return ".".join(map(str, nginx_version()))
 
 
+@functools.cache
 def nginx_build(start: Path = START) -> str:
     """Return what `nginx -V` says: version and configure arguments. Empty without nginx."""
     return subprocess.run([start, "-V"], capture_output=True, text=True, check=True).stderr if start.exists() else ""

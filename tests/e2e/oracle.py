@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from e2e.agent_process import Span, Trace
-from e2e.nginx_server import LogLine
+from e2e.nginx_server import LogLine, nginx_build
 
 CHILDREN = {"downstream read", "upstream connect", "upstream exchange", "downstream write"}
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
@@ -84,6 +84,12 @@ def _differ(what: str, traced: Any, logged: Any) -> Iterator[str]:
         yield f"{what}: trace says {traced!r}, nginx logged {logged!r}"
 
 
+def _cache_status(log: LogLine) -> str | None:
+    if not nginx_build().startswith("nginx version: nginx/"):
+        return None  # a fork may keep it elsewhere
+    return log.get("upstream_cache_status") or None
+
+
 def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     attributes = server.attributes
     status, length = int(log["status"]), int(log["request_length"])
@@ -98,6 +104,7 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     yield from _differ(
         "connection requests", attributes.get("nginx.connection.requests"), int(log["connection_requests"])
     )
+    yield from _differ("cache", attributes.get("nginx.cache.status"), _cache_status(log))
     yield from _differ("worker", attributes.get("nginx.worker.pid"), int(log["pid"]))
     termination = attributes.get("nginx.termination")
     if termination not in GIVEN_UP | FAULTS | {None}:

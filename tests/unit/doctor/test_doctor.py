@@ -93,6 +93,14 @@ def test_nothing_in_the_way_in_80_columns() -> None:
     ]
 
 
+def test_a_layout_that_does_not_tell_the_cache_status() -> None:
+    told = LayoutReport("DWARF", False, without_cache_status=True)
+    lines = shown(replace(FINE, nginx=(replace(NGINX, layout=told),))).splitlines()
+    row = lines.index("note cache                  no nginx.cache.status: the layout does not tell")
+    assert lines[row - 1] == "ok   layout                 DWARF"
+    assert not any("cache" in line for line in shown(FINE).splitlines())
+
+
 def test_every_problem_is_shown_beside_the_others() -> None:
     lines = shown(BAD).splitlines()
     assert [line[28:] for line in lines if line.startswith("FAIL")] == [

@@ -24,6 +24,7 @@ def test_a_compatible_build_may_lack_pcre_and_the_cache(digits: str, lacks: tupl
     assert signature.with_compat
     assert signature.tells_layout
     assert signature.lacks == lacks
+    assert signature.has_http_cache == ("the HTTP cache" not in lacks)
 
 
 @pytest.mark.parametrize("digits", ["", ALL + "1", ALL[1:], NO_COMPAT])
@@ -32,6 +33,7 @@ def test_others_do_not_tell_a_layout(digits: str) -> None:
     assert not signature.with_compat
     assert not signature.tells_layout
     assert signature.is_understood == (digits == NO_COMPAT)
+    assert signature.has_http_cache == (digits == NO_COMPAT)
 
 
 @pytest.mark.parametrize("flag", [3, 4, 22, 24, 26, 28, 29, 30, 31, 33])
@@ -61,6 +63,7 @@ AHEAD_OF_THE_CACHE = {
     )
 }
 IN_UPSTREAM = {
+    "ngx_http_upstream_s.cleanup": -16,
     "ngx_http_upstream_s.length": -8,
     "ngx_http_upstream_s.start_time": -16,
     "ngx_http_upstream_s.state": -16,

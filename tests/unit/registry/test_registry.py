@@ -34,9 +34,10 @@ from otel_nginx_ebpf.export.metrics import own as own_metrics
 from otel_nginx_ebpf.export.metrics.requests import DESCRIPTIONS
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.abi import c_enum
+from otel_nginx_ebpf.traces.attributes import NGINX_CACHE_STATUS
 from otel_nginx_ebpf.traces.error_log import LEVELS
 from otel_nginx_ebpf.traces.events import ERROR_LOG, LOG_SEVERITY, NGINX_ERROR_ERRNO, NGINX_ERROR_MESSAGE
-from otel_nginx_ebpf.traces.record import decode
+from otel_nginx_ebpf.traces.record import CACHE_STATUSES, decode
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
 
@@ -86,6 +87,11 @@ def test_the_names_in_the_code_were_found() -> None:
 def test_a_name_in_the_code_is_declared_and_in_a_group(name: str) -> None:
     assert declaration(name), f"{name}: neither the conventions nor docs/registry.yaml know it"
     assert name in REFERENCES, f"{name}: no span, metric or resource of docs/registry.yaml has it"
+
+
+def test_every_status_of_the_cache_is_declared() -> None:
+    declared = {member["value"] for member in own().attributes[NGINX_CACHE_STATUS].members}
+    assert declared == set(CACHE_STATUSES.values())
 
 
 def test_our_own_events_are_in_the_code() -> None:

@@ -16,7 +16,7 @@ from otel_nginx_ebpf.traces.attributes import redact_query
 from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.error_log import LogLine
 from otel_nginx_ebpf.traces.model import AttributeValue, Event, Span, Trace
-from otel_nginx_ebpf.traces.record import Attempt, Request
+from otel_nginx_ebpf.traces.record import CACHE_STATUSES, Attempt, Request
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 OFFSET_NS = 10**18
@@ -273,6 +273,13 @@ def test_a_line_of_the_error_log_is_on_the_span_that_it_is_about() -> None:
         {"log.severity": "error", "nginx.error.message": "refused", "nginx.error.errno": 111},
     )
     assert second.attributes == {"log.severity": "warn", "nginx.error.message": "temporarily disabled"}
+
+
+@pytest.mark.parametrize("status", [None, *CACHE_STATUSES.values()])
+def test_what_the_cache_said(status: str | None) -> None:
+    trace = build(replace(REQUEST, cache_status=status))
+    assert trace.spans[0].attributes.get("nginx.cache.status") == status
+    assert all("nginx.cache.status" not in span.attributes for span in trace.spans[1:])
 
 
 @pytest.mark.parametrize(("query", "shown"), [(True, "/a?sig=REDACTED"), (False, "/a")])
