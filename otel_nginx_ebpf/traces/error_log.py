@@ -88,11 +88,13 @@ class LogLines:
 
     def take(self, pid: int, connection: int, requests: int) -> tuple[LogLine, ...]:
         """Returns the lines of the request whose record follows, and forgets lines of requests without a record."""
-        if not self._ended:
+        if not self._ended and not self._waiting:
             return ()
-        key, lines, sent = self._ended.pop(pid, ((0, 0, 0), [], 0))
-        if key != (pid, connection, requests):
-            return ()
+        key = pid, connection, requests
+        ended, lines, sent = self._ended.pop(pid, (None, [], 0))
+        if ended != key:  # without lines; or its end was lost, because the ring buffer was full
+            lines, sent = self._waiting.pop(key, []), 0
+            self._count -= len(lines)
         whole = tuple(line for line in lines if line is not None)
         self.lost += max(sent - len(whole), 0)
         return whole

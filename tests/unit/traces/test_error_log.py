@@ -124,7 +124,6 @@ def test_a_request_gets_its_own_lines_only() -> None:
         text = f"{HEAD}{pid} {connection} {requests}".replace("*7", f"*{connection}")
         lines.add(line(text, worker_pid=pid, connection=connection, connection_requests=requests))
     for pid, connection, requests in reversed(keys):
-        assert lines.take(pid, connection, requests) == ()  # it has not ended
         lines.add(log_end(1, worker_pid=pid, connection=connection, connection_requests=requests))
         if requests == 4:
             assert lines.take(pid, 9, 9) == ()
@@ -133,6 +132,14 @@ def test_a_request_gets_its_own_lines_only() -> None:
             (found,) = lines.take(pid, connection, requests)
             assert found.message == f"{pid} {connection} {requests}"
     assert lines.lost == 0
+
+
+def test_a_record_whose_end_of_lines_was_lost_has_its_lines() -> None:
+    lines = LogLines()
+    lines.add(line(HEAD + "x"))
+    assert lines.take(4711, 7, 2) == ()
+    assert [each.message for each in lines.take(*KEY)] == ["x"]
+    assert (lines.take(*KEY), lines.lost, lines._count) == ((), 0, 0)
 
 
 def test_lines_of_requests_that_never_end_are_bounded() -> None:
@@ -189,6 +196,8 @@ def test_a_record_is_no_line() -> None:
         ('"^/" does not match "/a?b=c&sig=x"', '"^/" does not match "/a?b=c&sig=REDACTED"', '"^/" does not match "/a"'),
         ('rewritten data: "/a", args: "sig=x&b=c"', 'rewritten data: "/a", args: "sig=REDACTED&b=c"',
          'rewritten data: "/a", args: ""'),
+        ('open() "/a?sig=x"y&b=\'c" failed', 'open() "/a?sig=REDACTED&b=\'c" failed', 'open() "/a" failed'),
+        ('open() "/a?b&sig=x"y\'z" failed', 'open() "/a?b&sig=REDACTED" failed', 'open() "/a" failed'),
         ("design=1 assigned=2", "design=1 assigned=2", "design=1 assigned=2"),
         ("no live upstreams", "no live upstreams", "no live upstreams"),
     ],
