@@ -70,7 +70,9 @@ def report(settings: Settings, capture: Path, output: Path) -> int:
         with open_page(output, capture) as page:
             contents = Report(stats, choices_of(settings))
             try:
-                pipeline.replay(with_progress(read_capture(capture), capture), contents, stats)
+                pipeline.replay(
+                    with_progress(read_capture(capture), capture), pipeline.Decoding(contents, stats), stats
+                )
             except CaptureError as error:
                 notes.append(str(error))
             if stats.lost:

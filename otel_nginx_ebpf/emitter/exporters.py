@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from otel_nginx_ebpf.emitter.pipeline import Decoding
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.interface import Completed, Exporter, TraceExporter
 from otel_nginx_ebpf.export.resource import Resource, Resources
@@ -90,7 +91,7 @@ def make_exporter(
     if settings.top is not None:
         from otel_nginx_ebpf.analysis.top import Top, Totals
 
-        return Totals(settings, stats) if settings.top.of_file else Top(settings, stats)
+        return Decoding(Totals(settings, stats) if settings.top.of_file else Top(settings, stats), stats)
     names = list(dict.fromkeys(settings.exporter))
     if settings.sdk_disabled and "otlp" in names:
         names.remove("otlp")
@@ -113,7 +114,7 @@ def make_exporter(
             _make(name, settings, stats if name == counting else uncounted, resource, output, wait_for_room)
             for name in names
         ]
-        exporter = _Readable(each, choices=choices_of(settings), exemplars=exemplars)
+        exporter = Decoding(_Readable(each, choices=choices_of(settings), exemplars=exemplars), stats)
     return _Measured(exporter, metrics) if metrics else exporter
 
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 
 from otel_nginx_ebpf.emitter.clock import Clock
-from otel_nginx_ebpf.emitter.pipeline import Record, Take, in_batches
+from otel_nginx_ebpf.emitter.pipeline import Take, in_batches
 from otel_nginx_ebpf.emitter.source import Source
+from otel_nginx_ebpf.export.interface import Record
 from otel_nginx_ebpf.metrics.kept_stats import KeptStats
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.process.channel import EmitterEnd

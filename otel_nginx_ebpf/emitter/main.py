@@ -30,7 +30,6 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
     handover.take_over(handed)
     from otel_nginx_ebpf.emitter.deliver import deliver
     from otel_nginx_ebpf.emitter.loop import Emitter, NothingTracedError
-    from otel_nginx_ebpf.emitter.pipeline import exporting
     from otel_nginx_ebpf.metrics.kept_stats import KeptStats
     from otel_nginx_ebpf.process.channel import EmitterEnd
     from otel_nginx_ebpf.traces.choices import choices_of
@@ -42,7 +41,7 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
         kept.settle()
         ring_buffer_bytes = settings.ring_buffer_mib << 20
         reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes, choices_of(settings).known_methods)
-        return reader.run(exporting(exporter, stats), exporter.at_once)
+        return reader.run(exporter.take, exporter.at_once)
 
     with suppress(NothingTracedError):
         return deliver(settings, stats, work, handed.output, live=True)

@@ -1,20 +1,14 @@
-"""The way of a record in the emitter: bytes → `Request` → exporter, or into a capture file."""
+"""The way of a record in the emitter: bytes → exporter, or into a capture file."""
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.export.interface import Exporter
+from otel_nginx_ebpf.export.interface import Exporter, Record, RequestExporter
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.capture import CaptureWriter, Frame
 from otel_nginx_ebpf.traces.error_log import LogLines, is_log_line
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.record import RecordError, decode
-
-_log = logging.getLogger(__name__)
-
-Record = tuple[bytes, int, Mapping[str, AttributeValue]]
-"""A record, Unix time minus monotonic time, and the resource attributes of the nginx it is from."""
 
 Take = Callable[[list[Record]], None]
 
@@ -33,32 +27,33 @@ def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
             take(batch)
 
 
-def exporting(exporter: Exporter, stats: Stats) -> Take:
-    """Returns a function that decodes records and gives the requests, with their log lines, to an exporter."""
-    lines = LogLines()
+class Decoding:
+    """Decodes records, and gives the requests, with their log lines, to an exporter."""
 
-    def take(records: list[Record]) -> None:
+    def __init__(self, exporter: RequestExporter, stats: Stats) -> None:
+        self._exporter = exporter
+        self._stats = stats
+        self.at_once = exporter.at_once
+        self.shutdown = exporter.shutdown
+        self._lines = LogLines()
+
+    def take(self, records: Sequence[Record]) -> None:
         completed = []
         for raw, unix_offset_ns, resource in records:
             if is_log_line(raw):
-                lines.add(raw)
+                self._lines.add(raw)
                 continue
             try:
                 request = decode(raw)
             except RecordError as error:
-                stats.lose("lost_damaged_record")
-                _log.warning("a damaged record was left out: %s", error)
+                self._stats.lose_damaged(error)
                 continue
-            request.log_lines = lines.take(request.worker_pid, request.connection, request.connection_requests)
+            request.log_lines = self._lines.take(request.worker_pid, request.connection, request.connection_requests)
             completed.append((request, unix_offset_ns, resource))
             if request.impossible:
-                stats.lose("partial_impossible_value", request.impossible)
-        if lines.lost:
-            stats.lose("partial_log_lines_missing", lines.lost)
-            lines.lost = 0
-        exporter.take(completed)
-
-    return take
+                self._stats.lose("partial_impossible_value", request.impossible)
+        self._stats.lose_log_lines(self._lines.take_lost())
+        self._exporter.take(completed)
 
 
 def writing(writer: CaptureWriter, stats: Stats) -> Take:
@@ -92,4 +87,4 @@ def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats) -> None:
             stats.received += not is_log_line(frame.raw)
             yield frame.raw, frame.unix_offset_ns, resource
 
-    in_batches(records(), exporter.at_once, exporting(exporter, stats))
+    in_batches(records(), exporter.at_once, exporter.take)

@@ -6,18 +6,21 @@ from typing import Protocol
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
 from otel_nginx_ebpf.traces.record import Request
 
+Record = tuple[bytes, int, Mapping[str, AttributeValue]]
+"""A record, Unix time minus monotonic time, and the resource attributes of the nginx it is from."""
+
 Completed = tuple[Request, int, Mapping[str, AttributeValue]]
 """A request, its offset from monotonic to Unix time in nanoseconds, and the resource attributes of its nginx."""
 
 
 class Exporter(Protocol):
-    """Takes completed requests. Called from one thread."""
+    """Takes records of completed requests. Called from one thread."""
 
     at_once: int
-    """The number of requests that `take` should get at once."""
+    """The number of records that `take` should get at once."""
 
-    def take(self, completed: Sequence[Completed]) -> None:
-        """Takes requests over without blocking. Only writing to stdout may take time.
+    def take(self, records: Sequence[Record]) -> None:
+        """Takes records over without blocking. Only writing to stdout may take time.
 
         While probes are live, each poll of the ring buffers calls it, even without requests.
 
@@ -30,8 +33,18 @@ class Exporter(Protocol):
         """Delivers the requests that it holds for at most `timeout_s` seconds, and counts the rest as lost."""
 
 
+class RequestExporter(Protocol):
+    """Takes decoded requests instead of records. Otherwise like `Exporter`."""
+
+    at_once: int
+
+    def take(self, completed: Sequence[Completed]) -> None: ...
+
+    def shutdown(self, timeout_s: float) -> None: ...
+
+
 class TraceExporter(Protocol):
-    """Takes built traces instead of requests. Otherwise like `Exporter`."""
+    """Takes built traces instead of records. Otherwise like `Exporter`."""
 
     def export(self, trace: Trace) -> None: ...
 

@@ -69,7 +69,7 @@ class LoadRequest:
     request_metrics: bool = False
     """The program counts durations."""
     told_on_socket: tuple[str, ...] = ()
-    """The propagators whose headers the program writes on sockets. A kernel may refuse that; the probes go live anyway."""
+    """The propagators whose headers the program writes on sockets. A kernel may refuse; the probes go live anyway."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -1,10 +1,13 @@
 """Counters of received and exported traces, and of every loss by its cause."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from otel_nginx_ebpf.metrics.totals import RequestDurations
 from otel_nginx_ebpf.traces.losses import lost_traces
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -57,6 +60,14 @@ class Stats:
 
     def lose(self, cause: str, count: int = 1) -> None:
         self.lost[cause] = self.lost.get(cause, 0) + count
+
+    def lose_damaged(self, error: Exception) -> None:
+        self.lose("lost_damaged_record")
+        _log.warning("a damaged record was left out: %s", error)
+
+    def lose_log_lines(self, count: int) -> None:
+        if count:
+            self.lose("partial_log_lines_missing", count)
 
     def losses(self) -> dict[str, int]:
         """Returns all losses by cause, including the kernel's since the current probes were attached."""

@@ -2,7 +2,9 @@
 
 import re
 import struct
+from collections.abc import Collection
 from importlib.resources import files
+from itertools import groupby
 
 HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "record.h").read_text(encoding="utf-8")
 
@@ -32,6 +34,21 @@ class CStruct:
         """Returns where a field begins, in bytes."""
         names = [name for _, name in self.fields]
         return struct.calcsize("<" + "".join(_FORMATS[kind] for kind, _ in self.fields[: names.index(field)]))
+
+    def picking(self, numbers: Collection[str], skipped: Collection[str] = ()) -> struct.Struct:
+        """Returns the format that unpacks `numbers` as numbers, in the struct's order, and leaves `skipped` out.
+
+        What lies between them is unpacked as bytes: one value for each run of other fields.
+        """
+        unknown = {*numbers, *skipped} - {name for _, name in self.fields}
+        if unknown:
+            raise ValueError(f"struct {self.name} has no {', '.join(sorted(unknown))}")
+        formats = []
+        for wanted, run in groupby(self.fields, lambda field: (field[1] in numbers, field[1] in skipped)):
+            kinds = "".join(_FORMATS[kind] for kind, _ in run)
+            letter = "x" if wanted[1] else "s"
+            formats.append(kinds if wanted[0] else f"{struct.calcsize('<' + kinds)}{letter}")
+        return struct.Struct("<" + "".join(formats))
 
 
 def c_enum(name: str, header_text: str = HEADER_TEXT) -> dict[str, int]:

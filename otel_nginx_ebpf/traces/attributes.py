@@ -21,7 +21,6 @@ from otel_nginx_ebpf.traces.methods import OTHER_METHOD, known_method
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, http_status
 from otel_nginx_ebpf.traces.sockaddr import Address, parse
-from otel_nginx_ebpf.traces.url import redact_query
 
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
@@ -192,14 +191,6 @@ def transport(socket: Address | None, http_version: int | None = None) -> str:
     if http_version == _HTTP_3:
         return network_attributes.NetworkTransportValues.UDP.value
     return network_attributes.NetworkTransportValues.TCP.value
-
-
-def uri_fields(uri: str, query: bool) -> SpanFields:
-    path, question, arguments = uri.partition("?")
-    attributes: dict[str, AttributeValue] = {url_attributes.URL_PATH: path}
-    if question and query:
-        attributes[url_attributes.URL_QUERY] = redact_query(arguments)
-    return SpanFields(attributes)
 
 
 def client_fields(choices: SpanChoices, sockaddr: bytes | None, peer_sockaddr: bytes | None) -> SpanFields:

@@ -30,6 +30,7 @@ _FRAME_PREFIX = struct.Struct("<IqI")
 FRAME_BYTES = _FRAME_PREFIX.size
 """The size of a frame without its record."""
 _OFFSET = struct.Struct("<q")
+_OFFSET_IN_PREFIX = slice(4, 12)
 _HEADER_BYTES_MAX = 1 << 20
 
 
@@ -170,8 +171,8 @@ def read_capture(path: Path) -> Iterator[Frame]:
                 f"{path} was written by otel-nginx-ebpf {header.get('program')}, which lays records out in "
                 f"another way than this version, {__version__}: replay it with that version"
             )
+        start = file.tell()
         while True:
-            start = file.tell()
             prefix = file.read(_FRAME_PREFIX.size)
             if not prefix:
                 return
@@ -183,9 +184,10 @@ def read_capture(path: Path) -> Iterator[Frame]:
             raw = file.read(length)
             if len(raw) < length:
                 raise CaptureError(f"{path}: cut short in the frame at byte {start}")
-            if zlib.crc32(raw, zlib.crc32(_OFFSET.pack(unix_offset_ns))) != checksum:
+            if zlib.crc32(raw, zlib.crc32(prefix[_OFFSET_IN_PREFIX])) != checksum:
                 raise CaptureError(f"{path}: damaged at byte {start}: wrong checksum")
             yield Frame(unix_offset_ns, raw)
+            start += _FRAME_PREFIX.size + length
 
 
 def _open(path: Path) -> BinaryIO:

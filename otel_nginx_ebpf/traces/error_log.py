@@ -61,13 +61,21 @@ class LogLines:
         self._count = 0
         self._ended: dict[int, tuple[Key, list[LogLine | None], int]] = {}
         """The last request with lines that ended, by its worker's pid: its lines, and how many the kernel sent."""
-        self.lost = 0
-        """How many lines of ended requests did not arrive, or are not as nginx writes them."""
+        self._lost = 0
+
+    def __bool__(self) -> bool:
+        """Tells whether `take` may return lines."""
+        return bool(self._ended or self._waiting)
+
+    def take_lost(self) -> int:
+        """Returns how many more lines of ended requests did not arrive, or are not as nginx writes them."""
+        lost, self._lost = self._lost, 0
+        return lost
 
     def add(self, raw: bytes) -> None:
         """Takes a line, or the end of a request's lines. Anything else is counted as a lost line."""
         if len(raw) < LOG_LINE.size:
-            self.lost += 1
+            self._lost += 1
             return
         _, connection, requests, logged_ns, pid, error_number, lines, level, attempt, length = (
             LOG_LINE.struct.unpack_from(raw)
@@ -88,7 +96,7 @@ class LogLines:
 
     def take(self, pid: int, connection: int, requests: int) -> tuple[LogLine, ...]:
         """Returns the lines of the request whose record follows, and forgets lines of requests without a record."""
-        if not self._ended and not self._waiting:
+        if not self:
             return ()
         key = pid, connection, requests
         ended, lines, sent = self._ended.pop(pid, (None, [], 0))
@@ -96,7 +104,7 @@ class LogLines:
             lines, sent = self._waiting.pop(key, []), 0
             self._count -= len(lines)
         whole = tuple(line for line in lines if line is not None)
-        self.lost += max(sent - len(whole), 0)
+        self._lost += max(sent - len(whole), 0)
         return whole
 
 

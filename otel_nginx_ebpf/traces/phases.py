@@ -42,60 +42,103 @@ _by_start = itemgetter(0)
 def phases_of(request: Request) -> list[Phase]:
     """Returns the request itself, then its phases by start time.
 
-    A phase that did not happen, was not seen, or has no length is left out. Each request takes this way, so what has
-    not failed calls no other function.
+    A phase that did not happen, was not seen, or has no length is left out.
     """
     phases: list[Phase] = []
-    start_mono_ns, end_mono_ns = request.first_read_mono_ns, request.created_mono_ns
-    last_read_mono_ns = request.last_read_mono_ns
+    add_read(phases, request.first_read_mono_ns, request.created_mono_ns, request.last_read_mono_ns)
+    for number, attempt in enumerate(request.attempts, 1):
+        add_attempt(
+            phases,
+            number,
+            attempt.connect_start_mono_ns,
+            attempt.connected_mono_ns,
+            attempt.connect_failed_mono_ns,
+            attempt.first_write_mono_ns,
+            attempt.last_read_mono_ns,
+            attempt.ended_mono_ns,
+            attempt.connect_ms is not None,
+            attempt.ends_with_read,
+            *attempt_errors(attempt),
+        )
+    add_write_and_request(
+        phases,
+        request.first_read_mono_ns or request.created_mono_ns,
+        request.first_write_mono_ns,
+        request.last_write_mono_ns,
+        request.ended_mono_ns,
+        request.ends_with_write,
+        request_error(request.status, request.ending),
+    )
+    return phases
+
+
+# The rules, for times as they are in the record or in a `Request`: 0 and None mean that it did not happen.
+
+
+def add_read(
+    phases: list[Phase], first_read_mono_ns: int | None, created_mono_ns: int, last_read_mono_ns: int | None
+) -> None:
+    start_mono_ns, end_mono_ns = first_read_mono_ns, created_mono_ns
     # If one read brought the whole request, the request is complete when nginx begins to work on it. If all its bytes
     # came earlier (pipelining), it has no read.
-    if last_read_mono_ns is not None:
-        if start_mono_ns is None:
-            start_mono_ns = end_mono_ns
+    if last_read_mono_ns:
+        start_mono_ns = start_mono_ns or created_mono_ns
         if last_read_mono_ns > end_mono_ns:
             end_mono_ns = last_read_mono_ns
-    if start_mono_ns is not None and end_mono_ns > start_mono_ns:
+    if start_mono_ns and end_mono_ns > start_mono_ns:
         phases.append((start_mono_ns, end_mono_ns, DOWNSTREAM_READ, 0, None))
 
-    for number, attempt in enumerate(request.attempts, 1):
-        start_mono_ns = attempt.connect_start_mono_ns
-        if start_mono_ns is not None:
-            connected = attempt.connect_ms is not None and attempt.connected_mono_ns is not None
-            end_mono_ns = (
-                attempt.connected_mono_ns if connected else attempt.connect_failed_mono_ns
-            ) or attempt.ended_mono_ns
-            if end_mono_ns > start_mono_ns:
-                error = None if connected else _failure(attempt.connect_errno, attempt.status, attempt.outcome)
-                phases.append((start_mono_ns, end_mono_ns, UPSTREAM_CONNECT, number, error))
-        start_mono_ns = attempt.first_write_mono_ns
-        if start_mono_ns is not None and attempt.connect_ms is not None:
-            end_mono_ns = (attempt.ends_with_read and attempt.last_read_mono_ns) or attempt.ended_mono_ns
-            if end_mono_ns > start_mono_ns:
-                error, status = None, attempt.status
-                if attempt.header_ms is None or status is None or status >= 400 or attempt.outcome:
-                    error = exchange_error(is_answered(attempt), attempt.connect_errno, status, attempt.outcome)
-                phases.append((start_mono_ns, end_mono_ns, UPSTREAM_EXCHANGE, number, error))
 
-    start_mono_ns, last_write_mono_ns = request.first_write_mono_ns, request.last_write_mono_ns
-    if start_mono_ns is not None and last_write_mono_ns is not None and last_write_mono_ns > start_mono_ns:
-        phases.append((start_mono_ns, last_write_mono_ns, DOWNSTREAM_WRITE, 0, None))
+def add_attempt(
+    phases: list[Phase],
+    number: int,
+    connect_start_mono_ns: int | None,
+    connected_mono_ns: int | None,
+    connect_failed_mono_ns: int | None,
+    first_write_mono_ns: int | None,
+    last_read_mono_ns: int | None,
+    ended_mono_ns: int,
+    was_ready: bool,
+    ends_with_read: bool,
+    connect_error: str | None,
+    exchange_error: str | None,
+) -> None:
+    """Adds the phases of an attempt. `was_ready`: nginx noted a connect time, so it was about to send its request."""
+    if connect_start_mono_ns:
+        end_mono_ns = (
+            connected_mono_ns if was_ready and connected_mono_ns else connect_failed_mono_ns
+        ) or ended_mono_ns
+        if end_mono_ns > connect_start_mono_ns:
+            phases.append((connect_start_mono_ns, end_mono_ns, UPSTREAM_CONNECT, number, connect_error))
+    if first_write_mono_ns and was_ready:
+        end_mono_ns = (ends_with_read and last_read_mono_ns) or ended_mono_ns
+        if end_mono_ns > first_write_mono_ns:
+            phases.append((first_write_mono_ns, end_mono_ns, UPSTREAM_EXCHANGE, number, exchange_error))
+
+
+def add_write_and_request(
+    phases: list[Phase],
+    start_mono_ns: int,
+    first_write_mono_ns: int | None,
+    last_write_mono_ns: int | None,
+    ended_mono_ns: int,
+    ends_with_write: bool,
+    error: str | None,
+) -> None:
+    """Adds the last phase, sorts all, and puts the request before them."""
+    if first_write_mono_ns and last_write_mono_ns and last_write_mono_ns > first_write_mono_ns:
+        phases.append((first_write_mono_ns, last_write_mono_ns, DOWNSTREAM_WRITE, 0, None))
     phases.sort(key=_by_start)
-
     # Usually a request ends with its last response byte, or with a phase that ends later. In four cases it ends when
     # nginx ends it: nginx continued after the response (a mirror's exchange, post_action), abandoned the response,
     # opened a tunnel, or wrote nothing.
-    if request.ends_with_write and last_write_mono_ns is not None:
+    end_mono_ns = ended_mono_ns
+    if ends_with_write and last_write_mono_ns:
         end_mono_ns = last_write_mono_ns
         for phase in phases:
             if phase[1] > end_mono_ns:
                 end_mono_ns = phase[1]
-    else:
-        end_mono_ns = request.ended_mono_ns
-    start_mono_ns = request.first_read_mono_ns or request.created_mono_ns
-    error = request_error(request.status, request.ending) if request.status >= 500 or request.ending else None
     phases.insert(0, (start_mono_ns, end_mono_ns, REQUEST, 0, error))
-    return phases
 
 
 def has_exchange(attempt: Attempt) -> bool:
@@ -115,22 +158,49 @@ def is_answered(attempt: Attempt) -> bool:
 
 
 def time_to_first_byte_ns(attempt: Attempt) -> int | None:
-    """Returns the time from the first byte sent to the first byte of the response; `None`: not known, or no response.
+    """Returns the time from the first byte sent to the first byte of the response. `None`: not known, or no answer."""
+    if not is_answered(attempt):
+        return None
+    return first_byte_ns(
+        attempt.connect_start_mono_ns,
+        attempt.first_write_mono_ns,
+        attempt.first_read_mono_ns,
+        attempt.header_ms or 0,
+        attempt.tls,
+    )
+
+
+def first_byte_ns(
+    connect_start_mono_ns: int | None,
+    first_write_mono_ns: int | None,
+    first_read_mono_ns: int | None,
+    header_ms: int,
+    tls: bool,
+) -> int | None:
+    """Returns the time to first byte of an attempt that was answered.
 
     With TLS, the first bytes read may not belong to the response. They may be session tickets (RFC 8446, 4.6.1), or a
     gRPC server's settings and pings. The time of their read counts only if nginx's own, coarser clock saw the header at
     the same time.
     """
-    start_mono_ns, first_mono_ns = attempt.first_write_mono_ns, attempt.first_read_mono_ns
-    if start_mono_ns is None or first_mono_ns is None or attempt.header_ms is None or attempt.status is None:
+    if not first_write_mono_ns or not first_read_mono_ns:
         return None
-    if first_mono_ns < start_mono_ns:  # bytes that the peer sent before the request are no response
+    if first_read_mono_ns < first_write_mono_ns:  # bytes that the peer sent before the request are no response
         return None
-    if attempt.tls:
-        header_mono_ns = (attempt.connect_start_mono_ns or start_mono_ns) + attempt.header_ms * 1_000_000
-        if first_mono_ns < header_mono_ns - _HEADER_CLOCK_SLACK_NS:
+    if tls:
+        header_mono_ns = (connect_start_mono_ns or first_write_mono_ns) + header_ms * 1_000_000
+        if first_read_mono_ns < header_mono_ns - _HEADER_CLOCK_SLACK_NS:
             return None
-    return first_mono_ns - start_mono_ns
+    return first_read_mono_ns - first_write_mono_ns
+
+
+def attempt_errors(attempt: Attempt) -> tuple[str | None, str | None]:
+    """Returns error.type of an attempt's connect and of its exchange. `None`: it did not fail."""
+    connected = attempt.connect_ms is not None and attempt.connected_mono_ns is not None
+    return (
+        None if connected else _failure(attempt.connect_errno, attempt.status, attempt.outcome),
+        exchange_error(is_answered(attempt), attempt.connect_errno, attempt.status, attempt.outcome),
+    )
 
 
 def _failure(connect_errno: int, status: int | None, outcome: str | None) -> str | None:

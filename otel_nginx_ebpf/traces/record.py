@@ -4,7 +4,7 @@ Turns the bytes, whose layout `traces.abi` describes, into a `Request`.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -53,7 +53,7 @@ _BINARY = frozenset({_CLIENT_SOCKADDR, _LOCAL_SOCKADDR, _PEER_SOCKADDR, _SENT_PA
 
 # Kinds of strings that differ from request to request. A record's strings begin with such strings. The section after
 # them is mostly equal to the section of another record, so decoded sections are cached.
-_VARYING = frozenset(
+VARYING_STRINGS = frozenset(
     {
         _URI,
         _REQUEST_TARGET,
@@ -84,10 +84,10 @@ _KEPT = {value: name.removeprefix("KEPT_").lower() for name, value in c_enum("ke
 _WORKER_PID = struct.Struct("<I")
 _WORKER_PID_OFFSET = REQUEST_RECORD.offset("worker_pid")
 
-_NONE = 2**64 - 1
+MS_NONE = 2**64 - 1
 
 # Times of nginx from this value on are impossible: nginx's clock counts from the machine's start.
-_MS_MAX = 2**40
+MS_MAX = 2**40
 
 # The classes are not frozen: a frozen object takes ten times as long to make, and each request needs one.
 
@@ -243,8 +243,8 @@ def _status(rc: int, err_status: int, out_status: int, sent_bytes: int, http_ver
     return err_status or out_status or (9 if http_version == 9 else 0)
 
 
-def _strings(raw: bytes, offset: int = 0, kinds: frozenset[int] | None = None) -> tuple[dict[int, Any], int, int]:
-    """Decodes the strings from `offset` to the record's end. With `kinds`, stops at the first string of another kind.
+def decode_strings(raw: bytes, offset: int = 0, kinds: Container[int] = range(256)) -> tuple[dict[int, Any], int, int]:
+    """Decodes the strings from `offset` to the record's end. Stops at the first string that is not of `kinds`.
 
     Returns:
         Three values. First, the strings by kind + 256 * attempt, without empty strings. Socket addresses and fields of
@@ -255,25 +255,25 @@ def _strings(raw: bytes, offset: int = 0, kinds: frozenset[int] | None = None) -
     values: dict[int, str | bytes] = {}
     cut = 0
     raw_end = len(raw)
-    while offset < raw_end and (kinds is None or raw[offset] in kinds):
-        try:
+    try:
+        while offset < raw_end and raw[offset] in kinds:
             kind, attempt, length, whole = _unpack_string_header(raw, offset)
-        except struct.error as error:
-            raise RecordError(f"a string's header is cut short: {raw_end - offset} bytes") from error
-        start = offset + _STRING_HEADER_BYTES
-        end = start + length
-        offset = end + -length % 8
-        if offset > raw_end:
-            raise RecordError(f"a string of {length} bytes passes the record's end")
-        if whole > length:
-            cut |= 1 << kind
-        if length:
-            value = raw[start:end]
-            values[kind + 256 * attempt] = value if kind in _BINARY else value.decode("utf-8", "backslashreplace")
+            start = offset + _STRING_HEADER_BYTES
+            end = start + length
+            offset = end + -length % 8
+            if whole > length:
+                cut |= 1 << kind
+            if length:
+                value = raw[start:end]
+                values[kind + 256 * attempt] = value if kind in _BINARY else str(value, "utf-8", "backslashreplace")
+    except struct.error as error:
+        raise RecordError(f"a string's header is cut short: {raw_end - offset} bytes") from error
+    if offset > raw_end:
+        raise RecordError(f"a string of {length} bytes passes the record's end")
     return values, cut, offset
 
 
-_kept_strings = lru_cache(_KEPT_SECTIONS)(_strings)
+_kept_strings = lru_cache(_KEPT_SECTIONS)(decode_strings)
 
 
 def _trace_state(strings: dict[int, Any]) -> str | None:
@@ -310,7 +310,7 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any], lines: dict[i
         span_id,
     ) = _unpack_attempt(raw, _REQUEST_BYTES + index * _ATTEMPT_BYTES)
     times = connect_msec, header_msec, response_msec
-    impossible = sum([_MS_MAX <= msec < _NONE for msec in times]) if max(times) >= _MS_MAX else 0
+    impossible = sum([MS_MAX <= msec < MS_NONE for msec in times]) if max(times) >= MS_MAX else 0
     if protocol == _HTTP_2:
         line, host = _sent_over_http2(
             method_bit, string(_SENT_PATH + 256 * index), string(_SENT_AUTHORITY + 256 * index)
@@ -329,9 +329,9 @@ def _attempt(raw: bytes, index: int, string: Callable[[int], Any], lines: dict[i
         first_read_ns or None,
         last_read_ns or None,
         ended_ns,
-        connect_msec if connect_msec < _MS_MAX else None,
-        header_msec if header_msec < _MS_MAX else None,
-        response_msec if response_msec < _MS_MAX else None,
+        connect_msec if connect_msec < MS_MAX else None,
+        header_msec if header_msec < MS_MAX else None,
+        response_msec if response_msec < MS_MAX else None,
         bytes_sent if bytes_sent >= 0 else None,
         bytes_received if bytes_received >= 0 else None,
         status or None,
@@ -419,9 +419,9 @@ def decode(raw: bytes) -> Request:
     attempts_end = _REQUEST_BYTES + attempts_count * _ATTEMPT_BYTES
     if attempts_end > len(raw):
         raise RecordError(f"{attempts_count} attempts do not fit in a record of {len(raw)} bytes")
-    strings, cut, offset = _strings(raw, attempts_end, _VARYING)
+    strings, cut, offset = decode_strings(raw, attempts_end, VARYING_STRINGS)
     section = raw[offset:]
-    common, common_cut, _ = (_kept_strings if len(section) <= _KEPT_SECTION_BYTES_MAX else _strings)(section)
+    common, common_cut, _ = (_kept_strings if len(section) <= _KEPT_SECTION_BYTES_MAX else decode_strings)(section)
     strings |= common
     cut |= common_cut
     string = strings.get

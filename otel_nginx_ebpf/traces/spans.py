@@ -13,6 +13,7 @@ system call writes. Such a phase begins when the worker was last seen doing some
 import random
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
+from itertools import repeat
 from typing import Generic, Protocol, TypeVar
 
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
@@ -42,6 +43,7 @@ from otel_nginx_ebpf.traces.record import Attempt, Request
 from otel_nginx_ebpf.traces.sent import full_url, parse_line, resend_count, sent_method
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.trace_state import canonical
+from otel_nginx_ebpf.traces.url import redact_query
 
 
 class IdGenerator(Protocol):
@@ -54,10 +56,8 @@ class RandomIds:
     """Makes random ids, as W3C Trace Context asks for."""
 
     def __init__(self, source: random.Random | None = None) -> None:
-        self._bits: Callable[[int], int] = (source or random.Random()).getrandbits
-
-    def generate_span_id(self) -> int:
-        return self._bits(64) or 1
+        bits = (source or random.Random()).getrandbits
+        self.generate_span_id: Callable[[], int] = filter(None, map(bits, repeat(64))).__next__
 
 
 F = TypeVar("F")
@@ -94,7 +94,8 @@ class SpanBuilder(Generic[F]):
         self._sent = kept(partial(upstream_attributes.request_fields, choices))
         self._url = text(url_attributes.URL_FULL)
         self._query = choices.query
-        self._uri = kept(lambda uri: attributes.uri_fields(uri, choices.query), _KEPT_OWN_FIELDS)
+        self._url_path = text(url_attributes.URL_PATH)
+        self._url_query = text(url_attributes.URL_QUERY)
         self._client = kept(partial(attributes.client_fields, choices), _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
         self._cut = kept(attributes.cut_fields)
@@ -107,7 +108,7 @@ class SpanBuilder(Generic[F]):
         self._first_byte = number(attributes.NGINX_UPSTREAM_TTFB)
         self._trusts = _trust(choices.trusted_proxies)
         self._origin = lru_cache(_KEPT_OWN_FIELDS)(origin)
-        self._downstream = {name: (make(SpanFields({}, name)),) for name in (DOWNSTREAM_READ, DOWNSTREAM_WRITE)}
+        self.downstream = {name: (make(SpanFields({}, name)),) for name in (DOWNSTREAM_READ, DOWNSTREAM_WRITE)}
 
     def build(self, request: Request, new_id: Callable[[], int]) -> list[BuiltSpan[F]]:
         """Returns the span of each phase, in the order of `phases_of`: the SERVER span first."""
@@ -117,17 +118,36 @@ class SpanBuilder(Generic[F]):
             span_id = None
             if kind == UPSTREAM_EXCHANGE:
                 fields = self._exchange_fields(request, number, error)
-                span_id = _told_id(request.attempts, number)
+                span_id = told_id(request.attempts, number)
             elif kind == UPSTREAM_CONNECT:
                 fields = self._connect_fields(request, number, error)
             elif kind == REQUEST:
                 fields = self._server_fields(request, error)
             else:
-                fields = self._downstream[kind]
+                fields = self.downstream[kind]
             spans.append((phase, span_id or new_id(), fields))
         return spans
 
     def _server_fields(self, request: Request, error: str | None) -> tuple[F, ...]:
+        fields = [
+            self.server_fields(request, error),
+            *self.own_server_fields(
+                request.connection,
+                request.connection_requests,
+                request.request_bytes,
+                request.sent_bytes,
+                request.uri,
+                request.client_sockaddr,
+                request.peer_sockaddr,
+                request.user_agent,
+            ),
+        ]
+        if request.cut:
+            fields.append(self._cut(request.cut, "?" in (request.uri or "")))
+        return tuple(fields)
+
+    def server_fields(self, request: Request, error: str | None) -> F:
+        """Returns the fields of a SERVER span that many requests share."""
         attempts_lost, no_live_peers = request.attempts_lost, 0
         for peer in request.unseen_peers:
             if parse_peer(peer) is None:  # the upstream's name: no peer was live
@@ -135,48 +155,60 @@ class SpanBuilder(Generic[F]):
             else:
                 attempts_lost += 1
         target = request.request_target
-        fields = [
-            self._server(
-                request.method,
-                request.location,
-                request.host if target is None else _host_of(target, request.host),
-                self._told(request) if self._trusts else None,
-                request.local_sockaddr,
-                request.server_name,
-                request.tls,
-                request.http_version,
-                request.status,
-                request.worker_pid,
-                request.ending,
-                len(request.attempts),
-                attempts_lost,
-                no_live_peers,
-                request.cache_status,
-                request.kept,
-                error,
-            ),
-            self._connection_id(request.connection),
-            self._connection_requests(request.connection_requests),
-        ]
-        if self._request_size is not None and request.request_bytes is not None:
-            fields.append(self._request_size(request.request_bytes))
-        if self._response_size is not None and request.sent_bytes is not None:
-            fields.append(self._response_size(request.sent_bytes))
-        if request.uri is not None:
-            fields.append(self._uri(request.uri))
-        if request.client_sockaddr is not None or request.peer_sockaddr is not None:
-            fields.append(self._client(request.client_sockaddr, request.peer_sockaddr))
-        if request.user_agent is not None:
-            fields.append(self._user_agent(request.user_agent))
-        if request.cut:
-            fields.append(self._cut(request.cut, "?" in (request.uri or "")))
-        return tuple(fields)
+        return self._server(
+            request.method,
+            request.location,
+            request.host if target is None else _host_of(target, request.host),
+            self._told(request) if self.trusts(request.peer_sockaddr) else None,
+            request.local_sockaddr,
+            request.server_name,
+            request.tls,
+            request.http_version,
+            request.status,
+            request.worker_pid,
+            request.ending,
+            len(request.attempts),
+            attempts_lost,
+            no_live_peers,
+            request.cache_status,
+            request.kept,
+            error,
+        )
 
-    def _told(self, request: Request) -> Origin | None:
-        """Returns what the proxy in front of nginx says about the client's request. `None`: it is not trusted."""
-        peer = request.peer_sockaddr
-        if peer is None or self._trusts is None or not self._trusts(peer):
-            return None
+    def own_server_fields(
+        self,
+        connection: int,
+        connection_requests: int,
+        request_bytes: int | None,
+        sent_bytes: int | None,
+        uri: str | None,
+        client_sockaddr: bytes | None,
+        peer_sockaddr: bytes | None,
+        user_agent: str | None,
+    ) -> list[F]:
+        """Returns the fields of a SERVER span that requests do not share."""
+        fields = [self._connection_id(connection), self._connection_requests(connection_requests)]
+        if self._request_size is not None and request_bytes is not None:
+            fields.append(self._request_size(request_bytes))
+        if self._response_size is not None and sent_bytes is not None:
+            fields.append(self._response_size(sent_bytes))
+        if uri is not None:
+            path, question, arguments = uri.partition("?")
+            fields.append(self._url_path(path))
+            if question and self._query:
+                fields.append(self._url_query(redact_query(arguments)))
+        if client_sockaddr is not None or peer_sockaddr is not None:
+            fields.append(self._client(client_sockaddr, peer_sockaddr))
+        if user_agent is not None:
+            fields.append(self._user_agent(user_agent))
+        return fields
+
+    def trusts(self, peer_sockaddr: bytes | None) -> bool:
+        """Tells whether the word of the socket's peer about the client's request counts."""
+        return self._trusts is not None and peer_sockaddr is not None and self._trusts(peer_sockaddr)
+
+    def _told(self, request: Request) -> Origin:
+        """Returns what the proxy in front of nginx says about the client's request."""
         forwarded, proto, host, cut = (
             request.forwarded,
             request.x_forwarded_proto,
@@ -192,58 +224,91 @@ class SpanBuilder(Generic[F]):
     def _connect_fields(self, request: Request, number: int, error: str | None) -> tuple[F, ...]:
         attempt = request.attempts[number - 1]
         if is_failed_connect(attempt, error):
-            return tuple(self._sent_fields(UPSTREAM_CONNECT, request, number, None, False, error))
-        return (self._connect(number, attempt.peer, attempt.upstream, attempt.status, attempt.subrequest_uri, error),)
+            return tuple(self._sent_fields(UPSTREAM_CONNECT, request, number, False, error))
+        return (self.connect_fields(number, attempt, error),)
+
+    def connect_fields(self, number: int, attempt: Attempt, error: str | None) -> F:
+        """Returns the fields of a connect after which nginx could send its request."""
+        return self._connect(number, attempt.peer, attempt.upstream, attempt.status, attempt.subrequest_uri, error)
 
     def _exchange_fields(self, request: Request, number: int, error: str | None) -> tuple[F, ...]:
         attempt = request.attempts[number - 1]
-        fields = self._sent_fields(UPSTREAM_EXCHANGE, request, number, _is_reused(attempt), is_answered(attempt), error)
-        if self._response_size is not None and attempt.received_bytes is not None:
-            fields.append(self._response_size(attempt.received_bytes))
-        if self._request_size is not None and attempt.sent_bytes is not None:
-            fields.append(self._request_size(attempt.sent_bytes))
-        first_byte_ns = time_to_first_byte_ns(attempt)
-        if first_byte_ns is not None:
-            fields.append(self._first_byte(first_byte_ns))
+        fields = self._sent_fields(UPSTREAM_EXCHANGE, request, number, is_answered(attempt), error)
+        fields += self.own_exchange_fields(attempt.sent_bytes, attempt.received_bytes, time_to_first_byte_ns(attempt))
         return tuple(fields)
 
-    def _sent_fields(
-        self, phase: str, request: Request, number: int, reused: bool | None, answered: bool, error: str | None
+    def own_exchange_fields(
+        self, sent_bytes: int | None, received_bytes: int | None, first_byte_ns: int | None
     ) -> list[F]:
+        """Returns the numbers of an exchange."""
+        fields = []
+        if self._response_size is not None and received_bytes is not None:
+            fields.append(self._response_size(received_bytes))
+        if self._request_size is not None and sent_bytes is not None:
+            fields.append(self._request_size(sent_bytes))
+        if first_byte_ns is not None:
+            fields.append(self._first_byte(first_byte_ns))
+        return fields
+
+    def _sent_fields(self, phase: str, request: Request, number: int, answered: bool, error: str | None) -> list[F]:
         """Returns the fields of a CLIENT span: what the peer was sent, or would have been sent."""
         attempt = request.attempts[number - 1]
-        peer, tls, asked = attempt.peer, attempt.tls, attempt.sent_host
-        method = version = target = None
-        if attempt.sent_line is not None:
-            method, target, version = parse_line(attempt.sent_line)
-            if not target.startswith("/"):
-                asked = _host_of(target, asked)
-        fields = [
-            self._sent(
-                phase,
-                number,
-                peer,
-                attempt.upstream,
-                attempt.status,
-                attempt.subrequest_uri,
-                attempt.protocol,
-                tls,
-                sent_method(request, attempt, method),
-                version,
-                asked,
-                reused,
-                answered,
-                error,
-            ),
+        method, target, version = parse_line(attempt.sent_line) if attempt.sent_line is not None else (None, None, None)
+        asked = self.asked(attempt, target)
+        return [
+            self.sent_fields(phase, request, number, method, version, asked, answered, error),
+            *self.url_fields(attempt, target, version, asked),
+            *self.resend_fields(request.attempts, number),
         ]
+
+    @staticmethod
+    def asked(attempt: Attempt, target: str | None) -> str | None:
+        """Returns the authority that the peer was asked for. `None`: not known."""
+        if target is None or target.startswith("/"):
+            return attempt.sent_host
+        return _host_of(target, attempt.sent_host)
+
+    def resend_fields(self, attempts: tuple[Attempt, ...], number: int) -> tuple[F, ...]:
+        count = resend_count(attempts, number) if number > 1 else 0
+        return (self._resend_count(count),) if count else ()
+
+    def sent_fields(
+        self,
+        phase: str,
+        request: Request,
+        number: int,
+        method: str | None,
+        version: str | None,
+        asked: str | None,
+        answered: bool,
+        error: str | None,
+    ) -> F:
+        """Returns the fields of a CLIENT span that many requests share. `method`, `version`, `asked`: as sent."""
+        attempt = request.attempts[number - 1]
+        return self._sent(
+            phase,
+            number,
+            attempt.peer,
+            attempt.upstream,
+            attempt.status,
+            attempt.subrequest_uri,
+            attempt.protocol,
+            attempt.tls,
+            sent_method(request, attempt, method),
+            version,
+            asked,
+            _is_reused(attempt) if phase == UPSTREAM_EXCHANGE else None,
+            answered,
+            error,
+        )
+
+    def url_fields(self, attempt: Attempt, target: str | None, version: str | None, asked: str | None) -> tuple[F, ...]:
+        """Returns the URL that the peer was sent, if it is known."""
         # An HTTP/2 request without :authority may have its host in another field.
-        if target is not None and (asked is not None or version != "2"):
-            url = full_url(target, attempt.sent_host, peer, tls, self._query)
-            if url is not None:
-                fields.append(self._url(url))
-        if number > 1 and (count := resend_count(request.attempts, number)):
-            fields.append(self._resend_count(count))
-        return fields
+        if target is None or (asked is None and version == "2"):
+            return ()
+        url = full_url(target, attempt.sent_host, attempt.peer, attempt.tls, self._query)
+        return () if url is None else (self._url(url),)
 
 
 def _number_if(
@@ -320,7 +385,7 @@ def build_trace(
     )
 
 
-def _told_id(attempts: tuple[Attempt, ...], number: int) -> int | None:
+def told_id(attempts: tuple[Attempt, ...], number: int) -> int | None:
     """Returns the span id that the peer of an exchange received, if this exchange keeps the id; else `None`.
 
     nginx sends one text in all attempts of a request and, with proxy_set_header, of its subrequests. If attempts share

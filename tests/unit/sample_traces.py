@@ -67,7 +67,7 @@ def log_end(lines: int, **fields: int) -> bytes:
 
 
 STATIC = record(
-    {"STRING_METHOD": "GET", "STRING_URI": "/index.html", "STRING_CLIENT_SOCKADDR": CLIENT},
+    {"STRING_URI": "/index.html", "STRING_CLIENT_SOCKADDR": CLIENT, "STRING_METHOD": "GET"},
     [],
     accepted_ns=MONO_NS,
     first_read_ns=MONO_NS + 40_000,
@@ -89,7 +89,7 @@ STATIC = record(
 )
 
 RETRIED = record(
-    {"STRING_METHOD": "GET", "STRING_URI": "/api/users?id=1", "STRING_CLIENT_SOCKADDR": CLIENT_V6},
+    {"STRING_URI": "/api/users?id=1", "STRING_CLIENT_SOCKADDR": CLIENT_V6, "STRING_METHOD": "GET"},
     [
         (
             "127.0.0.1:9",

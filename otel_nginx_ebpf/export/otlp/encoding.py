@@ -26,9 +26,11 @@ from otel_nginx_ebpf.traces.trace_state import canonical
 # 5 fixed32).
 _VARINT, _LENGTH = 0, 2
 _TIMES = struct.Struct("<2s8sBQBQ")
+_TIMES_BYTES = _TIMES.size
 _SPAN_ID = bytes([2 << 3 | _LENGTH, 8])
 _START, _END = 7 << 3 | 1, 8 << 3 | 1
 _TRACE_ID = bytes([1 << 3 | _LENGTH, 16])
+_TRACE_ID_FIELD = struct.Struct(">2sQQ")
 _PARENT_ID = bytes([4 << 3 | _LENGTH, 8])
 # Field 16, SpanFlags. 0x100: it is known whether the parent is remote. 0x200: the parent is remote.
 _LOCAL_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x100)
@@ -140,6 +142,8 @@ def _events(events: Sequence[Event]) -> bytes:
 
 
 _SPAN = _LENGTH_KEYS[2]
+_PIECES = 4
+"""How many pieces of bytes a span is joined of."""
 _SPAN_HEADERS = [_SPAN + varint for varint in _VARINTS[: 1 << 12]]
 _SPAN_HEADERS_COUNT = len(_SPAN_HEADERS)
 _KEPT_NUMBERS = 4096
@@ -189,11 +193,10 @@ class Encoder:
 
     def __init__(self, new_id: Callable[[], int], choices: SpanChoices = DEFAULT_CHOICES) -> None:
         """`new_id` makes span ids."""
-        self._new_id = new_id
-        builder = SpanBuilder(
+        self.new_id = new_id
+        self.builder = SpanBuilder(
             encode_fields, lambda name: _NumberAttribute(name).__getitem__, _make_text_attribute, choices
         )
-        self._build = builder.build
         self._query = choices.query
 
     def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[BuiltSpan[bytes]]]:
@@ -202,37 +205,14 @@ class Encoder:
         Raises:
             RecordError: A time of the request is before 1970 or after 2554, and does not fit into 64 bits.
         """
-        spans = self._build(request, self._new_id)
+        spans = self.builder.build(request, self.new_id)
         trace = _TRACE_ID + request.trace_id.to_bytes(16, "big")
         if request.trace_state is not None:
             trace += _text(3, canonical(request.trace_state))
-        common = trace + _parent(request.parent_span_id, remote=True)
-        encoded: list[bytes] = []
-        lines = request.log_lines
-        if lines:
-            events = events_of(lines, [phase for phase, _, _ in spans], unix_offset_ns, self._query)
-        try:
-            for (start_mono_ns, end_mono_ns, _, _, _), span_id, fields in spans:
-                own_id = span_id.to_bytes(8, "big")
-                times = _TIMES.pack(
-                    _SPAN_ID,
-                    own_id,
-                    _START,
-                    start_mono_ns + unix_offset_ns,
-                    _END,
-                    end_mono_ns + unix_offset_ns,
-                )
-                span = b"".join((common, times, *fields))
-                if lines:
-                    span += _events(events.get(len(encoded) // 2, ()))
-                length = len(span)
-                header = _SPAN_HEADERS[length] if length < _SPAN_HEADERS_COUNT else _SPAN + _varint(length)
-                if not encoded:  # The first span is the parent of the others.
-                    common = trace + _PARENT_ID + own_id + _LOCAL_PARENT
-                encoded += (header, span)
-        except struct.error as error:
-            raise RecordError("a time is out of range") from error
-        return b"".join(encoded), spans
+        events = None
+        if request.log_lines:
+            events = events_of(request.log_lines, [phase for phase, _, _ in spans], unix_offset_ns, self._query)
+        return join_spans(trace, request.parent_span_id, spans, unix_offset_ns, events), spans
 
     def encode_trace(self, trace: Trace) -> bytes:
         """Returns the encoded spans of a readable trace. Raises `RecordError` as `encode` does."""
@@ -255,9 +235,56 @@ class Encoder:
             raise RecordError("a time is out of range") from error
 
 
+def trace_id_field(high: int, low: int) -> bytes:
+    return _TRACE_ID_FIELD.pack(_TRACE_ID, high, low)
+
+
+def join_spans(
+    trace: bytes,
+    parent_span_id: int | None,
+    spans: Iterable[BuiltSpan[bytes]],
+    unix_offset_ns: int,
+    events: Mapping[int, Sequence[Event]] | None = None,
+) -> bytes:
+    """Returns the encoded spans of a trace. The first span is the parent of the others.
+
+    Args:
+        trace: The fields that all spans have: the trace's id and its state.
+        parent_span_id: The parent of the first span; `None` or 0: it has no parent.
+        spans: Their times, ids and fields.
+        unix_offset_ns: Unix time minus monotonic time.
+        events: The events of spans, by the index of the span.
+
+    Raises:
+        RecordError: A time does not fit into 64 bits.
+    """
+    common = trace + _parent(parent_span_id, remote=True)
+    encoded: list[bytes] = []
+    pack = _TIMES.pack
+    try:
+        for (start_mono_ns, end_mono_ns, _, _, _), span_id, fields in spans:
+            own_id = span_id.to_bytes(8, "big")
+            times = pack(_SPAN_ID, own_id, _START, start_mono_ns + unix_offset_ns, _END, end_mono_ns + unix_offset_ns)
+            data = fields[0] if len(fields) == 1 else b"".join(fields)
+            if events:
+                data += _events(events.get(len(encoded) // _PIECES, ()))
+            length = len(common) + _TIMES_BYTES + len(data)
+            encoded += (
+                _SPAN_HEADERS[length] if length < _SPAN_HEADERS_COUNT else _SPAN + _varint(length),
+                common,
+                times,
+                data,
+            )
+            if len(encoded) == _PIECES:
+                common = trace + _PARENT_ID + own_id + _LOCAL_PARENT
+    except struct.error as error:
+        raise RecordError("a time is out of range") from error
+    return b"".join(encoded)
+
+
 def _parent(span_id: int | None, *, remote: bool) -> bytes:
     """Returns the fields parent_span_id and flags, as the SDK sets them."""
-    if span_id is None:
+    if not span_id:
         return _LOCAL_PARENT
     return _PARENT_ID + span_id.to_bytes(8, "big") + (_REMOTE_PARENT if remote else _LOCAL_PARENT)
 
@@ -265,7 +292,11 @@ def _parent(span_id: int | None, *, remote: bool) -> bytes:
 _SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__)) + _text(3, SCHEMA_URL)
 
 
-def encode_resource_spans(resource: Resource, spans: Iterable[bytes | bytearray]) -> bytes:
+def encode_resource_spans(resource: Resource, spans: Sequence[bytes]) -> bytes:
     """Returns a ResourceSpans as a field of ExportTraceServiceRequest. `Encoder` has encoded the spans."""
-    scope_spans = _field(2, b"".join((_SCOPE, *spans)))
-    return _field(1, _field(1, _attributes(1, resource.attributes)) + scope_spans + _text(3, resource.schema_url))
+    fields = _field(1, _attributes(1, resource.attributes)) + _text(3, resource.schema_url)
+    scope_bytes = len(_SCOPE) + sum(map(len, spans))
+    scope_header = _LENGTH_KEYS[2] + _varint(scope_bytes)
+    header = _LENGTH_KEYS[1] + _varint(len(fields) + len(scope_header) + scope_bytes)
+    # A message has a megabyte: it is copied only once.
+    return b"".join((header, fields, scope_header, _SCOPE, *spans))

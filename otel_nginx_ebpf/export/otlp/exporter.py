@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.sdk.resources import Resource
 
+from otel_nginx_ebpf.export.interface import Record
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
 from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir, Stored
+from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.export.otlp.sender import Answer, Sender
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.metrics.stats import Size, Stats
 from otel_nginx_ebpf.printable import printable
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
-from otel_nginx_ebpf.traces.record import RecordError, Request
+from otel_nginx_ebpf.traces.record import RecordError, decode
 from otel_nginx_ebpf.traces.spans import RandomIds
 
 if TYPE_CHECKING:
@@ -64,10 +66,6 @@ class OtlpExporter:
     """
 
     at_once = 64
-    """Decoding several requests and then encoding them is a fifth faster than handling each request in turn.
-
-    The reason is that the processor's caches are small.
-    """
 
     def __init__(
         self,
@@ -91,6 +89,7 @@ class OtlpExporter:
         self._sender = sender
         sender.report = self._report
         self._encoder = Encoder(RandomIds().generate_span_id, choices)
+        self._record_encoder = RecordEncoder(self._encoder)
         self._resources = Resources(resource)
         self._stats = stats
         self._queue_spans = queue_spans
@@ -103,7 +102,7 @@ class OtlpExporter:
         self._lock = threading.Lock()
         """Guards everything below."""
         self._changed = threading.Condition(self._lock)
-        self._open: dict[int, tuple[Mapping[str, AttributeValue], bytearray]] = {}
+        self._open: dict[int, tuple[Mapping[str, AttributeValue], list[bytes]]] = {}
         """The message that is being filled: encoded spans, by the identity of their nginx's attributes.
 
         0: there are no attributes.
@@ -126,61 +125,63 @@ class OtlpExporter:
         for thread in self._threads:
             thread.start()
 
-    def take(self, completed: Sequence[tuple[Request, int, Mapping[str, AttributeValue]]]) -> None:
-        for request, unix_offset_ns, resource in completed:
-            try:
-                encoded, spans = self._encoder.encode(request, unix_offset_ns)
-            except RecordError as error:
-                self._lose_damaged(error)
-            else:
-                if self._add(resource, encoded, len(spans)) and self._exemplars:
-                    self._exemplars.offer(request, unix_offset_ns, resource, spans)
+    def take(self, records: Sequence[Record]) -> None:
+        encoded = self._record_encoder.encode(records)
+        kept = []
+        with self._lock:
+            for record, each in encoded:
+                if isinstance(each, RecordError):
+                    self._stats.lose_damaged(each)
+                    continue
+                data, spans, impossible = each
+                if impossible:
+                    self._stats.lose("partial_impossible_value", impossible)
+                if self._add(record[2], data, len(spans)):
+                    kept.append((record, spans))
+        self._stats.lose_log_lines(self._record_encoder.log_lines.take_lost())
+        if self._exemplars:
+            for (raw, unix_offset_ns, resource), spans in kept:
+                self._exemplars.offer(decode(raw), unix_offset_ns, resource, spans)
 
     def export(self, trace: Trace) -> None:
         """Takes a trace in the readable model."""
         try:
             encoded = self._encoder.encode_trace(trace)
         except RecordError as error:
-            self._lose_damaged(error)
+            self._stats.lose_damaged(error)
         else:
-            self._add(trace.resource, encoded, len(trace.spans))
-
-    def _lose_damaged(self, error: RecordError) -> None:
-        self._stats.lose("lost_damaged_record")
-        logger.warning("a damaged record was left out: %s", error)
+            with self._lock:
+                self._add(trace.resource, encoded, len(trace.spans))
 
     def _add(self, resource: Mapping[str, AttributeValue], encoded: bytes, spans: int) -> bool:
-        """Adds an encoded trace to the open message. Returns false if there was no room."""
+        """Adds an encoded trace to the open message. Returns false if there was no room. The lock must be held."""
         size = len(encoded)
-        with self._lock:
-            held = self._held
-            if (held.bytes + size > self._queue_bytes or held.spans + spans > self._queue_spans) and not self._wait_for(
-                spans, size
-            ):
-                self._stats.lose("lost_queue_full")
-                return False
+        held = self._held
+        if (held.bytes + size > self._queue_bytes or held.spans + spans > self._queue_spans) and not self._wait_for(
+            spans, size
+        ):
+            self._stats.lose("lost_queue_full")
+            return False
+        filling = self._open_size
+        if filling.traces and (filling.spans + spans > self._batch_spans or filling.bytes + size > self._batch_bytes):
+            self._close_message()
             filling = self._open_size
-            if filling.traces and (
-                filling.spans + spans > self._batch_spans or filling.bytes + size > self._batch_bytes
-            ):
-                self._close_message()
-                filling = self._open_size
-            instance = id(resource) if resource else 0
-            encoded_of = self._open.get(instance)
-            if encoded_of is None:
-                encoded_of = self._open[instance] = resource, bytearray()
-            encoded_of[1].extend(encoded)
-            filling.traces += 1
-            filling.spans += spans
-            filling.bytes += size
-            held.traces += 1
-            held.spans += spans
-            held.bytes += size
-            if filling.spans >= self._batch_spans:
-                self._close_message()
-            elif held.traces == 1:
-                self._changed.notify_all()
-            return True
+        instance = id(resource) if resource else 0
+        encoded_of = self._open.get(instance)
+        if encoded_of is None:
+            encoded_of = self._open[instance] = resource, []
+        encoded_of[1].append(encoded)
+        filling.traces += 1
+        filling.spans += spans
+        filling.bytes += size
+        held.traces += 1
+        held.spans += spans
+        held.bytes += size
+        if filling.spans >= self._batch_spans:
+            self._close_message()
+        elif held.traces == 1:
+            self._changed.notify_all()
+        return True
 
     def _has_room(self, spans: int, size: int) -> bool:
         return self._held.spans + spans <= self._queue_spans and self._held.bytes + size <= self._queue_bytes
@@ -198,7 +199,7 @@ class OtlpExporter:
         if not self._open_size.traces:
             return
         data = b"".join(
-            encode_resource_spans(self._resources.of(resource), [spans]) for resource, spans in self._open.values()
+            encode_resource_spans(self._resources.of(resource), spans) for resource, spans in self._open.values()
         )
         self._queue.append(_Message(self._open_size, data))
         self._open = {}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf.emitter.pipeline import exporting
+from otel_nginx_ebpf.emitter.pipeline import Decoding
 from otel_nginx_ebpf.export.interface import Completed
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.abi import LIMITS
@@ -32,7 +32,7 @@ def joined(*raws: bytes) -> tuple[tuple[LogLine, ...], int]:
     for raw in (*raws, log_end(len(raws), connection=7, connection_requests=3)):
         assert is_log_line(raw)
         lines.add(raw)
-    return lines.take(*KEY), lines.lost
+    return lines.take(*KEY), lines.take_lost()
 
 
 def message(text: str | bytes, **fields: int) -> str | None:
@@ -110,10 +110,10 @@ def test_lines_that_did_not_arrive_are_counted_for_requests_with_a_record() -> N
     lines.add(line(HEAD + "second"))
     lines.add(log_end(3, connection=7, connection_requests=3))
     assert [each.message for each in lines.take(*KEY)] == ["second"]
-    assert lines.lost == 2
+    assert lines.take_lost() == 2
     lines.add(log_end(2, connection=7, connection_requests=4))  # no record: the sampler left it out
     assert lines.take(4711, 7, 5) == ()
-    assert lines.lost == 2
+    assert lines.take_lost() == 0
 
 
 def test_a_request_gets_its_own_lines_only() -> None:
@@ -131,7 +131,7 @@ def test_a_request_gets_its_own_lines_only() -> None:
         else:
             (found,) = lines.take(pid, connection, requests)
             assert found.message == f"{pid} {connection} {requests}"
-    assert lines.lost == 0
+    assert lines.take_lost() == 0
 
 
 def test_a_record_whose_end_of_lines_was_lost_has_its_lines() -> None:
@@ -139,7 +139,7 @@ def test_a_record_whose_end_of_lines_was_lost_has_its_lines() -> None:
     lines.add(line(HEAD + "x"))
     assert lines.take(4711, 7, 2) == ()
     assert [each.message for each in lines.take(*KEY)] == ["x"]
-    assert (lines.take(*KEY), lines.lost, lines._count) == ((), 0, 0)
+    assert (lines.take(*KEY), lines.take_lost(), lines._count) == ((), 0, 0)
 
 
 def test_lines_of_requests_that_never_end_are_bounded() -> None:
@@ -148,7 +148,7 @@ def test_lines_of_requests_that_never_end_are_bounded() -> None:
         lines.add(line(HEAD.replace("*7", f"*{number}") + "x", connection=number))
     assert len(lines._waiting) == 4096
     lines.add(log_end(1, connection=0, connection_requests=3))
-    assert (lines.take(4711, 0, 3), lines.lost) == ((), 1)
+    assert (lines.take(4711, 0, 3), lines.take_lost()) == ((), 1)
 
 
 @given(st.binary(max_size=200), st.integers(0, 2**32 - 1))
@@ -176,7 +176,7 @@ def test_in_the_pipeline() -> None:
     exporter, stats = Taken(), Stats()
     first = line(HEAD.replace("*7", "*1") + "of the first", connection=1, connection_requests=1)
     lost = log_end(2, connection=2, connection_requests=1)
-    take = exporting(exporter, stats)
+    take = Decoding(exporter, stats).take
     for raws in ([first], [log_end(1, connection=1, connection_requests=1), STATIC, lost], [RETRIED]):
         take([(raw, 0, {}) for raw in raws])
     assert [[each.message for each in request.log_lines] for request in exporter.requests] == [["of the first"], []]

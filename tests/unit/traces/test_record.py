@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_nginx_ebpf.emitter.pipeline import exporting
+from otel_nginx_ebpf.emitter.pipeline import Decoding
 from otel_nginx_ebpf.export.interface import Completed
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces import abi, record
@@ -78,7 +78,7 @@ def test_a_truncated_record_is_refused_unless_it_ends_between_strings() -> None:
     assert decoded[0][0] == abi.REQUEST_RECORD.size + 2 * abi.UPSTREAM_ATTEMPT.size
     assert [request.uri for _, request in decoded] == [
         None,
-        None,
+        "/api/users?id=1",
         "/api/users?id=1",
         "/api/users?id=1",
         "/api/users?id=1",
@@ -171,7 +171,7 @@ def test_what_is_left_out_is_counted() -> None:
 
     stats = Stats()
     raw = make_record({}, [], created_ns=MONO_NS, request_length=-58, out_status=1234)
-    exporting(Keeping(), stats)([(raw, 0, {}), (STATIC, 0, {})])
+    Decoding(Keeping(), stats).take([(raw, 0, {}), (STATIC, 0, {})])
     assert [request.impossible for request in taken] == [2, 0]
     assert stats.lost == {"partial_impossible_value": 2}
     assert "lost 0 (partial_impossible_value 2)" in stats.summary()

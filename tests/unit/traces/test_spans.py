@@ -12,12 +12,12 @@ from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
-from otel_nginx_ebpf.traces.attributes import redact_query
 from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.error_log import LogLine
 from otel_nginx_ebpf.traces.model import AttributeValue, Event, Span, Trace
 from otel_nginx_ebpf.traces.record import CACHE_STATUSES, Attempt, Request
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
+from otel_nginx_ebpf.traces.url import redact_query
 
 OFFSET_NS = 10**18
 CLIENT = struct.pack("=H", socket.AF_INET) + struct.pack("!H", 51234) + bytes([192, 0, 2, 7]) + bytes(8)

@@ -10,15 +10,17 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
 
+from otel_nginx_ebpf.export.otlp import records as records_module
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.error_log import LEVELS, LogLine
 from otel_nginx_ebpf.traces.model import Trace
-from otel_nginx_ebpf.traces.record import RecordError, Request, decode
+from otel_nginx_ebpf.traces.record import VARYING_STRINGS, RecordError, Request, decode
 from otel_nginx_ebpf.traces.spans import build_trace
-from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS, retried_trace
+from unit.sample_traces import MONO_NS, RETRIED, STATIC, UNIX_OFFSET_NS, log_end, log_line, retried_trace, string
 from unit.sdk_spans import sdk_encoding
 
 RESOURCE = Resource(
@@ -92,6 +94,21 @@ sockaddrs = st.sampled_from(
 )
 
 
+UNUSUAL = {STRING_KINDS[f"STRING_{kind}"] for kind in ("TRACESTATE", "REQUEST_TARGET", "FORWARDED", "SENT_PATH")}
+small = st.integers(0, 10**5)
+USUAL_NUMBERS = {
+    "request_length": small,
+    "bytes_sent": small,
+    "out_status": st.sampled_from([101, 200, 404, 500, 503]),
+    "rc": st.sampled_from([0, 408, 499]),
+    "coarse_start": st.sampled_from([0, 0, 0, 1]),
+}
+USUAL_ATTEMPT_NUMBERS = {
+    "response_msec": st.sampled_from([0, 7, 2**64 - 1]),
+    "bytes_sent": st.integers(-1, 10**5),
+    "bytes_received": small,
+    "upstream_request": st.sampled_from([0, 5, 6]),
+}
 _SOCKADDRS = {number for kind, number in STRING_KINDS.items() if kind.endswith("_SOCKADDR")}
 choices = st.sampled_from(
     [
@@ -108,12 +125,16 @@ choices = st.sampled_from(
 
 
 @st.composite
-def strings(draw: st.DrawFn, attempts: int) -> bytes:
+def strings(draw: st.DrawFn, attempts: int, usual: bool) -> bytes:
     encoded = b""
-    for kind in draw(st.permutations(sorted(STRING_KINDS.values()))):
+    kinds = draw(st.permutations(sorted(STRING_KINDS.values())))
+    if usual:
+        kinds = [kind for kind in kinds if kind not in UNUSUAL]
+        kinds.sort(key=lambda kind: kind not in VARYING_STRINGS)
+    for kind in kinds:
         for attempt in range(max(attempts, 1)):
             data = draw(sockaddrs if kind in _SOCKADDRS else texts)[: LIMITS["STRING_BYTES_MAX"]]
-            cut = draw(st.integers(0, 1)) if kind != STRING_KINDS["STRING_TRACESTATE"] else 0
+            cut = draw(st.integers(0, 1)) if not usual and kind != STRING_KINDS["STRING_TRACESTATE"] else 0
             header = STRING_HEADER.struct.pack(kind, attempt, len(data), len(data) + cut)
             encoded += header + data + bytes(-len(data) % 8)
             if not draw(st.integers(0, 3)):
@@ -122,15 +143,26 @@ def strings(draw: st.DrawFn, attempts: int) -> bytes:
 
 
 @st.composite
-def records(draw: st.DrawFn) -> bytes:
+def records(draw: st.DrawFn, usual: bool = False) -> bytes:
+    """`usual`: with possible numbers, strings in the kernel's order, and no string cut."""
     attempts = draw(st.integers(0, 4))
     one_id = draw(u64)
     ids = st.sampled_from([0, one_id, 1])
     return b"".join(
         [
-            draw(structs(REQUEST_RECORD, attempts=st.just(attempts), created_ns=st.integers(10**12, 10**12 + 20))),
-            *(draw(structs(UPSTREAM_ATTEMPT, span_id=ids)) for _ in range(attempts)),
-            draw(strings(attempts)),
+            draw(
+                structs(
+                    REQUEST_RECORD,
+                    attempts=st.just(attempts),
+                    created_ns=st.integers(10**12, 10**12 + 20),
+                    **(USUAL_NUMBERS if usual else {}),
+                )
+            ),
+            *(
+                draw(structs(UPSTREAM_ATTEMPT, span_id=ids, **(USUAL_ATTEMPT_NUMBERS if usual else {})))
+                for _ in range(attempts)
+            ),
+            draw(strings(attempts, usual)),
         ]
     )
 
@@ -154,6 +186,85 @@ def test_any_records(raws: list[tuple[bytes, tuple[LogLine, ...]]], choices: Spa
     requests = [replace(decode(raw), log_lines=lines) for raw, lines in raws]
     # Twice, as the second time their parts are known already.
     assert ours(*requests, *requests, choices=choices) == sdks(*requests, *requests, choices=choices)
+
+
+NUMBERS = {
+    REQUEST_RECORD.name: {"connection", "connection_requests", "request_length", "bytes_sent", "trace_id_low"},
+    UPSTREAM_ATTEMPT.name: {"bytes_sent", "bytes_received", "header_msec"},
+}
+
+
+@st.composite
+def others_of_its_shape(draw: st.DrawFn, raw: bytes) -> bytes:
+    """A record that differs from another in some times and numbers that are not 0, and in the letters of its path."""
+    changed = bytearray(raw.replace(b"/a", draw(st.sampled_from([b"/a", b"/b"]))))
+    attempts = raw[REQUEST_RECORD.offset("attempts")]
+    parts = [(REQUEST_RECORD, 0)]
+    parts += [(UPSTREAM_ATTEMPT, REQUEST_RECORD.size + index * UPSTREAM_ATTEMPT.size) for index in range(attempts)]
+    for layout, start in parts:
+        for _, name in layout.fields:
+            at = slice(start + layout.offset(name), start + layout.offset(name) + 8)
+            if (name.endswith("_ns") or name in NUMBERS[layout.name]) and 0 < struct.unpack("<Q", changed[at])[
+                0
+            ] < 2**62:
+                changed[at] = struct.pack("<Q", draw(st.integers(10**12, 10**12 + 50)))
+    return bytes(changed)
+
+
+def by_requests(raws: list[bytes], choices: SpanChoices = DEFAULT_CHOICES) -> list[tuple[bytes, int]]:
+    encoder = Encoder(CountingIds().generate_span_id, choices)
+    requests = [decode(raw) for raw in raws]
+    return [(encoder.encode(request, UNIX_OFFSET_NS)[0], request.impossible) for request in requests]
+
+
+def by_records(raws: list[bytes], encoder: RecordEncoder) -> list[tuple[bytes, int]]:
+    found = []
+    for raw in raws:
+        ((_, encoded),) = encoder.encode([(raw, UNIX_OFFSET_NS, {})])
+        assert not isinstance(encoded, RecordError)
+        found.append((encoded[0], encoded[2]))
+    return found
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), records(usual=True), choices)
+def test_records_of_a_known_shape(data: st.DataObject, raw: bytes, choices: SpanChoices) -> None:
+    raws = [raw, *(data.draw(others_of_its_shape(raw)) for _ in range(3))]
+    encoder = RecordEncoder(Encoder(CountingIds().generate_span_id, choices))
+    assert by_records(raws, encoder) == by_requests(raws, choices)
+
+
+@pytest.mark.parametrize("raw", [STATIC, RETRIED], ids=["static", "retried"])
+def test_a_known_shape_is_not_decoded_again(raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = bytearray(raw)
+    at = REQUEST_RECORD.offset("last_write_ns")
+    struct.pack_into("<Q", later, at, struct.unpack_from("<Q", raw, at)[0] + 5)
+    expected = by_requests([raw, bytes(later)])
+    encoder = RecordEncoder(Encoder(CountingIds().generate_span_id))
+    assert by_records([raw], encoder) == expected[:1]
+    monkeypatch.setattr(records_module, "decode", lambda raw: pytest.fail("decoded"))
+    assert by_records([bytes(later)], encoder) == expected[1:]
+
+
+def test_log_lines_go_to_their_requests() -> None:
+    """STATIC is request 1 of connection 1, RETRIED of connection 2."""
+    encoder = RecordEncoder(Encoder(lambda: 4711))
+    line = log_line("2026/11/30 19:43:51 [error] 1#1: *2 refused", connection=2, connection_requests=1, level=4)
+    raws = [RETRIED, line, STATIC, log_end(2, connection=2, connection_requests=1), RETRIED, RETRIED]
+    encoded = [each for _, each in encoder.encode([(raw, UNIX_OFFSET_NS, {}) for raw in raws])]
+    with_line = replace(decode(RETRIED), log_lines=(LogLine(MONO_NS, "error", 0, None, "refused"),))
+    by_request = Encoder(lambda: 4711)
+    for each, request in zip(encoded, (decode(RETRIED), decode(STATIC), with_line, decode(RETRIED)), strict=True):
+        assert not isinstance(each, RecordError)
+        assert each[0] == by_request.encode(request, UNIX_OFFSET_NS)[0]
+    assert encoder.log_lines.take_lost() == 1
+
+
+def test_the_number_of_shapes_is_limited() -> None:
+    encoder = RecordEncoder(Encoder(CountingIds().generate_span_id))
+    raws = [STATIC + string("STRING_HOST", f"host-{number}") for number in range(records_module.SHAPES_MAX + 10)]
+    assert by_records(raws, encoder) == by_requests(raws)
+    assert len(encoder.shapes) <= records_module.SHAPES_MAX
 
 
 def test_a_time_that_no_clock_shows_is_a_damaged_record() -> None:
