@@ -125,11 +125,12 @@ def emitter_command(
     ] = 200_000,
     rounds: Rounds = 3,
     capture: Annotated[Path | None, typer.Option(help="A capture to replay instead of recording one.")] = None,
+    base: Annotated[Path | None, typer.Option(help="The program of another checkout, to compare with.")] = None,
     json_file: Output = OUTPUT,
 ) -> None:
     """Measure the way from real records to a real collector: requests/s, and the cost of each stage."""
     load = os.getloadavg()
-    steps = records // recording.ROUND + rounds * 7 + 1
+    steps = records // recording.ROUND + rounds * (8 + (base is not None)) + 1
     with tempfile.TemporaryDirectory(prefix="otel-bench-") as name, _progress(steps) as advance:
         path = Path(name, "capture")
         if capture is not None:
@@ -139,7 +140,7 @@ def emitter_command(
                 recording.record(site, path, records, advance)
         figures = {
             "stages": emitter.each_stage(path, rounds, advance),
-            "to_collector": emitter.to_collector(path, records, rounds, advance),
+            "to_collector": emitter.to_collector(path, records, rounds, base, advance),
         }
     console.print(tables.stages(figures["stages"]))
     console.print(tables.to_collector(figures["to_collector"]))

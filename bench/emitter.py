@@ -23,6 +23,7 @@ from bench import stages
 from bench.figures import summary
 from bench.machine import NGINX_CPU
 from otel_nginx_ebpf.export.otlp.encoding import Encoder
+from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.traces.capture import CaptureWriter, read_capture
 from otel_nginx_ebpf.traces.spans import RandomIds
 
@@ -77,12 +78,18 @@ def _run(command: list[str | Path], port: int) -> Cost:
     return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s)
 
 
-def to_collector(capture: Path, records: int, rounds: int, advance: Callable[[str], None]) -> dict[str, Any]:
-    """Measure requests/s on one processor, the program and the SDK in turn, and count the collector's spans."""
-    ways: dict[str, tuple[list[str | Path], int]] = {
-        "program": ([PROGRAM, "replay", "--exporter", "otlp"], records),
-        "sdk": ([sys.executable, "-m", "bench.sdk_path"], min(SDK_RECORDS, records)),
-    }
+def to_collector(
+    capture: Path, records: int, rounds: int, base: Path | None, advance: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure requests/s on one processor, the program and the SDK in turn, and count the collector's spans.
+
+    `base` is the program of another checkout, to compare with.
+    """
+    replay = ["replay", "--exporter", "otlp"]
+    ways: dict[str, tuple[list[str | Path], int]] = {"program": ([PROGRAM, *replay], records)}
+    if base is not None:
+        ways["base"] = ([base, *replay], records)
+    ways["sdk"] = ([sys.executable, "-m", "bench.sdk_path"], min(SDK_RECORDS, records))
     captures = {count: cut(capture, count) for count in {START_RECORDS, *(count for _, count in ways.values())}}
     costs: dict[str, list[Cost]] = {way: [] for way in ways}
     received: dict[str, int] = {}
@@ -135,9 +142,11 @@ def each_stage(capture: Path, rounds: int, advance: Callable[[str], None]) -> di
         kept.clear()
         stages.made_by_sdk(traces, tracer)
 
+    records = RecordEncoder(encoder)
     ways: dict[str, Callable[[], Any]] = {
+        "record to OTLP": lambda: stages.taken(frames, records),
         "decode": lambda: stages.decoded(frames),
-        "spans and OTLP": lambda: stages.encoded(requests, encoder),
+        "decoded to OTLP": lambda: stages.encoded(requests, encoder),
         "readable trace": lambda: stages.readable(requests, ids),
         "SDK: spans by Tracer": sdk_spans,
         "SDK: OTLP": lambda: encode_spans(kept.get_finished_spans()).SerializeToString(),

@@ -1,4 +1,4 @@
-"""Decodes a capture's records and encodes their traces, and does nothing else, so that callgrind counts only this.
+"""Encodes the traces of a capture's records, and does nothing else, so that callgrind counts only this.
 
     python -m bench.replay FILE RECORDS
 
@@ -10,15 +10,16 @@ import random
 import sys
 from pathlib import Path
 
-from bench.stages import decoded, encoded
+from bench.stages import taken
 from otel_nginx_ebpf.export.otlp.encoding import Encoder
+from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.traces.capture import read_capture
 from otel_nginx_ebpf.traces.spans import RandomIds
 
 if __name__ == "__main__":
     frames = list(read_capture(Path(sys.argv[1])))
     first = int(sys.argv[2])
-    encoder = Encoder(RandomIds(random.Random(1)).generate_span_id)
+    encoder = RecordEncoder(Encoder(RandomIds(random.Random(1)).generate_span_id))
     for part in (frames[:first], frames[first:]):
-        encoded(decoded(part), encoder)
+        taken(part, encoder)
         os.getppid()

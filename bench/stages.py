@@ -10,18 +10,30 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import Status, StatusCode, Tracer, set_span_in_context
 
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.traces.capture import Frame
-from otel_nginx_ebpf.traces.model import Trace
-from otel_nginx_ebpf.traces.record import Request, decode
+from otel_nginx_ebpf.traces.model import AttributeValue, Trace
+from otel_nginx_ebpf.traces.record import RecordError, Request, decode
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 RESOURCE = Resource.create({"service.name": "nginx"})
+_NO_ATTRIBUTES: dict[str, AttributeValue] = {}
 _BATCH = 128
 """Requests in a message."""
 
 
 def decoded(frames: Sequence[Frame]) -> list[tuple[Request, int]]:
     return [(decode(frame.raw), frame.unix_offset_ns) for frame in frames]
+
+
+def taken(frames: Sequence[Frame], encoder: RecordEncoder) -> list[bytes]:
+    """Return finished messages, as the emitter makes them."""
+    messages = []
+    for start in range(0, len(frames), _BATCH):
+        records = [(frame.raw, frame.unix_offset_ns, _NO_ATTRIBUTES) for frame in frames[start : start + _BATCH]]
+        spans = [each[0] for each in encoder.encode(records) if not isinstance(each, RecordError)]
+        messages.append(encode_resource_spans(RESOURCE, spans))
+    return messages
 
 
 def encoded(requests: Sequence[tuple[Request, int]], encoder: Encoder) -> list[bytes]:
