@@ -231,6 +231,7 @@ struct socket {
 #if PROPAGATE_SOCKET
     u64 peer_number;          /* upstream connection: connection_number(), or NOT_OVER_TCP; 0: connect() was not seen */
     u64 cookie;
+    u64 empty_ns;             /* since then FIONREAD says that there is nothing to read; 0: it says otherwise */
 #endif
 };
 

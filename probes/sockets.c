@@ -197,6 +197,9 @@ static __always_inline u32 was_read(struct socket_key *key, u64 data, s64 bytes,
             answered(socket);
 #endif
     }
+#if PROPAGATE_SOCKET
+    socket->empty_ns = 0;
+#endif
     bool answers_first_write = socket->first_write_ns > socket->last_read_ns;
     socket->last_read_ns = now;
     if (!has_begun_to_write(socket))
@@ -287,6 +290,10 @@ static __always_inline void was_closed(struct socket_key *key, u64 now)
     if (!socket)
         return;
     struct attempt_state *attempt = attempt_on(key, socket);
+#if PROPAGATE_SOCKET
+    if (attempt && socket->empty_ns)
+        gave_up(socket, attempt, now);
+#endif
     if (attempt)
         settle(attempt, socket, now);
     sockets.delete(key);
@@ -309,8 +316,13 @@ static __always_inline bool tells_nothing(const struct syscall_entry *entry, s64
     switch (entry->number) {
     case SYS_newfstatat:
         return entry->argument4 & AT_EMPTY_PATH; /* fstat() of newer C libraries; with a path it may wait for a disk */
-    case SYS_fstat:
+#if PROPAGATE_SOCKET
     case SYS_ioctl:
+        return entry->argument2 != FIONREAD;
+#else
+    case SYS_ioctl:
+#endif
+    case SYS_fstat:
     case SYS_setsockopt:
     case SYS_getsockname:
         return true;
@@ -417,6 +429,12 @@ static __always_inline int system_call_ended(
     case SYS_getsockopt:
         wanted = connect_tested(&key, &entry, now);
         break;
+#if PROPAGATE_SOCKET
+    case SYS_ioctl:
+        if (worker && entry.argument2 == FIONREAD && result == 0)
+            bytes_counted(&key, entry.argument3, now);
+        break;
+#endif
     case SYS_shutdown:
         socket = sockets.lookup(&key);
         if (socket)

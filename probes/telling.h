@@ -66,5 +66,7 @@ struct socket_use {
     u32 rehearsed_port;       /* the port to which the loader connects, as bpf_sock_ops has it; 0: none */
     u32 enrolled;             /* how many connections to that port were put into upstream_sockets */
     u32 overstayed;           /* how many answers came on connections that should have left upstream_sockets. Read by user space */
+    u32 stalled;              /* how many answers broke off after FIONREAD had said 0. Read by user space */
+    u32 reserved;
     struct telling rehearsed;
 };

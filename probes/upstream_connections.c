@@ -19,6 +19,9 @@
 #define FLAG_RTT (1 << 3)
 #define MAP_NOEXIST 1
 
+#define FIONREAD 0x541b        /* asm-generic/ioctls.h */
+#define STALLED_NS 1000000000ULL
+
 /* epoll_ctl(ADD) has named a connection, which may be a new upstream connection: nginx calls connect() next. */
 static __always_inline void expect_connection(struct socket_key *key)
 {
@@ -112,6 +115,23 @@ static __always_inline void answered(struct socket *socket)
     if (cookie && use && use->once && enrolling.lookup(&cookie))
         lock_xadd(&use->overstayed, 1);
     socket->cookie = 0;
+}
+
+/* ioctl(FIONREAD) said how many bytes can be read. nginx asks when a read has filled its buffer, and waits for an event if it is 0. */
+static __always_inline void bytes_counted(struct socket_key *key, u64 address, u64 now)
+{
+    s32 bytes = 0;
+    struct socket *socket = sockets.lookup(key);
+    if (socket && socket->peer_number > NOT_OVER_TCP && bpf_probe_read_user(&bytes, sizeof(bytes), (void *)address) == 0)
+        socket->empty_ns = bytes ? 0 : now;
+}
+
+/* nginx closes an upstream connection. If it has waited in vain since FIONREAD said 0, perhaps the answer was there. */
+static __always_inline void gave_up(struct socket *socket, struct attempt_state *attempt, u64 now)
+{
+    struct socket_use *use = socket_use();
+    if (use && now - socket->empty_ns > STALLED_NS && !is_answered(attempt->upstream))
+        lock_xadd(&use->stalled, 1);
 }
 
 /* nginx is about to send an attempt's request. */

@@ -20,7 +20,7 @@ from otel_nginx_ebpf.traces.losses import KERNEL_CAUSES
 
 _PID = struct.Struct("=I")
 _U64 = struct.Struct("=Q")
-_OVERSTAYED = struct.Struct("=12xI")
+_SIGNS = struct.Struct("=12xII")
 """struct socket_use (probes/telling.h)."""
 
 # A program of a link that was closed may still run on another processor, for microseconds.
@@ -155,13 +155,18 @@ class Attachment:
         """Tells whether the program counts durations."""
         return bool(self._held)
 
-    def overstayed(self) -> int:
-        """Returns how many answers came on connections that should have left the map of sockets by then."""
+    def stalls(self) -> tuple[int, int]:
+        """Returns signs that the kernel does not tell nginx how many bytes a told connection has.
+
+        First how many answers came on connections that should have left the map of sockets by then; second how many
+        answers broke off after the kernel had said that there is nothing to read.
+        """
         if not self._telling:
-            return 0
+            return 0, 0
         assert self.on_socket is not None
         value = HashMap(self._telling[-1], key_bytes=4).value(bytes(4), self.on_socket["use_bytes"])
-        return _OVERSTAYED.unpack_from(value)[0] if value else 0
+        overstayed, stalled = _SIGNS.unpack_from(value) if value else (0, 0)
+        return overstayed, stalled
 
     def stop_telling(self) -> None:
         """Ends telling upstreams on the socket. Takes all sockets out of the map before the map goes.

@@ -63,11 +63,18 @@ def describe(attachment: Attachment, settings: Settings, refused: dict[str, str]
 
 def watch(attachment: Attachment, name: str) -> None:
     """Ends telling on the socket at the first sign that nginx may not see all bytes of an answer."""
-    if overstayed := attachment.overstayed():
-        attachment.stop_telling()
-        _log.warning(
-            "%s: --propagate on the socket ended: %d answers came on connections that the kernel should have released "
-            "before, and it does not tell nginx how many bytes such a connection has (FIONREAD)",
-            name,
-            overstayed,
-        )
+    overstayed, stalled = attachment.stalls()
+    if not overstayed and not stalled:
+        return
+    attachment.stop_telling()
+    signs: list[str] = []
+    if overstayed:
+        signs.append(f"{overstayed} answers came on connections that the kernel should have released before")
+    if stalled:
+        signs.append(f"nginx waited in vain for the rest of {stalled} answers")
+    _log.warning(
+        "%s: --propagate on the socket ended: %s; the kernel may not tell nginx how many bytes such a connection has "
+        "(FIONREAD)",
+        name,
+        ", and ".join(signs),
+    )

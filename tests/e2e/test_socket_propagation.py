@@ -5,28 +5,39 @@ the client's own header, or none, which must be counted. Bodies and responses mu
 stay clean, and the kernel must log nothing. SOCKET_REQUESTS says how many requests; `make socket` sends 100,000.
 """
 
+import fcntl
+import hashlib
 import itertools
 import os
 import re
 import signal
 import socket
 import statistics
+import subprocess
+import sys
+import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from e2e.agent_process import AgentProcess
+from e2e.gateways import UwsgiServer
+from e2e.grpc_server import GrpcServer, call
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import NginxServer, free_ports, wait_until
-from e2e.numbered_requests import SLOW, Load, Proxy, counts_of, judge, kernel_log
+from e2e.numbered_requests import SLOW, Asked, Load, Proxy, counts_of, judge, kernel_log, read_response
 from e2e.raw_upstream import RawUpstream, read_head
+from e2e.upstreams import make_certificate
 
 REQUESTS = int(os.environ.get("SOCKET_REQUESTS", "4000"))
 CAUSES = ("connection", "protocol", "configured", "malformed", "unsafe", "no_room")
 INTERRUPTIONS = 4
+FOREIGN_SOCKETS = Path(__file__).with_name("foreign_sockets.py")
 
 
 @pytest.fixture
@@ -239,6 +250,156 @@ def test_doubled_traceparent(directory: Path) -> None:
     ] == [True] * 5
     assert losses(served.agent) == {"malformed": 2}
     assert errors(served.nginx) == []
+
+
+@contextmanager
+def foreign_programs(port: str, what: str) -> Iterator[None]:
+    """Attach somebody else's programs for connections to a port."""
+    command = [sys.executable, FOREIGN_SOCKETS, port, what]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "attached\n"
+            yield
+        finally:
+            process.stdin.close()
+
+
+def ask(proxy: Proxy, numbers: Iterable[int], size: int, seconds: float = 30) -> None:
+    with socket.create_connection(proxy.address, seconds) as connection:
+        buffer = b""
+        for number in numbers:
+            connection.sendall(f"GET /new/{number}?size={size} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+            status, got, _, buffer = read_response(connection, buffer)
+            assert (status, got) == (200, size)
+
+
+@pytest.mark.parametrize("first", ["foreign", "ours"])
+def test_beside_foreign_programs(proxy: Proxy, directory: Path, first: str) -> None:
+    """A socket that is in somebody else's map is left alone, and counted; each map's sockets are its own."""
+    before = kernel_log()
+    with ExitStack() as stack:
+        foreign = foreign_programs(proxy.ipv4.address.rpartition(":")[2], "keeps")
+        if first == "foreign":
+            stack.enter_context(foreign)
+        agent = attach(proxy.nginx.pid, directory / "agent")
+        if first == "ours":
+            stack.enter_context(foreign)
+        ask(proxy, range(100), 1000)
+        agent.stop()
+    told = sum(bool(each.contexts) for each in proxy.received)
+    assert (told, losses(agent)) == ((0, {"connection": 100}) if first == "foreign" else (100, {}))
+    assert [each.head for each in proxy.received if not each.well_formed] == []
+    assert errors(proxy.nginx) == []
+    assert kernel_log() == before
+
+
+def test_the_watch_for_connections_that_stay(proxy: Proxy, directory: Path) -> None:
+    """Somebody else's program takes the callback that should take connections out of the map: the telling ends."""
+    agent = attach(proxy.nginx.pid, directory / "agent")
+    if "FIONREAD allows the first request" not in agent.stderr():
+        agent.stop()
+        pytest.skip("connections stay in the map on this kernel; needs one that says 0 to FIONREAD, such as 6.18")
+    with foreign_programs(proxy.ipv4.address.rpartition(":")[2], "clears"):
+        ask(proxy, range(20), 1000)
+        wait_until(lambda: "answers came on connections" in agent.stderr(), "the watch")
+        told = sum(bool(each.contexts) for each in proxy.received)
+        ask(proxy, range(20, 40), 200_000)
+    agent.stop()
+    assert told == sum(bool(each.contexts) for each in proxy.received) > 0
+    assert errors(proxy.nginx) == []
+
+
+def test_the_watch_for_stalled_answers(directory: Path) -> None:
+    """An answer stalls, because the socket is in somebody else's map: the telling ends."""
+    size = 20_000
+
+    def answer(connection: socket.socket) -> None:
+        """Send all before nginx reads the first byte."""
+        read_head(connection)
+        (worker,) = nginx.worker_pids()
+        os.kill(worker, signal.SIGSTOP)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+        while any(fcntl.ioctl(connection, termios.TIOCOUTQ, bytes(4))):  # not yet acknowledged
+            time.sleep(0.01)
+        os.kill(worker, signal.SIGCONT)
+        connection.recv(1)
+
+    upstream, address = RawUpstream(answer), ("127.0.0.1", free_ports(1)[0])
+    location = f"location / {{ proxy_pass http://{upstream.address}; }}"
+    nginx = NginxServer(directory, f"server {{ listen 127.0.0.1:{address[1]}; {location} }}")
+    nginx.start([address])
+    with foreign_programs(upstream.address.rpartition(":")[2], "keeps"):
+        agent = attach(nginx.pid, directory / "agent")
+        if "FIONREAD allows the first request" not in agent.stderr():
+            pytest.skip("no answer stalls on this kernel; needs one that says 0 to FIONREAD, such as 6.18")
+        with socket.create_connection(address, 3) as client:
+            client.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            with pytest.raises(TimeoutError):
+                b"".join(iter(lambda: client.recv(65536), b""))
+        wait_until(lambda: "waited in vain for the rest of 1 answers" in agent.stderr(), "the watch")
+    agent.stop()
+    nginx.stop()
+    upstream.stop()
+
+
+def test_protocols_of_gateways(directory: Path) -> None:
+    """gRPC, FastCGI, uwsgi and SCGI pass unharmed; each attempt is counted."""
+    make_certificate(directory)
+    uwsgi, grpc_server = UwsgiServer(directory), GrpcServer(directory)
+    http1, http2 = ((("127.0.0.1", port)) for port in free_ports(2))
+    gateways = "".join(
+        f"location /{name} {{ {name}_pass {uwsgi.addresses[name]}; {name}_param REQUEST_METHOD $request_method; "
+        f"{name}_param CONTENT_LENGTH $content_length; {name}_param QUERY_STRING $query_string; }}"
+        for name in ("uwsgi", "fastcgi", "scgi")
+    )
+    nginx = NginxServer(
+        directory,
+        f"""server {{ listen 127.0.0.1:{http1[1]}; {gateways} }}
+        server {{ listen 127.0.0.1:{http2[1]} http2;
+        location / {{ grpc_pass grpc://{grpc_server.addresses["grpc"]}; }} }}""",
+    )
+    nginx.start([http1, http2])
+    agent = attach(nginx.pid, directory / "agent")
+    with Http1Connection(http1) as connection, grpc.insecure_channel(f"127.0.0.1:{http2[1]}") as channel:
+        for _ in range(10):
+            for name in ("uwsgi", "fastcgi", "scgi"):
+                assert connection.request(f"/{name}?bytes=1000", "POST", body=b"x" * 20_000).status == 200
+            assert call(channel, "unary_unary", [{"count": 1, "bytes": 1000}])
+    agent.stop()
+    nginx.stop()
+    uwsgi.stop()
+    grpc_server.stop()
+    assert losses(agent) == {"protocol": 40}
+    assert errors(nginx) == []
+
+
+def test_a_worker_dies(proxy: Proxy, directory: Path) -> None:
+    """Workers are killed in the middle of requests. Their successors tell as they did, and no body gets a header."""
+    before = kernel_log()
+    agent = attach(proxy.nginx.pid, directory / "agent")
+    load = Load(proxy.address, iter(each for each in range(1, 601) if each % SLOW), pipelined=False)
+    clients = threading.Thread(target=load.run)
+    clients.start()
+    for killed in range(3):
+        wait_until(lambda killed=killed: len(proxy.received) > 100 * (killed + 1), "requests", 30)  # type: ignore[misc]
+        workers = proxy.nginx.worker_pids()
+        os.kill(workers[0], signal.SIGKILL)
+        wait_until(lambda dead=workers[0]: dead not in proxy.nginx.worker_pids(), "another worker")  # type: ignore[misc]
+    clients.join()
+    ask(proxy, range(1000, 1050), 1000)
+    agent.stop()
+    after = [each for each in proxy.received if each.number >= 1000]
+    assert [len(each.contexts) for each in after] == [1] * 50
+    assert [each.head for each in proxy.received if not each.well_formed] == []
+    whole = {each.number: Asked(each.number) for each in proxy.received if each.number < 1000}
+    bodies = {
+        number: hashlib.sha256(asked.body).hexdigest() for number, asked in whole.items() if asked.kind != "body-set"
+    }
+    assert {each.number for each in proxy.received if bodies.get(each.number, each.body_sha) != each.body_sha} == set()
+    assert len([line for line in errors(proxy.nginx) if "exited on signal 9" in line]) == 3
+    assert kernel_log() == before
 
 
 def test_protocols_that_stay_in_the_dark(directory: Path, upstream_addresses: dict[str, str]) -> None:
