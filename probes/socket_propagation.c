@@ -235,11 +235,12 @@ static __always_inline bool replace_b3(struct sk_msg_md *msg, struct telling *te
 {
     u8 *data = msg->data, *end = msg->data_end;
     u8 *value = data + at_most(telling->b3_at, TOLD_HEAD_BYTES_MAX) + 4; /* nginx writes a space behind the colon */
-    if (telling->b3_lines != 1 || value + 32 + 20 > end) /* a head ends with at least four bytes more */
+    if (telling->b3_lines != 1 || value + 16 + 20 > end) /* shorter than any header with ids and the blank line */
         return false;
     if (value[16] == '-')
         return !telling->trace_id_high && is_id(value, telling->trace_id_low) && replace_b3_tail(value + 16, telling);
-    return is_id(value, telling->trace_id_high) && is_id(value + 16, telling->trace_id_low) && replace_b3_tail(value + 32, telling);
+    return value + 32 + 20 <= end && is_id(value, telling->trace_id_high) && is_id(value + 16, telling->trace_id_low)
+        && replace_b3_tail(value + 32, telling);
 }
 #endif
 

@@ -196,6 +196,7 @@ def test_b3(directory: Path) -> None:
             several,
             several[:2],
             (("X-B3-TraceId", "malformed"),),
+            (("b3", f"{trace[16:]}-{span}-1"),),
         )
     ]
     unsampled = served.ask("/", ("b3", "0"))
@@ -203,8 +204,8 @@ def test_b3(directory: Path) -> None:
     assert len(ids) == len(told)
     for number, (lines, each) in enumerate(zip(told, ids, strict=True)):
         of_trace, of_span = each.split("-")
-        short = of_trace[16:] if number == 3 else of_trace
-        assert of_trace == trace or number in (0, 3, 6)
+        short = of_trace[16:] if number in (3, 7) else of_trace
+        assert of_trace == trace or number in (0, 3, 6, 7)
         contexts = [line.decode().lower() for line in lines if re.match(rb"traceparent|b3|x-b3", line, re.I)]
         single = f"b3: {short}-{of_span}-1" + f"-{span}" * (number == 3)
         multi = [f"x-b3-traceid: {of_trace}", f"x-b3-spanid: {of_span}", *["x-b3-sampled: 1"] * (number != 5)]
