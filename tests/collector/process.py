@@ -4,7 +4,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,10 +40,13 @@ class CollectorProcess:
             for port in ports:
                 wait_until(lambda port=port: self._listens(port), f"{command[0]} to listen on {port}", 30)  # type: ignore[misc]
         except BaseException:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             sys.stderr.write(self.log())
             raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def log(self) -> str:
         return self._log.read_text(errors="backslashreplace")
@@ -54,14 +57,18 @@ class CollectorProcess:
         with socket.socket() as client:
             return client.connect_ex(("127.0.0.1", port)) == 0
 
+    def kill(self) -> None:
+        """End the collector without a chance to flush."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self) -> None:
         """Let the collector flush and exit."""
         self._process.terminate()
         try:
             self._process.wait(20)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self.kill()
             raise
 
 
@@ -69,6 +76,12 @@ def official(config: str, ports: Iterable[int], directory: Path) -> CollectorPro
     path = directory / "otelcol.yaml"
     path.write_text(config)
     return CollectorProcess([build(), "--config", path], ports, directory / "otelcol.log")
+
+
+def layered(configs: Sequence[Path], variables: Mapping[str, str], ports: Iterable[int], log: Path) -> CollectorProcess:
+    """Start the official collector with several files, of which the later win, and the variables that they name."""
+    command: list[str | Path] = ["env", *(f"{name}={value}" for name, value in variables.items()), build()]
+    return CollectorProcess(command + [word for path in configs for word in ("--config", path)], ports, log)
 
 
 def jaeger(config: str, ports: Iterable[int], directory: Path) -> CollectorProcess:

@@ -11,7 +11,7 @@ from typing import Any
 
 import promql_parser
 import pytest
-from collector.process import CollectorProcess, build, collected, official
+from collector.process import CollectorProcess, collected, layered, official
 
 from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import Http1Connection
@@ -118,9 +118,7 @@ def backend(public_directory: Path) -> Iterator[Backend]:
             "METRICS_INTERVAL": "100ms",
         }
         configs = (_EXAMPLE / "otel-collector.yaml", directory / "quiet.yaml")
-        command = ["env", *(f"{name}={value}" for name, value in environment.items()), build()]
-        command += [word for path in configs for word in ("--config", path)]
-        running.append(CollectorProcess(command, [grpc, http], directory / "example.log"))
+        running.append(layered(configs, environment, [grpc, http], directory / "example.log"))
         agent = AgentProcess(
             nginx.pid,
             directory,
