@@ -6,12 +6,15 @@ The tests read what the collectors write.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 from collector.process import CollectorProcess, collected, official, rotel
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
 from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import Http1Connection
@@ -265,4 +268,53 @@ def test_collector_that_comes_late(stand: Stand, protocol: str, tmp_path: Path) 
         if collector:
             collector.stop()
     check(traces, lines, {**RESOURCE, "service.name": "late"})
+    assert f"exported {len(lines)}, lost 0" in agent.stderr()
+
+
+def expire(certificate: Path, key: Path, expired: Path) -> None:
+    """Write a self-signed certificate for the same key and addresses, valid until yesterday."""
+    valid = x509.load_pem_x509_certificate(certificate.read_bytes())
+    signer = serialization.load_pem_private_key(key.read_bytes(), None)
+    yesterday = datetime.now(UTC) - timedelta(days=1)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "expired")])
+    builder = x509.CertificateBuilder(name, name, valid.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(yesterday - timedelta(days=1)).not_valid_after(yesterday)
+    for extension in valid.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    made = builder.sign(signer, hashes.SHA256())  # type: ignore[arg-type]
+    expired.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+
+
+@pytest.mark.parametrize(("protocol", "port"), [("grpc", "SECURE_GRPC"), ("http/protobuf", "SECURE_HTTP")])
+def test_expired_certificate(stand: Stand, protocol: str, port: str, tmp_path: Path) -> None:
+    """The program says so, and delivers once the collector has a certificate that is valid."""
+    names = ("GRPC", "HTTP", "SECURE_GRPC", "SECURE_HTTP")
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    certificate, key, expired = Path(stand.words["CERTIFICATE"]), Path(stand.words["KEY"]), tmp_path / "expired.pem"
+    expire(certificate, key, expired)
+    (tmp_path / "trusted.pem").write_bytes(certificate.read_bytes() + expired.read_bytes())
+    renewed = replace(stand, output=tmp_path / "collected.bin")
+    words = {**stand.words, **{name: str(each) for name, each in ports.items()}, "OUTPUT": str(renewed.output)}
+    collector = official(fill(OFFICIAL, {**words, "CERTIFICATE": str(expired)}), ports.values(), tmp_path)
+    agent = None
+    try:
+        agent = stand.agent(
+            "renewed",
+            protocol,
+            f"https://127.0.0.1:{ports[port]}",
+            OTEL_EXPORTER_OTLP_CERTIFICATE=str(tmp_path / "trusted.pem"),
+            OTEL_EXPORTER_OTLP_HEADERS=f"authorization={quote(f'Bearer {TOKEN}')}",
+            OTEL_EXPORTER_OTLP_COMPRESSION="gzip",
+            OTEL_BSP_SCHEDULE_DELAY="0",
+        )
+        lines = stand.request_all()
+        wait_until(lambda: "certificate has expired" in agent.stderr(), "the program to say what is wrong")
+        collector.stop()
+        collector = official(fill(OFFICIAL, words), ports.values(), tmp_path)
+        traces = renewed.collected("renewed", len(lines))
+    finally:
+        if agent:
+            agent.stop()
+        collector.stop()
+    check(traces, lines, {**RESOURCE, "service.name": "renewed"})
     assert f"exported {len(lines)}, lost 0" in agent.stderr()
