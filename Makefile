@@ -20,6 +20,8 @@ PACKAGES_test += chromium fonts-dejavu-core tmux zsh
 PACKAGES_bench := $(PACKAGES_test) valgrind
 
 .DEFAULT_GOAL := help
+# Behind the collector in tests: tests/fleet/build.
+ENGINES := prometheus promtool victoria-logs vlagent
 BENCH ?= all
 SECONDS ?= 60
 MINUTES ?= 5
@@ -46,6 +48,7 @@ test: setup-test ## run all tests, on the real kernel, a real nginx and real col
 	tests/collector/build
 	image/build
 	tests/jaeger/build
+	set -e; for engine in $(ENGINES); do tests/fleet/build $$engine; done
 	$(BIN)/pytest
 
 image: .cache/packages-image ## build the sidecar's image with buildah, and print the storage options for podman

@@ -1,4 +1,4 @@
-"""Runs Jaeger with its storage in memory, and asks its API."""
+"""Runs Jaeger, and asks its API."""
 
 import json
 from contextlib import closing
@@ -13,16 +13,16 @@ from e2e.nginx_server import free_ports
 
 _CONFIG = """\
 extensions:
-  jaeger_storage: { backends: { memory: { memory: { max_traces: 1000 } } } }
+  jaeger_storage: { backends: { kept: %(storage)s } }
   jaeger_query:
-    storage: { traces: memory }
+    storage: { traces: kept }
     enable_tracing: false  # of itself, to a fixed port
     http: { endpoint: "127.0.0.1:%(http)d" }
     grpc: { endpoint: "127.0.0.1:%(grpc)d" }
 receivers:
   otlp: { protocols: { grpc: { endpoint: "127.0.0.1:%(otlp)d" } } }
 exporters:
-  jaeger_storage_exporter: { trace_storage: memory }
+  jaeger_storage_exporter: { trace_storage: kept }
 service:
   extensions: [jaeger_storage, jaeger_query]
   telemetry: { metrics: { level: none } }
@@ -31,19 +31,29 @@ service:
 """
 
 
-class Jaeger:
-    """Accepts OTLP over gRPC at the port `otlp` when the constructor returns."""
+_MEMORY = "{ memory: { max_traces: 1000 } }"
+_DISK = '{ badger: { ephemeral: false, directories: { keys: "%(path)s", values: "%(path)s" } } }'
 
-    def __init__(self, directory: Path) -> None:
+
+class Jaeger:
+    """Accepts OTLP over gRPC at the port `otlp` when the constructor returns. Keeps `traces_max` traces."""
+
+    def __init__(self, directory: Path, on_disk: bool = False) -> None:
         self._http, grpc, self.otlp = free_ports(3)
-        config = _CONFIG % {"http": self._http, "grpc": grpc, "otlp": self.otlp}
-        self._process = jaeger(config, [self._http, self.otlp], directory)
+        storage = _DISK % {"path": directory / "jaeger"} if on_disk else _MEMORY
+        self.traces_max = 1_000_000 if on_disk else 1000
+        self._config = _CONFIG % {"http": self._http, "grpc": grpc, "otlp": self.otlp, "storage": storage}
+        self._directory = directory
+        self.start()
+
+    def start(self) -> None:
+        self.process = jaeger(self._config, [self._http, self.otlp], self._directory)
 
     def stop(self) -> None:
-        self._process.stop()
+        self.process.stop()
 
     def ask(self, path: str, **parameters: Any) -> Any:
         """Returns the `data` of an answer of the API; `None` if it has none."""
-        with closing(HTTPConnection("127.0.0.1", self._http, timeout=10)) as connection:
+        with closing(HTTPConnection("127.0.0.1", self._http, timeout=60)) as connection:
             connection.request("GET", f"{path}?{urlencode(parameters)}")
             return json.loads(connection.getresponse().read()).get("data")
