@@ -30,7 +30,7 @@ SUITE ?= bookworm
 SUITES ?= bookworm trixie
 RUN ?= make demo "&&" make test
 
-.PHONY: help setup setup-test setup-bench demo test image deb debian matrix truth soak attach socket vm bench counts fuzz check docs clean
+.PHONY: help setup setup-test setup-bench demo test image deb debian matrix truth soak attach socket fleet vm bench counts fuzz check docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,11 @@ attach: setup-test ## attach to a busy nginx, twenty times each: under traffic, 
 
 socket: setup-test ## check --propagate on the socket with REQUESTS=100000 mixed requests; five minutes
 	@SOCKET_REQUESTS=$(REQUESTS) $(BIN)/pytest -s tests/e2e/test_socket_propagation.py
+
+fleet: setup-test ## trace 20 nginx into Kafka, samplers, Jaeger, Prometheus and VictoriaLogs, with faults; FLEET="--requests 10000"
+	@tests/collector/build && tests/jaeger/build
+	@set -e; for engine in kafka $(ENGINES); do tests/fleet/build $$engine; done
+	@PYTHONPATH=tests $(BIN)/python -m fleet.run $(FLEET)
 
 vm: setup-test ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; default: all
 	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86

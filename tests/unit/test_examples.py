@@ -103,3 +103,45 @@ def test_dashboards_ask_in_promql(name: str) -> None:
         for target in panel["targets"]:
             if panel["datasource"]["type"] == "prometheus":
                 promql_parser.parse(target["expr"].replace("$__rate_interval", "1m"))
+
+
+_FLEET = _COLLECTOR.with_name("fleet")
+
+
+def test_fleet_compose_file_is_of_the_specification() -> None:
+    text = (_FLEET / "compose.yaml").read_text()
+    assert "sampler" in compose_spec.PyCompose.from_yaml(text)
+    mounted = {
+        volume.split(":")[0] for each in yaml.safe_load(text)["services"].values() for volume in each.get("volumes", ())
+    }
+    paths = {path for path in mounted if path.startswith(".")}
+    assert len(paths) >= 8
+    # Of the first file's directory, as Compose does with several.
+    assert [path for path in paths if not (_COLLECTOR / path).is_file()] == []
+
+
+@pytest.mark.parametrize("version", ["1.30", kubernetes_validate.latest_version()])
+def test_fleet_kubernetes_manifests_are_of_the_schemas(version: str) -> None:
+    for resource in yaml.safe_load_all((_FLEET / "kubernetes.yaml").read_text()):
+        kubernetes_validate.validate(resource, version, strict=True)
+
+
+def test_fleet_kubernetes_overlay_finds_what_it_changes() -> None:
+    overlay = yaml.safe_load((_FLEET / "kustomization.yaml").read_text())
+    assert [
+        path for each in overlay["configMapGenerator"] for path in each["files"] if not (_FLEET / path).is_file()
+    ] == []
+    base = {(each["kind"], each["metadata"]["name"]): each for each in _resources("kubernetes.yaml")}
+    for each in overlay["patches"]:
+        changed = base[each["target"]["kind"], each["target"]["name"]]
+        patch = yaml.safe_load(each["patch"])
+        if isinstance(patch, dict):
+            names = {container["name"] for container in patch["spec"]["template"]["spec"]["containers"]}
+            assert names - {"vlagent"} <= {container["name"] for container in _containers(changed)}
+            continue
+        for step in patch:
+            *parents, last = step["path"].removeprefix("/").split("/")
+            found: Any = changed
+            for name in parents:
+                found = found[int(name)] if isinstance(found, list) else found[name]
+            assert last == "-" or step["op"] == "add" or found[int(last)]
