@@ -148,13 +148,12 @@ def check_capture(data: bytes) -> None:
         with suppress(UserError, CaptureError):
             capture.read_header(SCRATCH)
         with suppress(UserError, CaptureError):
-            pipeline.replay(
-                capture.read_capture(SCRATCH), _Readable(exporters, choices=SpanChoices(query=False)), stats
-            )
+            readable = _Readable(exporters, choices=SpanChoices(query=False))
+            pipeline.replay(capture.read_capture(SCRATCH), pipeline.Decoding(readable, stats), stats)
         report = Report(Stats(), SpanChoices())
         if data[:1] >= b"\xf0":
             with suppress(UserError, CaptureError):
-                pipeline.replay(capture.read_capture(SCRATCH), report, Stats())
+                pipeline.replay(capture.read_capture(SCRATCH), pipeline.Decoding(report, Stats()), Stats())
     lost = sum(count for cause, count in stats.lost.items() if not cause.startswith("partial_"))
     assert stats.exported + len(renders) * lost == len(renders) * stats.received
     assert output.getvalue().replace("\n", "").isprintable()
