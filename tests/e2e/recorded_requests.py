@@ -11,6 +11,7 @@ from e2e.http1_client import Http1Connection, Response, request_bytes
 from e2e.nginx_server import NginxServer, free_ports, wait_until
 from e2e.raw_upstream import RawUpstream
 from otel_nginx_ebpf.traces.capture import CaptureError, read_capture
+from otel_nginx_ebpf.traces.error_log import is_log_line
 from otel_nginx_ebpf.traces.record import METHODS, Attempt, Request, decode
 
 SECRETS = (b"Basic secret", b"cookie=secret", b"secret body")
@@ -105,6 +106,8 @@ class RecordedNginx:
         with contextlib.suppress(CaptureError):  # the last record is not whole yet
             for frame in read_capture(self.capture):
                 assert not any(secret in frame.raw for secret in SECRETS)
+                if is_log_line(frame.raw):
+                    continue
                 request = decode(frame.raw)
                 if (request.uri or "").partition("?")[0] == path:
                     found.append(request)
