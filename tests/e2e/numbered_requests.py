@@ -3,6 +3,7 @@
 Everything about a request follows from its number, so that a test can send thousands at once and judge them later.
 """
 
+import contextlib
 import hashlib
 import random
 import re
@@ -98,6 +99,12 @@ class Asked:
             if dice.random() < 0.1:
                 lines.append("Expect: 100-continue")
         return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def send_all(connection: socket.socket, data: bytes) -> None:
+    """Send, unless nginx closes the connection meanwhile: then its reader fails, too."""
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
 
 
 def read_response(connection: socket.socket, buffer: bytes, slow: bool = False) -> tuple[int, int, str, bytes]:
@@ -206,7 +213,7 @@ class Load:
     def _ask(self, asked: list[Asked], dice: random.Random) -> None:
         with socket.create_connection(self.address, 30) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sender = threading.Thread(target=connection.sendall, args=(b"".join(each.raw for each in asked),))
+            sender = threading.Thread(target=send_all, args=(connection, b"".join(each.raw for each in asked)))
             sender.start()
             buffer = b""
             for each in asked:
