@@ -7,7 +7,7 @@ PACKAGES_program := python3-bpfcc python3-venv
 PACKAGES_demo := $(PACKAGES_program) nginx
 # To build and run the image.
 PACKAGES_image := buildah ca-certificates debootstrap netavark podman runc
-PACKAGES_test := $(PACKAGES_demo) $(PACKAGES_image) bpftool openssl
+PACKAGES_test := $(PACKAGES_demo) $(PACKAGES_image) bpftool iproute2 openssl
 # Load generators; servers of other protocols; uwsgi's Python plugin, which brings the libpython that rotel needs.
 PACKAGES_test += apache2-utils fcgiwrap libnginx-mod-mail libnginx-mod-stream memcached nghttp2-client uwsgi-core uwsgi-plugin-python3
 # nginx modules that handle requests, choose peers and change responses.

@@ -33,10 +33,12 @@ from e2e.nginx_server import NginxServer, free_ports, wait_until
 from e2e.numbered_requests import SLOW, Asked, Load, Proxy, counts_of, judge, kernel_log, read_response
 from e2e.raw_upstream import RawUpstream, read_head
 from e2e.upstreams import make_certificate
+from otel_nginx_ebpf.linux import checked, libc
 
 REQUESTS = int(os.environ.get("SOCKET_REQUESTS", "4000"))
 CAUSES = ("connection", "protocol", "configured", "malformed", "unsafe", "no_room")
 INTERRUPTIONS = 4
+CLONE_NEWNET = 0x40000000  # linux/sched.h
 FOREIGN_SOCKETS = Path(__file__).with_name("foreign_sockets.py")
 
 
@@ -66,18 +68,22 @@ def errors(nginx: NginxServer) -> list[str]:
 
 def test_mixed_requests(proxy: Proxy, directory: Path) -> None:
     """Each exported exchange span has the id that its upstream received; nothing else changed."""
+    check_mixed_requests(proxy, directory, REQUESTS, pipelined=True)
+
+
+def check_mixed_requests(proxy: Proxy, directory: Path, requests: int, *, pipelined: bool) -> None:
     before = kernel_log()
     agent = attach(proxy.nginx.pid, directory / "agent")
     assert "propagates on the socket" in agent.stderr(), agent.stderr()
-    load = Load(proxy.address, iter(range(1, REQUESTS + 1)))
+    load = Load(proxy.address, iter(range(1, requests + 1)), pipelined)
     load.run()
     agent.stop()
-    wrong, counts = judge(proxy, agent.traces, range(1, REQUESTS + 1))
+    wrong, counts = judge(proxy, agent.traces, range(1, requests + 1))
     print(counts, losses(agent), agent.stderr().splitlines()[-1])
     assert (load.wrong[:5], len(load.wrong)) == ([], 0)
     assert (wrong[:5], len(wrong)) == ([], 0)
     assert errors(proxy.nginx) == []
-    assert counts["told"] > REQUESTS // 3
+    assert counts["told"] > requests // 3
     assert counts["untold"] == sum(losses(agent).values())
     assert counts["first, no context, told"] == counts["first, no context"]
     assert kernel_log() == before
@@ -114,6 +120,24 @@ def test_interruptions(proxy: Proxy, directory: Path) -> None:
     assert max(len(each.contexts) for each in proxy.received) <= 2
     assert errors(proxy.nginx) == []
     assert kernel_log() == before
+
+
+@pytest.fixture
+def small_send_buffers() -> Iterator[None]:
+    """A network namespace of this thread and of what it starts, in which a socket takes 4 KB at once."""
+    with open("/proc/thread-self/ns/net") as before:
+        checked(libc.unshare(CLONE_NEWNET))
+        try:
+            subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+            Path("/proc/sys/net/ipv4/tcp_wmem").write_text("4096 4096 4096")
+            yield
+        finally:
+            checked(libc.setns(before.fileno(), CLONE_NEWNET))
+
+
+def test_small_send_buffers(small_send_buffers: None, proxy: Proxy, directory: Path) -> None:
+    """nginx writes a head of more than 4 KB in parts. Pipelined requests fail there also without us."""
+    check_mixed_requests(proxy, directory, 400, pipelined=False)
 
 
 def test_two_programs_on_a_cgroup(proxy: Proxy, directory: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from collector.process import CollectorProcess, collected, official
-from e2e.agent_process import Trace
+from e2e.agent_process import Span, Trace
 from e2e.nginx_server import free_ports, wait_until
 
 from image.podman import Container, Podman
@@ -20,7 +20,11 @@ events {}
 http {
     access_log off;
     server { listen 127.0.0.1:@FRONT@; location / { proxy_pass http://127.0.0.1:@BACK@; } }
-    server { listen 127.0.0.1:@BACK@; location / { return 200 "hello"; } }
+    server {
+        listen 127.0.0.1:@BACK@;
+        location / { return 200 "hello"; }
+        location /told { return 200 "$http_traceparent"; }
+    }
 }
 """
 _COLLECTOR = """
@@ -131,6 +135,39 @@ def test_traces_arrive(
     (exchange,) = front.named("upstream exchange")
     assert exchange.attributes["server.port"] == ports["BACK"] == back.server.attributes["server.port"]
     assert exchange.start_unix_ns <= back.server.start_unix_ns <= back.server.end_unix_ns <= exchange.end_unix_ns
+
+
+def test_propagates_on_the_socket_with_one_right_more(
+    podman: Podman, nginx: Container, ports: dict[str, int], output: Path, tmp_path: Path
+) -> None:
+    environment = {
+        "OTEL_SERVICE_NAME": "propagates",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{ports['OTLP']}",
+        "OTEL_NGINX_EBPF_PROPAGATE": "socket",
+    }
+    options = [
+        *_least(tmp_path),
+        "--cap-add=CAP_NET_ADMIN",
+        "--cgroupns=host",
+        "--volume=/sys/fs/cgroup:/sys/fs/cgroup:ro",
+    ]
+    options += [f"--env={name}={value}" for name, value in environment.items()]
+
+    def traces() -> list[Trace]:
+        return collected(output, lambda resource: resource["service.name"] == "propagates") if output.exists() else []
+
+    def servers(traces: list[Trace]) -> list[Span]:
+        return [span for trace in traces for span in trace.spans if span.kind == "SERVER"]
+
+    with Container(podman, "otel-nginx-ebpf", options=[*options, f"--pid=container:{nginx.name}"]) as sidecar:
+        sidecar.wait_until_it_says("propagates on the socket")
+        told = _get(ports["FRONT"], "/told").decode().split("-")
+        wait_until(lambda: len(servers(traces())) == 2, "both servers' spans in the collector's file")
+        assert sidecar.stop() == 0
+    (trace,) = traces()
+    (exchange,) = trace.named("upstream exchange")
+    assert told[1:3] == [trace.trace_id, exchange.span_id]
+    assert [span.parent_span_id for span in servers([trace])] == [None, exchange.span_id]
 
 
 def test_stopped_without_a_collector(podman: Podman, nginx: Container, ports: dict[str, int], tmp_path: Path) -> None:

@@ -49,6 +49,18 @@ def test_the_unit_traces_with_the_least_rights(machine: Container) -> None:
     assert machine.exec("systemctl", "show", "--value", "--property=Result", _UNIT).strip() == "success"
 
 
+def test_the_unit_propagates_with_one_right_more(machine: Container) -> None:
+    drop_in = f"/etc/systemd/system/{_UNIT}.d/propagate.conf"
+    lines = "[Service]\nAmbientCapabilities=CAP_NET_ADMIN\nCapabilityBoundingSet=CAP_NET_ADMIN\n"
+    machine.exec(
+        "sh", "-c", f"mkdir -p $(dirname {drop_in}) && printf '{lines}' > {drop_in} && systemctl daemon-reload"
+    )
+    machine.exec("sh", "-c", "echo OTEL_NGINX_EBPF_PROPAGATE=socket > /etc/default/otel-nginx-ebpf")
+    machine.exec("systemctl", "start", _UNIT)
+    wait_until(lambda: "propagates on the socket" in _log(machine), "the program to be ready", 60)
+    machine.exec("systemctl", "stop", _UNIT)
+
+
 def test_the_package_leaves_nothing_behind(machine: Container) -> None:
     version = machine.exec("otel-nginx-ebpf", "--version").split()[1]
     assert machine.exec("dpkg-query", "--show", "--showformat=${Version}", "otel-nginx-ebpf") == version
