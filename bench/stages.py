@@ -31,7 +31,7 @@ def taken(frames: Sequence[Frame], encoder: RecordEncoder) -> list[bytes]:
     messages = []
     for start in range(0, len(frames), _BATCH):
         records = [(frame.raw, frame.unix_offset_ns, _NO_ATTRIBUTES) for frame in frames[start : start + _BATCH]]
-        spans = [each[0] for each in encoder.encode(records) if not isinstance(each, RecordError)]
+        spans = [each[0] for _, each in encoder.encode(records) if not isinstance(each, RecordError)]
         messages.append(encode_resource_spans(RESOURCE, spans))
     return messages
 
