@@ -79,7 +79,7 @@ def official(config: str, ports: Iterable[int], directory: Path) -> CollectorPro
 
 
 def layered(configs: Sequence[Path], variables: Mapping[str, str], ports: Iterable[int], log: Path) -> CollectorProcess:
-    """Start the official collector with several files, of which the later win, and the variables that they name."""
+    """Start the official collector with several files, each overriding those before it, and the variables they name."""
     command: list[str | Path] = ["env", *(f"{name}={value}" for name, value in variables.items()), build()]
     return CollectorProcess(command + [word for path in configs for word in ("--config", path)], ports, log)
 

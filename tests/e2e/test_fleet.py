@@ -22,30 +22,13 @@ import yaml
 from collector.process import layered
 from fleet import checks
 from fleet.engines import DECIDED, MEASURED, Prometheus, VictoriaLogs, build
+from fleet.nginx import EXAMPLES, http_block
 
 from e2e.agent_process import AgentProcess
 from e2e.http1_client import Http1Connection
 from e2e.jaeger_backend import Jaeger
 from e2e.nginx_server import AccessLog, LogLine, NginxServer, free_ports, wait_until
 from e2e.oracle import logged_attempts
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-NGINX = """
-    include %(examples)s/traceparent.conf;
-    include %(examples)s/fleet/access-log.conf;
-    upstream app { server %(ipv4)s; keepalive 8; }
-    upstream retried { server %(dead1)s max_fails=0; server %(ipv4)s backup; keepalive 8; }
-    server {
-        listen 127.0.0.1:%(nginx)d;
-        access_log %(logs)s/fleet.log fleet;
-        location / { proxy_pass http://app; }
-        location /broken { proxy_pass http://app; }
-        location /slow { proxy_pass http://app; }
-        location /retried { proxy_pass http://retried; }
-        location /static { return 200 "nginx itself\\n"; }
-    }
-"""
 
 WORKLOAD = {
     "/": 120,
@@ -95,8 +78,7 @@ def fleet(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
     directory.mkdir()
     grpc, http, own, port = free_ports(4)
     with ExitStack() as stops:
-        words = {**upstream_addresses, "examples": EXAMPLES, "nginx": port, "logs": directory / "logs"}
-        nginx = NginxServer(directory, NGINX % words)
+        nginx = NginxServer(directory, http_block(upstream_addresses, port, directory / "logs"))
         nginx.start([("127.0.0.1", port)])
         stops.callback(nginx.stop)
         jaeger = Jaeger(directory)

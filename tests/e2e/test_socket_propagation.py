@@ -197,7 +197,7 @@ class OneUpstream:
         return self.heads[-1].split(b"\r\n")[1:]
 
     def stop(self) -> list[str]:
-        """Return the ids of the traces' exchanges, with those of their traces."""
+        """Return the trace id and the span id of each upstream exchange, in that order."""
         self.agent.stop()
         self.nginx.stop()
         self._upstream.stop()

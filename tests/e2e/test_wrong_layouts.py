@@ -78,7 +78,7 @@ def test_a_newer_patch_release_is_assumed_to_be_alike_and_found_so(directory: Pa
 
 
 def right_but_for_upstreams(release: str) -> bool:
-    """Whether a release's requests and connections are laid out as those of the nginx at hand."""
+    """Tell whether a release lays out ngx_http_request_s and ngx_connection_s as the installed nginx does."""
     mine, its = (catalogue.shipped().layouts[each] for each in (nginx_release(), release))
     return all(mine[struct] == its[struct] for struct in ("ngx_http_request_s", "ngx_connection_s"))
 

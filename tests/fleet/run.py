@@ -28,26 +28,9 @@ from playwright.sync_api import sync_playwright
 
 from fleet import checks
 from fleet.engines import DECIDED, IN_KAFKA, MEASURED, Kafka, Prometheus, VictoriaLogs
+from fleet.nginx import EXAMPLES, http_block
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SITES, NGINX_OF_A_SITE, SAMPLERS = 2, 10, 2
-
-_NGINX = """
-    include %(examples)s/traceparent.conf;
-    include %(examples)s/fleet/access-log.conf;
-    upstream app { server %(ipv4)s; keepalive 8; }
-    upstream retried { server %(dead1)s max_fails=0; server %(ipv4)s backup; keepalive 8; }
-    server {
-        listen 127.0.0.1:%(port)d;
-        access_log %(logs)s/fleet.log fleet;
-        keepalive_requests 1000000;
-        location / { proxy_pass http://app; }
-        location /broken { proxy_pass http://app; }
-        location /slow { proxy_pass http://app; }
-        location /retried { proxy_pass http://retried; }
-        location /static { return 200 "nginx itself\\n"; }
-    }
-"""
 
 # In every hundred requests of an nginx with an application.
 _PROXIED = ["/"] * 97 + ["/broken?status=500", "/retried", "/slow?delay_ms=600"]
@@ -63,8 +46,7 @@ class Nginx:
         (self.port,) = free_ports(1)
         self.targets = _PROXIED if proxied else ["/static"]
         self.log = AccessLog(directory / "logs" / "fleet.log")
-        text = _NGINX % {**words, "examples": EXAMPLES, "port": self.port, "logs": directory / "logs"}
-        self.server = NginxServer(directory, text)
+        self.server = NginxServer(directory, http_block(words, self.port, directory / "logs"))
         self.server.start([("127.0.0.1", self.port)])
 
 
