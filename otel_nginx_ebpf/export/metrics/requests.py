@@ -16,7 +16,7 @@ from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURAT
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
-from otel_nginx_ebpf.metrics.exemplars import Exemplars
+from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
 from otel_nginx_ebpf.metrics.series import BOUNDS_S
 from otel_nginx_ebpf.metrics.totals import Counts, RequestDurations, Series
 
@@ -34,21 +34,24 @@ class OtlpRequestMetrics:
         self._durations = durations
         self._exemplars = exemplars
         self._resources = resources
-        self._sent_unix_ns = 0
+        self._sent: set[Example] = set()
 
     def collect(self) -> list[ResourceMetrics]:
-        """Returns all counts, and the exemplars since the last call."""
+        """Returns all counts, and the exemplars that the last call did not return."""
         now_unix_ns = time.time_ns()
-        since_unix_ns, self._sent_unix_ns = self._sent_unix_ns, now_unix_ns
+        # Not by time: a request's record may arrive long after the request ended.
+        before, self._sent = self._sent, set()
         by_instance: dict[int, dict[str, list[HistogramDataPoint]]] = {}
         resources = {}
         for each in self._durations.collect():
             resources[id(each.resource)] = each.resource
             by_metric = by_instance.setdefault(id(each.resource), {})
+            examples = [example for _, example in sorted(self._exemplars.of(each).items())]
+            self._sent.update(examples)
             exemplars = [
                 Exemplar({}, example.duration_ns / 1e9, example.end_unix_ns, example.span_id, example.trace_id)
-                for _, example in sorted(self._exemplars.of(each).items())
-                if example.end_unix_ns > since_unix_ns
+                for example in examples
+                if example not in before
             ]
             by_metric.setdefault(each.series.metric, []).append(
                 _point(each.series, each.counts, exemplars, self._durations.start_unix_ns, now_unix_ns)

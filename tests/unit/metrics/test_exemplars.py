@@ -2,12 +2,16 @@
 
 from dataclasses import replace
 
+from opentelemetry.sdk.resources import Resource
+
 from otel_nginx_ebpf.emitter.exporters import _Readable
 from otel_nginx_ebpf.export.interface import TraceExporter
+from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
 from otel_nginx_ebpf.export.otlp.encoding import Encoder
+from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
-from otel_nginx_ebpf.metrics.series import bucket, of_phase
-from otel_nginx_ebpf.metrics.totals import Measured
+from otel_nginx_ebpf.metrics.series import BOUNDS_S, bucket, of_phase
+from otel_nginx_ebpf.metrics.totals import Measured, RequestDurations
 from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
 from otel_nginx_ebpf.traces.phases import REQUEST, UPSTREAM_CONNECT, UPSTREAM_EXCHANGE, phases_of
@@ -69,3 +73,33 @@ def test_readable_traces_offer_the_same() -> None:
         if span.name == UPSTREAM_EXCHANGE
     }
     assert found(exemplars, request) == expected
+
+
+class OneSeries(RequestDurations):
+    """The requests of one series, without a kernel that counts them."""
+
+    def __init__(self, measured: Measured) -> None:
+        super().__init__()
+        self.measured = measured
+
+    def collect(self) -> list[Measured]:
+        return [self.measured]
+
+
+def test_each_is_sent_once_however_late_its_record_comes() -> None:
+    exemplars, request = Exemplars(), with_two_attempts_at_once()
+    _, spans = Encoder(iter(range(1, 100)).__next__).encode(request, UNIX_OFFSET_NS)
+    series = of_phase(request, spans[0][0], KNOWN_METHODS)
+    assert series is not None
+    durations = OneSeries(Measured(RESOURCE, series, (1, 1, *[0] * len(BOUNDS_S))))
+    metrics = OtlpRequestMetrics(durations, exemplars, Resources(Resource.create()))
+
+    def sent() -> list[int]:
+        (of_nginx,) = metrics.collect()
+        (point,) = of_nginx.scope_metrics[0].metrics[0].data.data_points
+        return [exemplar.trace_id for exemplar in point.exemplars]
+
+    assert sent() == []
+    # The request ended years ago.
+    exemplars.offer(request, UNIX_OFFSET_NS, RESOURCE, spans)
+    assert [sent(), sent()] == [[request.trace_id], []]
