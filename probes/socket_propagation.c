@@ -458,14 +458,17 @@ static __always_inline bool decide_at_attempt(struct process *process, struct re
     return true;
 }
 
-/* The end of the system call by which nginx tests a connection before it sends a request. sys_exit calls this program. */
+/* The end of the system call by which nginx tests a connection before it sends a request. sys_exit and sys_exit_missed call this
+ * program, so that it may run for two workers on one processor: it must have no private stack (docs/decisions/0012). */
 int tell_attempt(struct bpf_raw_tracepoint_args *ctx)
 {
     u32 tgid = current_tgid();
     struct process *process = processes.lookup(&tgid);
     struct caller *caller = find_caller(tgid);
-    if (!process || !caller)
+    if (!process || !caller) {
+        tellers.call(ctx, NO_TELLER);
         return 0;
+    }
     struct socket_key socket_key = {.tgid = tgid, .fd = caller->told_fd};
     struct socket *socket = sockets.lookup(&socket_key);
     struct telling *telling = find_or_add_telling();

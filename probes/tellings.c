@@ -8,6 +8,7 @@ BPF_TABLE("hash", u64, struct telling, tellings, PROCESSES_MAX); /* of each work
 BPF_ARRAY(new_tellings, struct telling, 1); /* all zero; too large for the stack */
 BPF_ARRAY(socket_uses, struct socket_use, 1);
 BPF_PROG_ARRAY(tellers, 1); /* tell_attempt; the verifier could not follow it as a part of sys_exit */
+#define NO_TELLER 1            /* calls nothing; a program that contains a call gets no private stack */
 
 static __always_inline struct socket_use *socket_use(void)
 {

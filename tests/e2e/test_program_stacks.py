@@ -1,9 +1,10 @@
-"""Where the kernel keeps the stacks of the probes' programs: with the worker, never with its processor.
+"""Where the kernel keeps the stacks of the programs that can be preempted: with the worker, never with its processor.
 
 Since Linux 6.13, a program with a large stack may get a private stack, one for each processor (bpf_enable_priv_stack()
 in kernel/bpf/verifier.c). Another worker can preempt a uprobe's program, and its program then uses the same stack
-(bpf_prog_run_array_uprobe() in include/linux/bpf.h, unlike trace_call_bpf()). So no program of ours may have a private
-stack.
+(bpf_prog_run_array_uprobe() in include/linux/bpf.h, unlike trace_call_bpf()). So no program of a uprobe may have a
+private stack. The same holds for a program that two programs of a tracepoint call: the kernel keeps each of the two
+from running twice on a processor, but not the program that both call.
 """
 
 import ctypes
@@ -11,6 +12,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import capstone
@@ -28,8 +30,8 @@ from otel_nginx_ebpf.kernel.system_call import bpf
 PROG_GET_FD_BY_ID, OBJ_GET_INFO_BY_FD = 13, 15
 TYPE_KPROBE = 2
 """Of uprobes too."""
-INFO = struct.Struct("=II8sIIQ")
-"""struct bpf_prog_info up to jited_prog_insns."""
+INFO = struct.Struct("=II8sIIQ32x16s")
+"""struct bpf_prog_info up to jited_prog_insns, and the name."""
 MACHINE_CODE_BYTES_MAX = 1 << 20
 RELEASE = release_numbers() or (0, 0)
 
@@ -48,17 +50,26 @@ def closing(descriptor: int) -> Iterator[int]:
         os.close(descriptor)
 
 
-def has_private_stack(program: int) -> tuple[int, bool]:
-    """The type of the program of this descriptor, and whether its machine code uses what its processor has for it."""
+@dataclass(frozen=True)
+class Loaded:
+    kind: int
+    name: str
+    has_private_stack: bool
+    """Whether its machine code uses what its processor has for it."""
+
+
+def examine(program: int) -> Loaded:
+    """What the kernel says of the program of this descriptor."""
     code = ctypes.create_string_buffer(MACHINE_CODE_BYTES_MAX)
-    asked = INFO.pack(0, 0, b"", MACHINE_CODE_BYTES_MAX, 0, ctypes.addressof(code))
+    asked = INFO.pack(0, 0, b"", MACHINE_CODE_BYTES_MAX, 0, ctypes.addressof(code), b"")
     info = ctypes.create_string_buffer(asked, INFO.size)
     bpf(OBJ_GET_INFO_BY_FD, Words(program, INFO.size, ctypes.addressof(info)))
-    kind, _, _, code_bytes, *_ = INFO.unpack(info.raw)
+    kind, _, _, code_bytes, *_, name = INFO.unpack(info.raw)
     assert 0 < code_bytes <= MACHINE_CODE_BYTES_MAX
     disassembler = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
     operands = [operand for *_, operand in disassembler.disasm_lite(code.raw[:code_bytes], 0)]
-    return kind, any("r9" in each for each in operands)  # X86_REG_R9 in arch/x86/net/bpf_jit_comp.c is nothing else
+    # X86_REG_R9 in arch/x86/net/bpf_jit_comp.c is nothing else
+    return Loaded(kind, name.rstrip(b"\0").decode(), any("r9" in each for each in operands))
 
 
 def load_with_large_stack() -> int:
@@ -82,15 +93,20 @@ def load_with_large_stack() -> int:
 def test_the_test_sees_a_private_stack() -> None:
     """What the kernel here does to a program that does not guard against it."""
     with closing(load_with_large_stack()) as program:
-        assert has_private_stack(program) == (TYPE_KPROBE, True)
+        loaded = examine(program)
+        assert (loaded.kind, loaded.has_private_stack) == (TYPE_KPROBE, True)
 
 
 @pytest.mark.parametrize(
     "options",
-    ["--pid {pid}", "--binary {binary} --adopt-upstream-context --keep-errors --metrics-listen 127.0.0.1:0"],
+    [
+        "--pid {pid}",
+        "--binary {binary} --adopt-upstream-context --keep-errors --metrics-listen 127.0.0.1:0",
+        "--pid {pid} --propagate=socket --propagators tracecontext --propagators b3",
+    ],
 )
 @pytest.mark.nginx(server="location / { return 200 ok; }")
-def test_uprobes_have_none(stage: Stage, tmp_path: Path, options: str) -> None:
+def test_preempted_programs_have_none(stage: Stage, tmp_path: Path, options: str) -> None:
     pid = stage.site.nginx.pid
     before = loaded_programs()
     chosen = options.format(pid=pid, binary=NGINX).split()
@@ -98,7 +114,10 @@ def test_uprobes_have_none(stage: Stage, tmp_path: Path, options: str) -> None:
     found = []
     for number in loaded_programs() - before:
         with closing(bpf(PROG_GET_FD_BY_ID, Words(number))) as program:
-            found.append(has_private_stack(program))
+            found.append(examine(program))
     agent.stop()
-    assert (TYPE_KPROBE, False) in found
-    assert (TYPE_KPROBE, True) not in found
+    called = [each for each in found if each.name == "tell_attempt"]
+    assert len(called) == ("--propagate=socket" in options)
+    of_uprobes = [each for each in found if each.kind == TYPE_KPROBE]
+    assert of_uprobes
+    assert [each for each in of_uprobes + called if each.has_private_stack] == []
