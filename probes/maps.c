@@ -122,7 +122,7 @@ struct attempt_state {
 #if PROPAGATE_SOCKET
     u64 told_span_id;         /* the span id that the peer was told on the socket; 0: none */
     u32 decided;              /* 1: `trace` is set. Only in a request's first attempt */
-    u32 untold;               /* 1: that the peer is not told was counted */
+    u32 untold;               /* 1: the peer is not told; that was counted, or there was nothing new to tell */
     struct request_trace trace;
 #endif
 };

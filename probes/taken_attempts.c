@@ -91,6 +91,8 @@ static __always_inline bool take_attempt(struct process *process, struct attempt
 #if PROPAGATE_SOCKET
     if (ended->told_span_id)
         attempt->span_id = ended->told_span_id;
+    if (!attempt->span_id && !ended->untold && attempt->first_write_ns) /* its announcement was missed */
+        count_loss(PARTIAL_PROPAGATION_CONNECTION);
 #endif
     u8 *middle = process->upstream_middle; /* pipe, …, upstream */
     if (bpf_probe_read_user(middle, sizeof(process->upstream_middle), (void *)(ended->upstream + UPSTREAM_MIDDLE)) != 0)

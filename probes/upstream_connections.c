@@ -102,7 +102,9 @@ static __always_inline void note_told(struct caller *caller, struct socket_key *
         if (telling->b3_left)
             count_loss(PARTIAL_PROPAGATION_MALFORMED);
     }
-    else if (!telling->nothing_new)
+    else if (telling->nothing_new)
+        attempt->untold = 1;
+    else
         count_untold(attempt, telling->result);
 }
 
