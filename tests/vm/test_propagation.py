@@ -22,6 +22,7 @@ from e2e.upstreams import UpstreamProcess, make_certificate
 
 REQUESTS = 10_000
 AT_ONCE = 20
+EACH_WAY = 250
 OTHER_HEADERS_MAX = 40
 ROOM = 17
 """Headers that a request may have, Host included, for one more to find room (docs/context-and-sampling.md)."""
@@ -195,3 +196,51 @@ def test_without_propagation(directory: Path) -> None:
         found = check(served, requests)
     expected = [each for each in requests if each.finds_room and not (each.context or "").endswith("-00")]
     assert {int(line.partition(":")[0]) for line in found} == {each.number for each in expected}
+
+
+def test_both_ways(directory: Path) -> None:
+    """--propagate alone: on the socket what a socket can carry, in memory what it cannot. Each is told once."""
+    make_certificate(directory)
+    upstream = UpstreamProcess(directory)
+    address = ("127.0.0.1", free_ports(1)[0])
+    ipv4, tls, unix = (upstream.addresses[name] for name in ("ipv4", "tls", "unix"))
+    kept = 'proxy_http_version 1.1; proxy_set_header Connection "";'
+    nginx = NginxServer(
+        directory,
+        f"""
+        upstream kept {{ server {ipv4}; keepalive 4; }}
+        upstream kept_tls {{ server {tls}; keepalive 4; }}
+        server {{
+            listen 127.0.0.1:{address[1]};
+            keepalive_requests 1000000;
+            location /new {{ proxy_pass http://{ipv4}; }}
+            location /kept {{ proxy_pass http://kept; {kept} }}
+            location /tls {{ proxy_pass https://kept_tls; {kept} }}
+            location /unix {{ proxy_pass http://{unix}:; }}
+        }}""",
+    )
+    nginx.start([address])
+    output = ["--exporter", "json", "--output", directory / "traces.jsonl"]
+    agent = AgentProcess(nginx.pid, directory, ["run", "--pid", str(nginx.pid), *output, "--propagate"])
+    assert "propagates on the socket" in agent.stderr(), agent.stderr()
+    assert "and in nginx's memory" in agent.stderr(), agent.stderr()
+    told: dict[str, list[str]] = {}
+    with Http1Connection(address) as connection:
+        for number in range(EACH_WAY):
+            context = {"traceparent": f"00-{number + 1:032x}-{number + 1:016x}-01"} if number % 2 else {}
+            for way in ("new", "kept", "tls", "unix"):
+                answer = connection.request(f"/{way}/{number}?echo=1", headers=context)
+                assert answer.status == 200
+                told[f"/{way}/{number}"] = re.findall(r"(?im)^traceparent: *(\S+)", answer.body.decode())
+    wait_until(lambda: len(agent.poll()) == len(told), "the traces", 60)
+    agent.stop()
+    nginx.stop()
+    upstream.stop()
+    assert told == {
+        trace.server.attributes["url.path"]: [
+            f"00-{trace.trace_id}-{each.span_id}-{trace.trace_flags:02x}" for each in trace.named("upstream exchange")
+        ]
+        for trace in agent.traces
+    }
+    assert not re.search("partial_propagation", agent.stderr().splitlines()[-1])
+    assert [line for line in nginx.error_log.read_text().splitlines() if "[notice]" not in line] == []
