@@ -181,6 +181,7 @@ int measure_request(struct pt_regs *ctx)
         .server = core_conf(process, MEMBER(process->request, u64, ngx_http_request_s, srv_conf)),
         .http_version = record->http_version,
         .ending = record->ending,
+        .cache_status = record->cache_status,
         .status = status,
         .tls = record->tls,
     };

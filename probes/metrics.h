@@ -41,7 +41,7 @@ struct server_series {
     __u64 server;             /* ngx_http_core_srv_conf_t * */
     __u16 http_version;       /* http_version and ending: as in the record */
     __u8 ending;
-    __u8 reserved;
+    __u8 cache_status;        /* as in the record */
     __u16 status;
     __u8 tls;
     __u8 overflow;            /* 1: the sum of all series of this worker that found no room */

@@ -49,6 +49,7 @@ class Exemplars:
             request.location,
             request.status,
             request.method,
+            request.cache_status,
             peer,
             bucket(end_mono_ns - start_mono_ns),
         )

@@ -21,7 +21,7 @@ from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURAT
 
 from otel_nginx_ebpf.metrics.totals import OVERFLOW, Series
 from otel_nginx_ebpf.traces.abi import CStruct, c_enum
-from otel_nginx_ebpf.traces.attributes import NGINX_SERVER_NAME, NGINX_UPSTREAM_NAME
+from otel_nginx_ebpf.traces.attributes import NGINX_CACHE_STATUS, NGINX_SERVER_NAME, NGINX_UPSTREAM_NAME
 from otel_nginx_ebpf.traces.methods import counted_method, method_of_bit
 from otel_nginx_ebpf.traces.phases import (
     REQUEST,
@@ -32,7 +32,15 @@ from otel_nginx_ebpf.traces.phases import (
     is_failed_connect,
     request_error,
 )
-from otel_nginx_ebpf.traces.record import ENDINGS, HTTP_VERSIONS, OUTCOMES, Attempt, Request, http_status
+from otel_nginx_ebpf.traces.record import (
+    CACHE_STATUSES,
+    ENDINGS,
+    HTTP_VERSIONS,
+    OUTCOMES,
+    Attempt,
+    Request,
+    http_status,
+)
 from otel_nginx_ebpf.traces.sockaddr import parse_peer
 from otel_nginx_ebpf.traces.upstream_attributes import server_name
 
@@ -69,6 +77,7 @@ def _server(
     http_version: int,
     tls: bool,
     error: str | None,
+    cache_status: str | None,
 ) -> Series:
     return _series(
         HTTP_SERVER_REQUEST_DURATION,
@@ -80,6 +89,7 @@ def _server(
             network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version) if parsed else None,
             error_attributes.ERROR_TYPE: error,
             NGINX_SERVER_NAME: server_name or None,
+            NGINX_CACHE_STATUS: cache_status,
         },
     )
 
@@ -112,13 +122,13 @@ def _client(
 
 def of_server_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) -> Series:
     """Returns the series of a key of the kernel's map `server_durations`."""
-    tgid, method, location, server, http_version, ending, _, status, tls, overflow = SERVER_KEY.struct.unpack(key)
+    tgid, method, location, server, http_version, ending, cache, status, tls, overflow = SERVER_KEY.struct.unpack(key)
     if overflow:
         return Series(HTTP_SERVER_REQUEST_DURATION, OVERFLOW)
     names = name_of(tgid, location), name_of(tgid, server)
     error = request_error(status, ENDINGS.get(ending))
     known = counted_method(method_of_bit(method), known_methods)
-    return _server(known, method != 0, *names, status, http_version, tls != 0, error)
+    return _server(known, method != 0, *names, status, http_version, tls != 0, error, CACHE_STATUSES.get(cache))
 
 
 def of_client_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) -> Series:
@@ -159,6 +169,7 @@ def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> S
             request.http_version,
             request.tls,
             error,
+            request.cache_status,
         )
     attempt = request.attempts[number - 1] if number else None
     exchange = kind == UPSTREAM_EXCHANGE

@@ -20,6 +20,7 @@ ATTRIBUTES = {
         "network.protocol.version",
         "error.type",
         "nginx.server_name",
+        "nginx.cache.status",
     ),
     "CLIENT": (
         "http.request.method",

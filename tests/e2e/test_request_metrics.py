@@ -35,6 +35,7 @@ SERIES_MAX = 2_000
 
 NGINX_HTTP = """
 keepalive_requests 100000;
+proxy_cache_path @PREFIX@/temp/cache keys_zone=cache:1m;
 upstream app { server @UP@; keepalive 4; }
 upstream retried { server @DEAD1@ max_fails=0; server @UP@ backup; }
 upstream dead { server @DEAD1@ max_fails=0; server @DEAD2@ max_fails=0; }
@@ -47,6 +48,7 @@ server {
     location /missing { return 404; }
     location /broken { return 503; }
     location /app/ { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }
+    location /cached/ { proxy_pass http://app; proxy_cache cache; proxy_cache_valid 1h; proxy_cache_bypass $arg_pass; }
     location /retried/ { proxy_pass http://retried; }
     location /dead/ { proxy_pass http://dead; }
     location /impatient/ { proxy_pass http://@UP@; proxy_read_timeout 100ms; }
@@ -121,6 +123,7 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
         "DEAD1": upstream_addresses["dead1"],
         "DEAD2": upstream_addresses["dead2"],
         "OUTPUT": str(output),
+        "PREFIX": str(directory),
         "MANY": "\n".join(f"location = /{number} {{ return 204; }}" for number in range(LOCATIONS)),
     }
     http, config = NGINX_HTTP, COLLECTOR
@@ -155,6 +158,8 @@ ALL_KINDS = [
     get("/app/broken?status=502"),
     get("/app/slow?stall_ms=120"),
     get("/app/cut?end=close"),
+    get("/cached/one"),
+    get("/cached/one?pass=1"),
     get("/retried/"),
     get("/dead/"),
     get("/impatient/?delay_ms=400"),
@@ -194,12 +199,20 @@ def test_they_are_the_spans_durations(stand: Stand, detail: str, protocol: str) 
         OTEL_EXPORTER_OTLP_PROTOCOL=protocol,
         OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
     )
+    before = len(stand.log.poll())
     try:
         sent = send_all_kinds(stand)
     finally:
         agent.stop()
     metrics = stand.metrics(detail)
-    assert differences(told(metrics, attributes), expected(agent.traces)) == []
+    histograms = told(metrics, attributes)
+    assert differences(histograms, expected(agent.traces)) == []
+    cached: Counter[str] = Counter()
+    for (_, series), (count, _, _) in histograms.items():
+        cached[dict(series).get("nginx.cache.status", "")] += count
+    del cached[""]
+    assert cached == Counter(filter(None, (line["upstream_cache_status"] for line in stand.log.lines[before:])))
+    assert {"HIT", "BYPASS"} <= cached.keys()
     servers = [metric for metric in metrics if metric.name == METRICS["SERVER"]]
     assert sum(point.count for metric in servers for point in metric.histogram.data_points) == sent
     for metric in metrics:

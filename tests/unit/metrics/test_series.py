@@ -8,7 +8,7 @@ from otel_nginx_ebpf.metrics.series import CLIENT_KEY, LIMITS, SERVER_KEY, of_cl
 from otel_nginx_ebpf.metrics.totals import Series
 from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT, UPSTREAM_EXCHANGE, phases_of
-from otel_nginx_ebpf.traces.record import Request, decode
+from otel_nginx_ebpf.traces.record import CACHE_STATUSES, Request, decode
 from unit.sample_traces import RETRIED, STATIC
 
 NAMES = {1: "/api/", 2: "example.com", 3: "backend"}
@@ -43,6 +43,16 @@ def test_a_method_of_webdav_that_the_user_knows() -> None:
         assert dict(series.attributes)["http.request.method"] == expected
         own = replace(request, method=method, method_bit=bit)
         assert of_phase(own, phases_of(own)[0], known) == series
+
+
+def test_what_the_cache_said() -> None:
+    for number, said in {0: None, **CACHE_STATUSES}.items():
+        series = of_server_key(server_key(cache_status=number, method=2, status=200), name_of, KNOWN_METHODS)
+        assert dict(series.attributes).get("nginx.cache.status") == said
+        request = replace(decode(STATIC), cache_status=said)
+        of_request = of_phase(request, phases_of(request)[0], KNOWN_METHODS)
+        assert of_request
+        assert dict(of_request.attributes).get("nginx.cache.status") == said
 
 
 def client_key(peer: str, **values: int) -> bytes:
