@@ -7,20 +7,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from collector.process import CollectorProcess, official
+from e2e.nginx_server import free_ports
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import counts, emitter, latency, machine, memory, recording, tables, worker
-from bench.site import SCENARIOS, Site
+from bench.site import SCENARIOS, Module, ModuleError, Site
 from bench.variants import SETTINGS, Variant
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what tracing costs.")
-console = Console(width=None if sys.stdout.isatty() else 120)
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 Rounds = Annotated[int, typer.Option(min=1, help="How many rounds; each has tracing off and on in turn.")]
 Output = Annotated[Path, typer.Option("--json", help="The file for the figures.")]
@@ -56,6 +58,29 @@ def _site() -> Iterator[Site]:
             yield site
 
 
+DIRECTIVES = "otel_exporter { endpoint 127.0.0.1:{collector}; } otel_trace on;"
+"""What nginx's own module needs to trace all requests."""
+
+
+@contextmanager
+def _site_with_module(path: Path, directives: str) -> Iterator[tuple[Site, CollectorProcess]]:
+    """Start an nginx with a module that traces, and a collector for what the module sends."""
+    with tempfile.TemporaryDirectory(prefix="otel-bench-") as name:
+        os.chmod(name, 0o755)
+        (port,) = free_ports(1)
+        module = Module(path, directives.replace("{collector}", str(port)))
+        try:
+            site = Site(Path(name), module)
+        except ModuleError as error:
+            raise typer.BadParameter(f"nginx cannot use {path}: {error}", param_hint="--module") from error
+        with site:
+            collector = official(emitter.COUNTING_COLLECTOR.format(port=port), [port], Path(name))
+            try:
+                yield site, collector
+            finally:
+                collector.stop()
+
+
 def _write(path: Path, part: str, figures: dict[str, Any], load_before: tuple[float, ...]) -> None:
     """Add a part to the file, with the machine and its load. Parts of other runs stay."""
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -75,6 +100,12 @@ def worker_command(
     scenario: Scenarios = None,
     variant: Variants = None,
     rounds: Rounds = 6,
+    module: Annotated[
+        Path | None, typer.Option(help="A module of nginx that traces, to compare with: its shared object.")
+    ] = None,
+    module_directives: Annotated[
+        str, typer.Option(help="The module's directives in nginx.conf; {collector} is a collector's port (OTLP, gRPC).")
+    ] = DIRECTIVES,
     json_file: Output = OUTPUT,
 ) -> None:
     """Measure processor time in the worker, and what another process pays."""
@@ -82,14 +113,22 @@ def worker_command(
     variants = [Variant.parse(text) for text in variant or SETTINGS]
     load = os.getloadavg()
     requests = [name for name in names if name != worker.BYSTANDER]
-    steps = rounds * len(names) * (len(variants) + 1) + len(requests) * len(variants)
-    with _site() as site, _progress(steps) as advance:
-        cpu_us, rate = worker.interleave(site, names, variants, rounds, advance)
+    steps = rounds * (len(names) * (len(variants) + 1) + len(requests) * bool(module)) + len(requests) * len(variants)
+    with ExitStack() as stack:
+        site = stack.enter_context(_site())
+        with_module, collector = (
+            stack.enter_context(_site_with_module(module, module_directives)) if module else (None, None)
+        )
+        advance = stack.enter_context(_progress(steps))
+        cpu_us, rate = worker.interleave(site, names, variants, rounds, advance, with_module)
         programs: dict[str, Any] = {}
         for each in variants:
             for name in requests:
                 advance(f"{each.name}: programs of {name}")
                 programs.setdefault(name, {})[each.name] = worker.probe_accounts(site, name, each)
+        if with_module and collector:
+            served, spans = with_module.counts().requests, emitter.spans_received(collector.log())
+            console.print(f"module: of {served} requests the collector has {spans} spans")
     figures = {
         "cpu_us": {name: worker.compare(series) for name, series in cpu_us.items()},
         "requests_a_second": {name: worker.compare(series) for name, series in rate.items() if series},

@@ -21,9 +21,12 @@ def on_any_cpu() -> None:
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
 
 
-def cpu_ns(pid: int) -> int:
-    """Return the processor time of all threads of a process in nanoseconds: /proc/PID/task/*/schedstat, first field."""
-    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+def cpu_ns(pid: int, thread: str = "*") -> int:
+    """Return the processor time of all threads of a process, or of one, in nanoseconds.
+
+    It is the first field of /proc/PID/task/*/schedstat.
+    """
+    return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob(f"{thread}/schedstat"))
 
 
 def describe() -> dict[str, Any]:

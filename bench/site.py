@@ -1,7 +1,9 @@
 """Starts the nginx under load: one worker with a processor of its own, and an upstream without probes."""
 
+import re
 import shutil
 import socket
+import subprocess
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -16,6 +18,7 @@ _BODY = b"x" * 120 + b"\n"
 _UPSTREAM = "server {{ listen 127.0.0.1:{port}; keepalive_requests 100000000; return 200 {body}; }}"
 
 _HTTP = """
+{directives}
 keepalive_requests 100000000;
 keepalive_timeout 600;
 upstream application {{ server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 100000000; }}
@@ -35,6 +38,27 @@ server {{
     location = /served {{ stub_status; }}
 }}
 """
+
+
+class Module(NamedTuple):
+    """A dynamic module of nginx, and what nginx.conf has in `http` for it."""
+
+    path: Path
+    directives: str
+
+
+class ModuleError(Exception):
+    """nginx does not take the module or its directives; the text is nginx's."""
+
+
+class Counts(NamedTuple):
+    """What a worker has done since its start."""
+
+    requests: int
+    cpu_ns: int
+    """Processor time of all its threads."""
+    main_thread_cpu_ns: int
+    """Processor time of the thread that serves requests."""
 
 
 class Scenario(NamedTuple):
@@ -58,9 +82,12 @@ SCENARIOS = {
 
 
 class Site:
-    """The traced nginx and its upstream. All users must be able to read and search `directory`."""
+    """The nginx under load and its upstream. All users must be able to read and search `directory`.
 
-    def __init__(self, directory: Path) -> None:
+    Raises ModuleError if nginx does not start with the module.
+    """
+
+    def __init__(self, directory: Path, module: Module | None = None) -> None:
         self.plain_port, self.tls_port, upstream_port, dead_port = free_ports(4)
         make_certificate(directory)
         (directory / "key.pem").chmod(0o644)
@@ -75,9 +102,19 @@ class Site:
             prefixes[1], _UPSTREAM.format(port=upstream_port, body=_BODY.decode().strip()), command=[untraced]
         )
         http = _HTTP.format(
-            directory=directory, plain=self.plain_port, tls=self.tls_port, upstream=upstream_port, dead=dead_port
+            directory=directory,
+            plain=self.plain_port,
+            tls=self.tls_port,
+            upstream=upstream_port,
+            dead=dead_port,
+            directives=module.directives if module else "",
         )
-        self.nginx = NginxServer(prefixes[0], http, main=f"worker_cpu_affinity {1 << NGINX_CPU:b};", command=[traced])
+        main = f"worker_cpu_affinity {1 << NGINX_CPU:b};"
+        if module:
+            main = f"load_module {module.path.resolve()};\n{main}"
+        self.nginx = NginxServer(prefixes[0], http, main=main, command=[traced])
+        if module:
+            _examine(traced, prefixes[0])
         self._upstream.start([("127.0.0.1", upstream_port)])
         self.nginx.start([("127.0.0.1", self.plain_port)])
 
@@ -98,8 +135,8 @@ class Site:
         scheme, port = ("https", self.tls_port) if scenario.tls else ("http", self.plain_port)
         return f"{scheme}://127.0.0.1:{port}{scenario.path}"
 
-    def served_and_cpu_ns(self) -> tuple[int, int]:
-        """Return the requests that the worker has served, by nginx's own count, and its processor time in nanoseconds.
+    def counts(self) -> Counts:
+        """Return the requests that the worker has served, by nginx's own count, and its processor time.
 
         The count includes the request that asks for it. So the difference between two calls is exact: it includes the
         second call's request and its time.
@@ -108,4 +145,13 @@ class Site:
             connection.sendall(b"GET /served HTTP/1.0\r\n\r\n")
             answer = b"".join(iter(lambda: connection.recv(4096), b"")).decode()
         # “server accepts handled requests\n A H R \n”
-        return int(answer.partition("requests\n")[2].split()[2]), cpu_ns(self.worker)
+        requests, worker = int(answer.partition("requests\n")[2].split()[2]), self.worker
+        return Counts(requests, cpu_ns(worker), cpu_ns(worker, str(worker)))
+
+
+def _examine(nginx: Path | str, prefix: Path) -> None:
+    command: list[Path | str] = [nginx, "-p", prefix, "-c", "nginx.conf", "-t"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = re.search(r"\[emerg\] (?:\d+#\d+: )?(.*)", done.stderr)
+        raise ModuleError(said[1] if said else f"nginx -t ended with {done.returncode}")

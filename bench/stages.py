@@ -86,4 +86,5 @@ def allocations_each(stage: Callable[[], Any], count: int) -> float:
     with TemporaryDirectory(prefix="otel-bench-") as directory:
         with Tracker(f"{directory}/allocations", trace_python_allocators=True):
             stage()
-        return FileReader(f"{directory}/allocations").metadata.total_allocations / count
+        allocations: int = FileReader(f"{directory}/allocations").metadata.total_allocations
+    return allocations / count

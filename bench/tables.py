@@ -54,8 +54,8 @@ def cpu(figures: dict[str, Any], rates: dict[str, Any]) -> Table:
                 cells[4:6] = f"{added['median']:+.{digits}f}", f"{figure['least'] - least:+.{digits}f}"
                 if name in rates:
                     cells[6:] = [f"{share(added['median'], rate):.1%}" for rate in RATES]
-            if rate := rates.get(name):
-                cells.append(f"{rate[label]['median']:.0f}")
+            if rate := rates.get(name, {}).get(label):
+                cells.append(f"{rate['median']:.0f}")
             table.add_row(name, label, *cells, end_section=label == list(series)[-1])
     return table
 

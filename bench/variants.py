@@ -59,19 +59,19 @@ def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | 
 
 
 def turns(
-    variants: Sequence[Variant], names: Iterable[str], nginx_pid: int, rounds: int
+    variants: Sequence[Variant], names: Iterable[str], nginx_pid: int, rounds: int, untraced: Sequence[str] = (OFF,)
 ) -> Iterator[tuple[int, str, str]]:
     """Yield a round's number, a variant's label and a name, while the variant traces.
 
-    Each round has every variant, in an order that changes. Each variant has every name.
+    Each round has every variant and each label of `untraced`, in an order that changes. Each variant has every name.
     """
     names = list(names)
+    order = [*((None, label) for label in untraced), *((variant, variant.name) for variant in variants)]
     for number in range(1, rounds + 1):
-        order = [None, *variants]
-        for variant in reversed(order) if number % 2 else order:
+        for variant, label in reversed(order) if number % 2 else order:
             with tracing(variant, nginx_pid):
                 for name in names:
-                    yield number, variant.name if variant else OFF, name
+                    yield number, label, name
 
 
 def _say_losses(variant: Variant, agent: AgentProcess) -> None:

@@ -12,6 +12,11 @@ from bench.programs import counting, programs_of
 from bench.site import SCENARIOS, Site
 from bench.variants import OFF, Variant, tracing, turns
 
+MODULE = "module"
+"""nginx with a module that traces, instead of the program."""
+MODULE_MAIN_THREAD = "module, main thread"
+"""What it costs without the module's own threads: they take processor time, but requests do not wait for them."""
+
 BYSTANDER = "bystander"
 """A process that only makes system calls. Its figures are for a call."""
 _BYSTANDER_CALLS = 1_000_000
@@ -21,19 +26,20 @@ Series = dict[str, list[float]]
 """By variant, a value for each round."""
 
 
-def cpu_us_a_request(site: Site, name: str) -> tuple[float, float]:
-    """Return the worker's processor time in microseconds a request, and the requests a second of one client thread.
+def cpu_us_a_request(site: Site, name: str) -> tuple[float, float, float]:
+    """Return the worker's processor time in µs a request, its main thread's, and the requests a second of one client.
 
-    Both are the best of a few short measurements, because other work on the machine can only add time.
+    Each is the best of a few short measurements, because other work on the machine can only add time.
     """
     scenario = SCENARIOS[name]
-    cpu_us, requests_a_second = [], []
+    cpu_us, main_thread_cpu_us, requests_a_second = [], [], []
     for _ in range(_LOOKS):
-        served, cpu_ns = site.served_and_cpu_ns()
+        before = site.counts()
         requests_a_second.append(at_most_speed([site.url(scenario)], scenario, scenario.requests // _LOOKS))
-        served_after, cpu_after_ns = site.served_and_cpu_ns()
-        cpu_us.append((cpu_after_ns - cpu_ns) / 1000 / (served_after - served))
-    return min(cpu_us), max(requests_a_second)
+        requests, cpu_ns, main_thread_cpu_ns = (b - a for a, b in zip(before, site.counts(), strict=True))
+        cpu_us.append(cpu_ns / 1000 / requests)
+        main_thread_cpu_us.append(main_thread_cpu_ns / 1000 / requests)
+    return min(cpu_us), min(main_thread_cpu_us), max(requests_a_second)
 
 
 def bystander_us_a_call() -> float:
@@ -48,19 +54,29 @@ def bystander_us_a_call() -> float:
 
 
 def interleave(
-    site: Site, names: Iterable[str], variants: Sequence[Variant], rounds: int, advance: Callable[[str], None]
+    site: Site,
+    names: Iterable[str],
+    variants: Sequence[Variant],
+    rounds: int,
+    advance: Callable[[str], None],
+    with_module: Site | None = None,
 ) -> tuple[dict[str, Series], dict[str, Series]]:
     """Return processor time and throughput by scenario and variant, with the variants in turn (`turns`)."""
     names = list(names)
     cpu_us: dict[str, Series] = {name: {} for name in names}
     rate: dict[str, Series] = {name: {} for name in names}
-    for number, label, name in turns(variants, names, site.nginx.pid, rounds):
+    untraced = (OFF, MODULE) if with_module else (OFF,)
+    for number, label, name in turns(variants, names, site.nginx.pid, rounds, untraced):
         advance(f"round {number}, {label}: {name}")
         if name == BYSTANDER:
-            cpu_us[name].setdefault(label, []).append(bystander_us_a_call())
+            if label != MODULE:
+                cpu_us[name].setdefault(label, []).append(bystander_us_a_call())
             continue
-        cpu, requests_a_second = cpu_us_a_request(site, name)
+        measured = with_module if with_module and label == MODULE else site
+        cpu, main_thread_cpu, requests_a_second = cpu_us_a_request(measured, name)
         cpu_us[name].setdefault(label, []).append(cpu)
+        if label == MODULE:
+            cpu_us[name].setdefault(MODULE_MAIN_THREAD, []).append(main_thread_cpu)
         rate[name].setdefault(label, []).append(requests_a_second)
     return cpu_us, rate
 
@@ -89,11 +105,10 @@ def probe_accounts(site: Site, name: str, variant: Variant) -> list[dict[str, An
     with tracing(variant, site.nginx.pid) as agent, counting():
         assert agent is not None
         before = {program.name: program for program in programs_of(agent.pid)}
-        served, _ = site.served_and_cpu_ns()
+        served = site.counts().requests
         at_most_speed([site.url(SCENARIOS[name])], SCENARIOS[name])
-        served_after, _ = site.served_and_cpu_ns()
+        requests = site.counts().requests - served
         after = programs_of(agent.pid)
-    requests = served_after - served
     return [
         {
             "program": program.name,
