@@ -149,13 +149,17 @@ static __always_inline void announce(struct process *process, struct caller *cal
  * 1. */
 int upstream_connection(struct bpf_sock_ops *ops)
 {
-    u64 cookie = bpf_get_socket_cookie(ops), task;
+    u64 cookie, task;
     u32 flags, port, *before;
     struct telling *telling;
-    struct socket_use *use = socket_use();
+    struct socket_use *use;
 
+    if (ops->op != OP_TCP_CONNECT && ops->op != OP_ACTIVE_ESTABLISHED) /* a connection has some ten operations */
+        return 1;
+    use = socket_use();
     if (!use)
         return 1;
+    cookie = bpf_get_socket_cookie(ops);
     switch (ops->op) {
     case OP_TCP_CONNECT: /* within connect() */
         port = ops->remote_port;
