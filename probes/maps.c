@@ -13,6 +13,7 @@
  *     FOLLOW_FORKS    1: the result of fork is the child's pid in user space too; 0: nginx has another pid namespace
  *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the pid namespace of user space, unless it is the host's
  *     REQUEST_METRICS    1: the durations of all requests are counted (metrics.c)
+ *     SERIES_BY_…    1: the metrics' series differ by this (metrics/choices.py)
  *     ERROR_LOG    1: the lines of nginx's error log are sent, up to the level LOG_LEVEL, nginx's number
  *     DETAIL_REQUEST    1: there is a single probe, at the end of a request, and no tracepoint of system calls
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES

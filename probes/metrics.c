@@ -129,8 +129,6 @@ static __always_inline void measure_exchange(
     struct process *process, const struct upstream_attempt *attempt, u32 index, u64 ns)
 {
     struct client_key *key = &process->client_key; /* not on the stack, because the verifier tracks the stack's contents */
-    struct ngx_str peer = {};
-    u64 peer_name = 0;
     __builtin_memset(key, 0, sizeof(*key));
     key->series.tgid = ((struct request_record *)process->record)->worker_pid;
     key->series.method = attempt->method;
@@ -139,12 +137,17 @@ static __always_inline void measure_exchange(
     key->series.connect_errno = attempt->connect_errno;
     key->series.outcome = attempt->outcome;
     key->series.no_header = attempt->header_msec >> 63; /* all ones: not set */
+    choose_client_series(&key->series);
+#if SERIES_BY_PEER
+    struct ngx_str peer = {};
+    u64 peer_name = 0;
     bpf_probe_read_user(&peer_name, sizeof(u64), (void *)(process->attempt_states[index] + OFFSET_ngx_http_upstream_state_t__peer));
     bpf_probe_read_user(&peer, sizeof(peer), (void *)peer_name);
     u64 bytes = peer.len > PEER_BYTES_MAX ? 0 : peer.len;
     asm volatile("" : "+r"(bytes));
     if (bytes <= PEER_BYTES_MAX && bpf_probe_read_user(key->peer, bytes, (void *)peer.data) == 0)
         key->series.peer_bytes = bytes;
+#endif
     struct durations *durations = client_durations_of(process, key);
     if (durations)
         add_duration(durations, ns);
@@ -185,6 +188,7 @@ int measure_request(struct pt_regs *ctx)
         .status = status,
         .tls = record->tls,
     };
+    choose_server_series(&series);
     struct durations *durations = server_durations_of(process, &series);
     if (durations)
         add_duration(durations, process->request_ns);

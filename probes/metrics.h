@@ -39,8 +39,8 @@ struct server_series {
     __u32 method;             /* r->method; 0: the request line was not parsed */
     __u64 location;           /* ngx_http_core_loc_conf_t *; 0: not known */
     __u64 server;             /* ngx_http_core_srv_conf_t * */
-    __u16 http_version;       /* http_version and ending: as in the record */
-    __u8 ending;
+    __u16 http_version;       /* as in the record; 0: the request line was not parsed */
+    __u8 ending;              /* as in the record */
     __u8 cache_status;        /* as in the record */
     __u16 status;
     __u8 tls;
@@ -65,6 +65,47 @@ struct duration_name_key {
     __u32 reserved;
     __u64 configuration;      /* one of the pointers above */
 };
+
+#if REQUEST_METRICS
+/* Two series that the user's choice of attributes does not tell apart (SERIES_BY_…) become one here, so that they take one place.
+ * tests/unit/metrics/test_choices.py checks that this agrees with otel_nginx_ebpf/metrics/series.py. */
+
+static __always_inline void choose_server_series(struct server_series *series)
+{
+    if (!SERIES_BY_VERSION || !series->method)
+        series->http_version = 0;
+    if (!SERIES_BY_METHOD)
+        series->method = 0;
+    if (!SERIES_BY_LOCATION)
+        series->location = 0;
+    if (!SERIES_BY_SERVER_NAME)
+        series->server = 0;
+    if (!SERIES_BY_ERROR)
+        series->ending = 0;
+    if (!SERIES_BY_CACHE_STATUS)
+        series->cache_status = 0;
+    if (!SERIES_BY_STATUS)
+        series->status = 0;
+    if (!SERIES_BY_SCHEME)
+        series->tls = 0;
+}
+
+static __always_inline void choose_client_series(struct client_series *series)
+{
+    if (!SERIES_BY_METHOD)
+        series->method = 0;
+    if (!SERIES_BY_UPSTREAM)
+        series->upstream = 0;
+    if (!SERIES_BY_STATUS) {
+        series->status = 0;
+        series->no_header = 0;
+    }
+    if (!SERIES_BY_ERROR) {
+        series->connect_errno = 0;
+        series->outcome = 0;
+    }
+}
+#endif
 
 /* How long a request and its exchanges took, by the rules of otel_nginx_ebpf/traces/phases.py. A phase counts only if
  * it has a length. tests/unit/traces/test_phases.py checks that both files agree. */

@@ -14,6 +14,7 @@ from otel_nginx_ebpf.emitter.clock import Clock
 from otel_nginx_ebpf.emitter.pipeline import Take, in_batches
 from otel_nginx_ebpf.emitter.source import Source
 from otel_nginx_ebpf.export.interface import Record
+from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES, MetricChoices
 from otel_nginx_ebpf.metrics.kept_stats import KeptStats
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.process.channel import EmitterEnd
@@ -30,7 +31,6 @@ from otel_nginx_ebpf.process.messages import (
 )
 from otel_nginx_ebpf.traces.error_log import is_log_line
 from otel_nginx_ebpf.traces.losses import LOST, of_kind
-from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.plausibility import Doubt, doubt
 from otel_nginx_ebpf.traces.record import worker_pid
@@ -72,14 +72,13 @@ class Emitter:
         stats: Stats,
         counts: KeptStats,
         ring_buffer_bytes: int,
-        known_methods: frozenset[str] = KNOWN_METHODS,
+        choices: MetricChoices = DEFAULT_CHOICES,
     ) -> None:
-        """`known_methods` are the methods that the series of request durations name."""
         self._channel = channel
         self._stats = stats
         self._counts = counts
         self._ring_buffer_bytes = ring_buffer_bytes
-        self._known_methods = known_methods
+        self._choices = choices
         self._clock = Clock()
         self._sources: dict[int, Source] = {}
         self._retired: list[Source] = []
@@ -134,7 +133,7 @@ class Emitter:
         match order:
             case Attached():
                 self._attached = True
-                source = Source(order, self._ring_buffer_bytes, self._known_methods)
+                source = Source(order, self._ring_buffer_bytes, self._choices)
                 self._sources[source.number] = source
                 self._add_durations(source)
             case Alive(number, pids):
@@ -145,7 +144,7 @@ class Emitter:
                 if number in self._sources:
                     self._retired.append(self._sources.pop(number))
             case Abandoned():
-                source = Source(Attached(0, "", "", order.descriptors), self._ring_buffer_bytes, self._known_methods)
+                source = Source(Attached(0, "", "", order.descriptors), self._ring_buffer_bytes, self._choices)
                 # The last emitter may have sent some of these records. A trace must not come twice, so all are lost.
                 unread = sum(1 for raw in source.records.read() if not doubt(raw) and not is_log_line(raw))
                 self._counts.lose_unread("lost_emitter_killed", unread)

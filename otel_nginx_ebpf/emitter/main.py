@@ -30,9 +30,9 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
     handover.take_over(handed)
     from otel_nginx_ebpf.emitter.deliver import deliver
     from otel_nginx_ebpf.emitter.loop import Emitter, NothingTracedError
+    from otel_nginx_ebpf.metrics.choices import metric_choices_of
     from otel_nginx_ebpf.metrics.kept_stats import KeptStats
     from otel_nginx_ebpf.process.channel import EmitterEnd
-    from otel_nginx_ebpf.traces.choices import choices_of
 
     stats = Stats()
     kept = KeptStats(counts, stats)
@@ -40,7 +40,7 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
     def work(exporter: "Exporter") -> float | None:
         kept.settle()
         ring_buffer_bytes = settings.ring_buffer_mib << 20
-        reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes, choices_of(settings).known_methods)
+        reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes, metric_choices_of(settings))
         return reader.run(exporter.take, exporter.at_once)
 
     with suppress(NothingTracedError):

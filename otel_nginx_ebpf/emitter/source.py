@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray, RingBuffer
+from otel_nginx_ebpf.metrics.choices import MetricChoices
 from otel_nginx_ebpf.metrics.kernel_maps import DurationMaps
 from otel_nginx_ebpf.process.messages import Attached
 from otel_nginx_ebpf.traces.losses import KERNEL_CAUSES
@@ -13,14 +14,14 @@ from otel_nginx_ebpf.traces.silence import SilenceWatch
 class Source:
     """One attachment. Owns the descriptors of its maps."""
 
-    def __init__(self, attached: Attached, ring_buffer_bytes: int, known_methods: frozenset[str]) -> None:
+    def __init__(self, attached: Attached, ring_buffer_bytes: int, choices: MetricChoices) -> None:
         records, loss_counts, *durations = attached.descriptors
         self.number = attached.number
         self.target = attached.target
         self.layout_source = attached.layout_source
         self.records = RingBuffer(records, ring_buffer_bytes)
         self._loss_counts = CounterArray(loss_counts, len(KERNEL_CAUSES))
-        self.durations = DurationMaps(known_methods, *durations) if durations else None
+        self.durations = DurationMaps(choices, *durations) if durations else None
         self.refuted: set[int] = set()
         """Pids of workers whose memory contradicts the layout."""
         self.doubted = False

@@ -4,9 +4,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES, MetricChoices
 from otel_nginx_ebpf.metrics.series import bucket, of_phase
 from otel_nginx_ebpf.metrics.totals import Measured, Series
-from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.phases import Phase
 from otel_nginx_ebpf.traces.record import Request
@@ -32,8 +32,8 @@ Spans = Sequence[tuple[Phase, int, Any]]
 class Exemplars:
     """For each series and bucket, a recent trace that was kept. One thread offers traces; any thread may read them."""
 
-    def __init__(self, known_methods: frozenset[str] = KNOWN_METHODS) -> None:
-        self._known_methods = known_methods
+    def __init__(self, choices: MetricChoices = DEFAULT_CHOICES) -> None:
+        self._choices = choices
         self._examples: dict[tuple[int, Series], dict[int, Example]] = {}
         self._seen: set[tuple[object, ...]] = set()
         self._since_s = 0.0
@@ -63,7 +63,7 @@ class Exemplars:
         if len(self._examples) > _KEPT:
             self._examples = {}
         for phase, span_id, _ in spans:
-            series = of_phase(request, phase, self._known_methods)
+            series = of_phase(request, phase, self._choices)
             if series is None:
                 continue
             start_mono_ns, end_mono_ns, *_ = phase

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from otel_nginx_ebpf.kernel.maps import HashMap
+from otel_nginx_ebpf.metrics.choices import MetricChoices
 from otel_nginx_ebpf.metrics.series import (
     CLIENT_KEY,
     COUNTS,
@@ -21,12 +22,12 @@ _NAME_BYTES = _NAME_LENGTH_BYTES + LIMITS["NAME_BYTES_MAX"]
 class DurationMaps:
     """The maps with counts and names. Owns the descriptors."""
 
-    def __init__(self, known_methods: frozenset[str], server: int, client: int, names: int) -> None:
+    def __init__(self, choices: MetricChoices, server: int, client: int, names: int) -> None:
         peer_bytes = LIMITS["PEER_BYTES_MAX"]
         self._server = HashMap(server, SERVER_KEY.size, COUNTS.size)
         self._client = HashMap(client, CLIENT_KEY.size + peer_bytes, COUNTS.size)
         self._names = HashMap(names, NAME_KEY.size)
-        self._known_methods = known_methods
+        self._choices = choices
 
     def read(self) -> Iterator[tuple[int, bytes, Counts]]:
         """Yields the worker's pid, the key and the counts of every series."""
@@ -37,7 +38,7 @@ class DurationMaps:
     def series(self, key: bytes) -> Series:
         """Returns the series that a key stands for."""
         series_of = of_server_key if len(key) == SERVER_KEY.size else of_client_key
-        return series_of(key, self._name, self._known_methods)
+        return series_of(key, self._name, self._choices)
 
     def _name(self, pid: int, configuration: int) -> str | None:
         value = self._names.value(NAME_KEY.struct.pack(pid, 0, configuration), _NAME_BYTES) if configuration else None

@@ -19,6 +19,7 @@ from opentelemetry.semconv.attributes import (
 )
 from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURATION, HTTP_SERVER_REQUEST_DURATION
 
+from otel_nginx_ebpf.metrics.choices import MetricChoices
 from otel_nginx_ebpf.metrics.totals import OVERFLOW, Series
 from otel_nginx_ebpf.traces.abi import CStruct, c_enum
 from otel_nginx_ebpf.traces.attributes import NGINX_CACHE_STATUS, NGINX_SERVER_NAME, NGINX_UPSTREAM_NAME
@@ -64,13 +65,16 @@ def bucket(duration_ns: int) -> int:
     return bisect_left(_BOUNDS_NS, duration_ns)
 
 
-def _series(metric: str, attributes: dict[str, str | int | None]) -> Series:
-    return Series(metric, tuple((name, value) for name, value in attributes.items() if value is not None))
+def _series(metric: str, choices: MetricChoices, attributes: dict[str, str | int | None]) -> Series:
+    chosen = choices.attributes
+    return Series(
+        metric, tuple((name, value) for name, value in attributes.items() if value is not None and name in chosen)
+    )
 
 
 def _server(
-    method: str,
-    parsed: bool,
+    choices: MetricChoices,
+    method: str | None,
     route: str | None,
     server_name: str | None,
     status: int,
@@ -81,12 +85,13 @@ def _server(
 ) -> Series:
     return _series(
         HTTP_SERVER_REQUEST_DURATION,
+        choices,
         {
-            http_attributes.HTTP_REQUEST_METHOD: method,
+            http_attributes.HTTP_REQUEST_METHOD: counted_method(method, choices.known_methods),
             http_attributes.HTTP_RESPONSE_STATUS_CODE: http_status(status),
             http_attributes.HTTP_ROUTE: route or None,
             url_attributes.URL_SCHEME: "https" if tls else "http",
-            network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version) if parsed else None,
+            network_attributes.NETWORK_PROTOCOL_VERSION: HTTP_VERSIONS.get(http_version),
             error_attributes.ERROR_TYPE: error,
             NGINX_SERVER_NAME: server_name or None,
             NGINX_CACHE_STATUS: cache_status,
@@ -95,7 +100,8 @@ def _server(
 
 
 def _client(
-    method: str,
+    choices: MetricChoices,
+    method: str | None,
     upstream: str | None,
     peer: str | None,
     answered: bool,
@@ -107,8 +113,9 @@ def _client(
     port = (address.port or None) if address else None
     return _series(
         HTTP_CLIENT_REQUEST_DURATION,
+        choices,
         {
-            http_attributes.HTTP_REQUEST_METHOD: method,
+            http_attributes.HTTP_REQUEST_METHOD: counted_method(method, choices.known_methods),
             http_attributes.HTTP_RESPONSE_STATUS_CODE: http_status(status) if answered else None,
             server_attributes.SERVER_ADDRESS: server_name(upstream) if upstream else host,
             server_attributes.SERVER_PORT: port,
@@ -120,18 +127,18 @@ def _client(
     )
 
 
-def of_server_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) -> Series:
+def of_server_key(key: bytes, name_of: NameOf, choices: MetricChoices) -> Series:
     """Returns the series of a key of the kernel's map `server_durations`."""
     tgid, method, location, server, http_version, ending, cache, status, tls, overflow = SERVER_KEY.struct.unpack(key)
     if overflow:
         return Series(HTTP_SERVER_REQUEST_DURATION, OVERFLOW)
     names = name_of(tgid, location), name_of(tgid, server)
     error = request_error(status, ENDINGS.get(ending))
-    known = counted_method(method_of_bit(method), known_methods)
-    return _server(known, method != 0, *names, status, http_version, tls != 0, error, CACHE_STATUSES.get(cache))
+    cached = CACHE_STATUSES.get(cache)
+    return _server(choices, method_of_bit(method), *names, status, http_version, tls != 0, error, cached)
 
 
-def of_client_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) -> Series:
+def of_client_key(key: bytes, name_of: NameOf, choices: MetricChoices) -> Series:
     """Returns the series of a key of the kernel's map `client_durations`."""
     head = CLIENT_KEY.size
     tgid, method, upstream, status, connect_errno, no_header, overflow, peer_bytes, outcome = CLIENT_KEY.struct.unpack(
@@ -142,8 +149,7 @@ def of_client_key(key: bytes, name_of: NameOf, known_methods: frozenset[str]) ->
     peer = key[head : head + peer_bytes].decode("utf-8", "backslashreplace")
     answered = not no_header and status != 0
     error = exchange_error(answered, connect_errno, status or None, OUTCOMES.get(outcome))
-    known = counted_method(method_of_bit(method), known_methods)
-    return _client(known, name_of(tgid, upstream), peer, answered, status or None, error)
+    return _client(choices, method_of_bit(method), name_of(tgid, upstream), peer, answered, status or None, error)
 
 
 def _sent_method(request: Request, attempt: Attempt) -> str | None:
@@ -153,7 +159,7 @@ def _sent_method(request: Request, attempt: Attempt) -> str | None:
     return None if attempt.subrequest else request.method
 
 
-def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> Series | None:
+def of_phase(request: Request, phase: Phase, choices: MetricChoices) -> Series | None:
     """Returns the series that counts the duration of a request, an exchange or a failed connect.
 
     `None`: no series counts the phase.
@@ -161,12 +167,12 @@ def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> S
     _, _, kind, number, error = phase
     if kind == REQUEST:
         return _server(
-            counted_method(request.method, known_methods),
-            request.method is not None,
+            choices,
+            request.method,
             request.location,
             request.server_name,
             request.status,
-            request.http_version,
+            0 if request.method is None else request.http_version,
             request.tls,
             error,
             request.cache_status,
@@ -176,7 +182,8 @@ def of_phase(request: Request, phase: Phase, known_methods: frozenset[str]) -> S
     if attempt is None or not (exchange or is_failed_connect(attempt, error)):
         return None
     return _client(
-        counted_method(_sent_method(request, attempt), known_methods),
+        choices,
+        _sent_method(request, attempt),
         attempt.upstream,
         attempt.peer,
         exchange and is_answered(attempt),

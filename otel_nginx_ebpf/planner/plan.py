@@ -12,6 +12,7 @@ from typing import get_args
 
 from otel_nginx_ebpf.errors import TemporaryError, UserError
 from otel_nginx_ebpf.kernel.loader import LoadRequest, ProbeRequest
+from otel_nginx_ebpf.metrics import choices as metric_choices
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
@@ -87,6 +88,7 @@ class Plan:
                 "ERROR_LOG": int(settings.reads_error_log),
                 "LOG_LEVEL": get_args(LogLevel).index(settings.log_level),
                 "REQUEST_METRICS": int(settings.measures_requests),
+                **metric_choices.constants(settings),
                 **sampling.constants(settings),
             },
             follow_all=not settings.pid,

@@ -37,6 +37,22 @@ OptInAttribute = Literal[
     "url.scheme",
 ]
 """The attributes that the semantic conventions leave out of HTTP spans by default, and that the program knows."""
+MetricsAttribute = Literal[
+    "error.type",
+    "http.request.method",
+    "http.response.status_code",
+    "http.route",
+    "network.peer.address",
+    "network.peer.port",
+    "network.protocol.version",
+    "nginx.cache.status",
+    "nginx.server_name",
+    "nginx.upstream.name",
+    "server.address",
+    "server.port",
+    "url.scheme",
+]
+"""The attributes of the metrics of all requests."""
 SpanNames = Literal["phases", "semconv"]
 Detail = Literal["phases", "request"]
 LogLevel = Literal["none", "emerg", "alert", "crit", "error", "warn", "notice", "info"]
@@ -386,6 +402,14 @@ class Settings:
         allowed="on or off",
         metavar="ON|OFF",
         remark="has an effect with `--metrics` or `--metrics-listen`",
+    )
+    metrics_attributes: tuple[MetricsAttribute, ...] = setting(
+        (),
+        "The attributes that the metrics of all requests keep. Series that differ only in others are added up.",
+        commands=("run",),
+        allowed=f"of {', '.join(get_args(MetricsAttribute))}",
+        metavar="NAME",
+        remark="all",
     )
     sdk_disabled: bool = setting(
         False,

@@ -42,6 +42,10 @@ class KernelMaps:
         """Return how many requests, and finished attempts of requests, the maps hold."""
         return {name: len(self._keys(name)) for name in ("active_requests", "attempts")}
 
+    def series(self) -> int:
+        """Return how many series of durations the maps hold. The kernel cuts the names of maps."""
+        return sum(len(self._keys(name[:15])) for name in ("server_durations", "client_durations"))
+
     def sockets(self) -> set[SocketKey]:
         return {struct.unpack("=Ii", key) for key in self._keys("sockets")}
 

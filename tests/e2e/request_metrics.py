@@ -1,7 +1,7 @@
 """Compares the metrics of all requests with the spans of these requests."""
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
@@ -32,6 +32,8 @@ ATTRIBUTES = {
     ),
 }
 
+ALL = frozenset({"server.address", "server.port"}.union(*ATTRIBUTES.values()))
+
 Series = tuple[str, frozenset[tuple[str, Any]]]
 Histogram = tuple[int, float, list[int]]
 """Count, sum in seconds, buckets."""
@@ -41,21 +43,21 @@ def measured_spans(traces: Iterable[Trace]) -> Iterable[Span]:
     return (span for trace in traces for span in trace.spans if span.kind in METRICS)
 
 
-def series_of(span: Span) -> Series:
+def series_of(span: Span, chosen: Collection[str] = ALL) -> Series:
     names = ATTRIBUTES[span.kind]
     attributes = {name: span.attributes[name] for name in names if name in span.attributes}
     if span.kind == "CLIENT":  # the span has the host that was asked for, which a client may choose
         server = {"server.address": attributes.get("nginx.upstream.name", attributes.get("network.peer.address"))}
         server["server.port"] = attributes.get("network.peer.port")
         attributes |= {name: value for name, value in server.items() if value is not None}
-    return METRICS[span.kind], frozenset(attributes.items())
+    return METRICS[span.kind], frozenset((name, value) for name, value in attributes.items() if name in chosen)
 
 
-def expected(traces: Iterable[Trace]) -> dict[Series, Histogram]:
+def expected(traces: Iterable[Trace], chosen: Collection[str] = ALL) -> dict[Series, Histogram]:
     """Return the histograms that follow from the spans' durations, by series."""
     durations_ns: dict[Series, list[int]] = {}
     for span in measured_spans(traces):
-        durations_ns.setdefault(series_of(span), []).append(span.end_unix_ns - span.start_unix_ns)
+        durations_ns.setdefault(series_of(span, chosen), []).append(span.end_unix_ns - span.start_unix_ns)
     histograms = {}
     for series, each in durations_ns.items():
         buckets = [0] * (len(BOUNDS_S) + 1)

@@ -19,11 +19,11 @@ from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
+from otel_nginx_ebpf.metrics.choices import metric_choices_of
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.metrics.totals import RequestDurations
 from otel_nginx_ebpf.settings.model import Settings
-from otel_nginx_ebpf.traces.choices import choices_of
 from otel_nginx_ebpf.traces.losses import INCOMPLETE, LEFT_OUT, LOST, of_kind
 
 # The time limit of the last transmission, at least and at most, in seconds.
@@ -41,7 +41,7 @@ class Metrics:
     def __init__(self, settings: Settings, stats: Stats, resource: Resource) -> None:
         """Starts the export. `resource` belongs to requests whose nginx is not known."""
         readers: list[MetricReader] = []
-        self.exemplars = Exemplars(choices_of(settings).known_methods)
+        self.exemplars = Exemplars(metric_choices_of(settings))
         requests = stats.durations, self.exemplars, Resources(resource)
         if settings.metrics:
             readers.append(_to_collector(settings.otlp_protocol, OtlpRequestMetrics(*requests)))

@@ -9,10 +9,10 @@ from otel_nginx_ebpf.export.interface import TraceExporter
 from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
 from otel_nginx_ebpf.export.otlp.encoding import Encoder
 from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.series import BOUNDS_S, bucket, of_phase
 from otel_nginx_ebpf.metrics.totals import Measured, RequestDurations
-from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
 from otel_nginx_ebpf.traces.phases import REQUEST, UPSTREAM_CONNECT, UPSTREAM_EXCHANGE, phases_of
 from otel_nginx_ebpf.traces.record import Request, decode
@@ -32,7 +32,7 @@ def found(exemplars: Exemplars, request: Request) -> dict[str, tuple[int, int]]:
     examples = {}
     for phase in phases_of(request):
         start_mono_ns, end_mono_ns, kind, number, error = phase
-        series = of_phase(request, phase, KNOWN_METHODS)
+        series = of_phase(request, phase, DEFAULT_CHOICES)
         failed = kind == UPSTREAM_CONNECT and error is not None
         assert (series is not None) == (failed or kind in (REQUEST, UPSTREAM_EXCHANGE))
         if series is not None:
@@ -89,7 +89,7 @@ class OneSeries(RequestDurations):
 def test_each_is_sent_once_however_late_its_record_comes() -> None:
     exemplars, request = Exemplars(), with_two_attempts_at_once()
     _, spans = Encoder(iter(range(1, 100)).__next__).encode(request, UNIX_OFFSET_NS)
-    series = of_phase(request, spans[0][0], KNOWN_METHODS)
+    series = of_phase(request, spans[0][0], DEFAULT_CHOICES)
     assert series is not None
     durations = OneSeries(Measured(RESOURCE, series, (1, 1, *[0] * len(BOUNDS_S))))
     metrics = OtlpRequestMetrics(durations, exemplars, Resources(Resource.create()))

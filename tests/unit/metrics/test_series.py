@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from opentelemetry.semconv.metrics.http_metrics import HTTP_SERVER_REQUEST_DURATION
 
+from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES, MetricChoices
 from otel_nginx_ebpf.metrics.series import CLIENT_KEY, LIMITS, SERVER_KEY, of_client_key, of_phase, of_server_key
 from otel_nginx_ebpf.metrics.totals import Series
-from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 from otel_nginx_ebpf.traces.phases import UPSTREAM_CONNECT, UPSTREAM_EXCHANGE, phases_of
 from otel_nginx_ebpf.traces.record import CACHE_STATUSES, Request, decode
 from unit.sample_traces import RETRIED, STATIC
@@ -23,7 +23,7 @@ def server_key(**values: int) -> bytes:
 
 
 def test_a_request_whose_line_was_not_parsed_is_other() -> None:
-    series = of_server_key(server_key(status=400, http_version=9), name_of, KNOWN_METHODS)
+    series = of_server_key(server_key(status=400), name_of, DEFAULT_CHOICES)
     assert series.metric == HTTP_SERVER_REQUEST_DURATION
     assert dict(series.attributes) == {
         "http.request.method": "_OTHER",
@@ -31,11 +31,11 @@ def test_a_request_whose_line_was_not_parsed_is_other() -> None:
         "url.scheme": "http",
     }
     request = replace(decode(STATIC), method=None, status=400, http_version=9)
-    assert of_phase(request, phases_of(request)[0], KNOWN_METHODS) == series
+    assert of_phase(request, phases_of(request)[0], DEFAULT_CHOICES) == series
 
 
 def test_a_method_of_webdav_that_the_user_knows() -> None:
-    known = frozenset({"PROPFIND", "BREW"})
+    known = MetricChoices(frozenset({"PROPFIND", "BREW"}))
     values = {"location": 1, "server": 2, "status": 207, "http_version": 1001, "tls": 1}
     request = replace(decode(STATIC), location="/api/", server_name="example.com", status=207, tls=True)
     for bit, method, expected in ((0x400, "PROPFIND", "PROPFIND"), (1, "BREW", "_OTHER"), (2, "GET", "_OTHER")):
@@ -47,10 +47,10 @@ def test_a_method_of_webdav_that_the_user_knows() -> None:
 
 def test_what_the_cache_said() -> None:
     for number, said in {0: None, **CACHE_STATUSES}.items():
-        series = of_server_key(server_key(cache_status=number, method=2, status=200), name_of, KNOWN_METHODS)
+        series = of_server_key(server_key(cache_status=number, method=2, status=200), name_of, DEFAULT_CHOICES)
         assert dict(series.attributes).get("nginx.cache.status") == said
         request = replace(decode(STATIC), cache_status=said)
-        of_request = of_phase(request, phases_of(request)[0], KNOWN_METHODS)
+        of_request = of_phase(request, phases_of(request)[0], DEFAULT_CHOICES)
         assert of_request
         assert dict(of_request.attributes).get("nginx.cache.status") == said
 
@@ -64,14 +64,14 @@ def client_key(peer: str, **values: int) -> bytes:
 
 def series_of(request: Request, kind: str, number: int) -> Series | None:
     (phase,) = [phase for phase in phases_of(request) if (phase[2], phase[3]) == (kind, number)]
-    return of_phase(request, phase, KNOWN_METHODS)
+    return of_phase(request, phase, DEFAULT_CHOICES)
 
 
 def test_a_dead_peer_has_a_series() -> None:
     series = of_client_key(
         client_key("127.0.0.1:9", method=8, upstream=3, status=502, connect_errno=111, no_header=1),
         name_of,
-        KNOWN_METHODS,
+        DEFAULT_CHOICES,
     )
     assert dict(series.attributes) == {
         "http.request.method": "POST",
@@ -105,7 +105,7 @@ def test_an_exchange_has_the_method_that_the_peer_was_sent() -> None:
         ({"method": 1}, False, "_OTHER"),
         ({}, True, "_OTHER"),
     ):
-        series = of_client_key(client_key("unix:/run/app.sock", status=200, **values), name_of, KNOWN_METHODS)
+        series = of_client_key(client_key("unix:/run/app.sock", status=200, **values), name_of, DEFAULT_CHOICES)
         assert dict(series.attributes) == {
             "http.request.method": method,
             "http.response.status_code": 200,
