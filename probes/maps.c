@@ -123,7 +123,7 @@ struct attempt_state {
 #if PROPAGATE_SOCKET
     u64 told_span_id;         /* the span id that the peer was told on the socket; 0: none */
     u32 decided;              /* 1: `trace` is set. Only in a request's first attempt */
-    u32 untold;               /* 1: the peer is not told; that was counted, or there was nothing new to tell */
+    u32 untold;               /* 1: the socket does not tell the peer. This was counted, if it should be told and is not told in memory */
     struct request_trace trace;
 #endif
 };

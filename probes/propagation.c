@@ -19,6 +19,13 @@ static __always_inline bool write_user(u64 address, const void *bytes, u32 count
     return false;
 }
 
+/* Counts why nothing was written. Where the socket is the other way, it counts the attempts that it does not tell either. */
+static __always_inline void not_in_memory(u32 cause)
+{
+    if (!PROPAGATE_SOCKET)
+        count_loss(cause);
+}
+
 /* Writes our span into the client's own header, in place. The length does not change. */
 static __always_inline bool overwrite_traceparent(struct process *process, u64 span_id)
 {
@@ -27,7 +34,7 @@ static __always_inline bool overwrite_traceparent(struct process *process, u64 s
     bool valid = trace->has_tracestate; /* the context comes from this header, not from another propagator */
     u8 text[TRACEPARENT_BYTES + 1] = {};
     if (value->len < TRACEPARENT_BYTES || (!valid && value->len != TRACEPARENT_BYTES)) {
-        count_loss(PARTIAL_PROPAGATION_MALFORMED);
+        not_in_memory(PARTIAL_PROPAGATION_MALFORMED);
         return false;
     }
     write_traceparent(text, trace->trace_id_high, trace->trace_id_low, span_id, trace->flags);
@@ -48,7 +55,7 @@ static __always_inline bool has_room(struct process *process, u64 list_address, 
 
     if (MEMBER(part, u64, ngx_list_part_s, next) || MEMBER(list, u64, ngx_list_t, nalloc) != HEADERS_IN_PART
         || count + 1 + TEXT_ELEMENTS > HEADERS_IN_PART) {
-        count_loss(PARTIAL_PROPAGATION_NO_ROOM);
+        not_in_memory(PARTIAL_PROPAGATION_NO_ROOM);
         return false;
     }
     holds &= MEMBER(list, u64, ngx_list_t, last) == list_address + OFFSET_ngx_list_t__part;
@@ -60,7 +67,7 @@ static __always_inline bool has_room(struct process *process, u64 list_address, 
               && MEMBER(header, u64, ngx_table_elt_t, lowcase_key);
     }
     if (!holds)
-        count_loss(PARTIAL_PROPAGATION_UNSAFE);
+        not_in_memory(PARTIAL_PROPAGATION_UNSAFE);
     return holds;
 }
 
@@ -125,7 +132,7 @@ int enter_ngx_http_process_request(struct pt_regs *ctx)
     if (lines == 1)
         written = overwrite_traceparent(process, span_id);
     else if (lines > 1)
-        count_loss(PARTIAL_PROPAGATION_MALFORMED);
+        not_in_memory(PARTIAL_PROPAGATION_MALFORMED);
     else if (has_room(process, r + list_offset, list))
         written = append_traceparent(process, r + list_offset, list, span_id);
     if (written)
@@ -136,10 +143,10 @@ int enter_ngx_http_process_request(struct pt_regs *ctx)
 #endif
 
 #if TELLS
-/* Restores the decision that an upstream was told. The headers cannot be read again: they may contain our own span now. */
-static __always_inline void recall_trace(struct process *process, const struct request_trace *trace)
+/* process->trace is what an upstream was told. The headers cannot be read again: they may contain our own span now. */
+static __always_inline void recall_trace(struct process *process)
 {
-    process->trace = *trace;
+    const struct request_trace *trace = &process->trace;
     process->incoming.trace_id_high = trace->trace_id_high;
     process->incoming.trace_id_low = trace->trace_id_low;
     process->incoming.parent_span_id = trace->parent_span_id;

@@ -191,27 +191,32 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     struct request_trace *trace = &process->trace;
     u64 told_span_id = 0;
 #if TELLS
-    const struct request_trace *told_trace = NULL;
+    bool told = false;
 #if PROPAGATE
     told_span_id = active.told_span_id;
-    if (active.decided)
-        told_trace = &active.trace;
+    if (active.decided) {
+        process->trace = active.trace;
+        told = true;
+    }
 #endif
 #if PROPAGATE_SOCKET
     struct attempt_state *first = active.progress.attempts ? attempts.lookup(&attempt_key) : NULL;
-    if (first && first->decided)
-        told_trace = &first->trace;
+    if (first && first->decided) {
+        process->trace = first->trace;
+        told = true;
+    }
 #endif
+    asm volatile("" : "+r"(told)); /* a flag of its own: older verifiers cannot follow what clang would derive it from */
 #endif
     bool reads_headers = HEADERS_ARE_READ;
 #if TELLS && !ADOPT_UPSTREAM_CONTEXT && !TRUSTED_PROXIES
-    reads_headers = !told_trace || told_trace->has_tracestate;
+    reads_headers = !told || process->trace.has_tracestate;
 #endif
     if (reads_headers)
         find_context_headers(process);
 #if TELLS
-    if (told_trace)
-        recall_trace(process, told_trace);
+    if (told)
+        recall_trace(process);
     else
 #endif
     {

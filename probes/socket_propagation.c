@@ -478,6 +478,12 @@ int tell_attempt(struct bpf_raw_tracepoint_args *ctx)
     struct attempt_state *attempt = attempt_on(&socket_key, socket);
     if (!attempt)
         return 0;
+    struct request_key key = {.tgid = tgid, .connection = socket->client_connection};
+#if PROPAGATE
+    struct active_request *active = active_requests.lookup(&key);
+    if (active && active->told_span_id) /* in memory */
+        attempt->untold = 1;
+#endif
     if (!socket->peer_number || !telling) {
         count_untold(attempt, TELLING_UNSEEN);
         return 0;
@@ -486,7 +492,6 @@ int tell_attempt(struct bpf_raw_tracepoint_args *ctx)
         count_untold(attempt, TELLING_NOT_HTTP1);
         return 0;
     }
-    struct request_key key = {.tgid = tgid, .connection = socket->client_connection};
     struct attempt_key first_key = {.tgid = tgid, .connection = socket->client_connection};
     struct attempt_state *first = attempts.lookup(&first_key);
     telling->connection = 0;
