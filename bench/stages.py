@@ -9,7 +9,7 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import Status, StatusCode, Tracer, set_span_in_context
 
-from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_for_resource
 from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.traces.capture import Frame
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
@@ -32,7 +32,7 @@ def taken(frames: Sequence[Frame], encoder: RecordEncoder) -> list[bytes]:
     for start in range(0, len(frames), _BATCH):
         records = [(frame.raw, frame.unix_offset_ns, _NO_ATTRIBUTES) for frame in frames[start : start + _BATCH]]
         spans = [each[0] for _, each in encoder.encode(records) if not isinstance(each, RecordError)]
-        messages.append(encode_resource_spans(RESOURCE, spans))
+        messages.append(encode_for_resource(RESOURCE, spans))
     return messages
 
 
@@ -41,7 +41,7 @@ def encoded(requests: Sequence[tuple[Request, int]], encoder: Encoder) -> list[b
     messages = []
     for start in range(0, len(requests), _BATCH):
         spans = [encoder.encode(*each)[0] for each in requests[start : start + _BATCH]]
-        messages.append(encode_resource_spans(RESOURCE, spans))
+        messages.append(encode_for_resource(RESOURCE, spans))
     return messages
 
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -375,13 +375,22 @@ def list_layouts(catalogue: Catalogue = None) -> None:
         typer.echo(printable(line))
 
 
+def _with_values(arguments: Sequence[str]) -> list[str]:
+    """Gives options that may stand alone their value. `--logs access` and `--logs=access` are the same."""
+    names = {sources.flag(name): name for name, declaration in DECLARATIONS.items() if declaration.alone}
+    whole: list[str] = []
+    for each in arguments:
+        name = names.get(whole[-1]) if whole else None
+        if name and each in get_args(sources.TYPES[name]):
+            whole[-1] += f"={each}"
+        else:
+            whole.append(each)
+    return [f"{each}={DECLARATIONS[names[each]].alone}" if each in names else each for each in whole]
+
+
 def _command() -> int:
     try:
-        alone = {
-            sources.flag(name): declaration.alone for name, declaration in DECLARATIONS.items() if declaration.alone
-        }
-        arguments = [f"{each}={alone[each]}" if each in alone else each for each in sys.argv[1:]]
-        return app(arguments, prog_name=PROGRAM, standalone_mode=False) or 0
+        return app(_with_values(sys.argv[1:]), prog_name=PROGRAM, standalone_mode=False) or 0
     except typer.TyperException as error:
         # The message is empty if no command was given; typer has printed the help.
         if message := error.format_message():

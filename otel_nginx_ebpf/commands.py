@@ -45,14 +45,17 @@ def replay(settings: Settings, path: Path) -> int:
     from otel_nginx_ebpf.emitter.deliver import deliver
     from otel_nginx_ebpf.traces.capture import read_capture
 
-    stats = Stats()
+    stats = Stats(logs=settings.sends_logs)
+    lines = stats.logs if settings.sends_error_log else None
 
     frames = read_capture(path)
     if settings.top or not (set(settings.exporter) - {"otlp"} and settings.output is None and sys.stdout.isatty()):
         frames = with_progress(frames, path)
     # A file can wait until there is room in the queue; a running nginx cannot.
     output = handover.open_output(settings)
-    return deliver(settings, stats, lambda exporter: pipeline.replay(frames, exporter, stats), output, live=False)
+    return deliver(
+        settings, stats, lambda exporter: pipeline.replay(frames, exporter, stats, lines), output, live=False
+    )
 
 
 def report(settings: Settings, capture: Path, output: Path) -> int:

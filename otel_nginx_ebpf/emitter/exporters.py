@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from otel_nginx_ebpf.emitter.pipeline import Decoding
 from otel_nginx_ebpf.errors import UserError
@@ -12,12 +13,14 @@ from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.settings.model import ExporterName, Settings
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices, choices_of
+from otel_nginx_ebpf.traces.logs import of_trace
 from otel_nginx_ebpf.traces.phases import phases_of
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 if TYPE_CHECKING:
     from otel_nginx_ebpf.export.metrics.own import Metrics
     from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
+    from otel_nginx_ebpf.export.otlp.logs import OtlpLogExporter
     from otel_nginx_ebpf.metrics.exemplars import Exemplars
 
 
@@ -33,9 +36,11 @@ class _Readable:
         *,
         choices: SpanChoices = DEFAULT_CHOICES,
         exemplars: "Exemplars | None" = None,
+        logs: "OtlpLogExporter | None" = None,
     ) -> None:
         self._exporters = exporters
         self._exemplars = exemplars
+        self._logs = logs
         self._ids = RandomIds()
         self._choices = choices
 
@@ -44,6 +49,8 @@ class _Readable:
             trace = build_trace(request, unix_offset_ns, self._ids, choices=self._choices, resource=resource)
             for exporter in self._exporters:
                 exporter.export(trace)
+            if self._logs:
+                self._logs.export(of_trace(trace))
             if self._exemplars:
                 spans = zip(phases_of(request), trace.spans, strict=True)
                 self._exemplars.offer(
@@ -107,14 +114,16 @@ def make_exporter(
 
         metrics = Metrics(settings, stats, resource)
         exemplars = metrics.exemplars if settings.measures_requests else None
+    logs = _make_logs(settings, stats, resource, wait_for_room)
     if names == ["otlp"]:  # encodes requests without building traces
-        exporter = _make_otlp(settings, stats, resource, wait_for_room, exemplars)
+        exporter = _make_otlp(settings, stats, resource, wait_for_room, exemplars, logs)
     else:
         each = [
             _make(name, settings, stats if name == counting else uncounted, resource, output, wait_for_room)
             for name in names
         ]
-        exporter = Decoding(_Readable(each, choices=choices_of(settings), exemplars=exemplars), stats)
+        readable = _Readable(each, choices=choices_of(settings), exemplars=exemplars, logs=logs)
+        exporter = Decoding(readable, stats, logs)
     return _Measured(exporter, metrics) if metrics else exporter
 
 
@@ -127,24 +136,51 @@ def _make_otlp(
     resource: Resource,
     wait_for_room: bool,
     exemplars: "Exemplars | None" = None,
+    logs: "OtlpLogExporter | None" = None,
 ) -> "OtlpExporter":
     from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
-    from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir
     from otel_nginx_ebpf.export.otlp.sender import make_sender
 
     return OtlpExporter(
         make_sender(settings.otlp_protocol),
         resource,
         stats,
-        queue_spans=settings.queue_size,
-        queue_bytes=settings.queue_mib << 20,
-        batch_spans=settings.batch_size,
-        delay_s=settings.batch_delay_ms / 1000,
         choices=choices_of(settings),
-        wait_for_room=wait_for_room,
-        queue_dir=QueueDir(settings.queue_dir, settings.queue_dir_mib << 20) if settings.queue_dir else None,
         exemplars=exemplars,
+        logs=logs,
+        wait_for_room=wait_for_room,
+        **_queue(settings, settings.queue_dir),
     )
+
+
+def _make_logs(settings: Settings, stats: Stats, resource: Resource, wait_for_room: bool) -> "OtlpLogExporter | None":
+    if not stats.logs:
+        return None
+    from otel_nginx_ebpf.export.otlp.logs import OtlpLogExporter
+    from otel_nginx_ebpf.export.otlp.sender import make_sender
+
+    return OtlpLogExporter(
+        make_sender(settings.otlp_logs_protocol or settings.otlp_protocol, "logs"),
+        resource,
+        stats.logs,
+        query=settings.query,
+        wait_for_room=wait_for_room,
+        **_queue(settings, settings.queue_dir / "logs" if settings.queue_dir else None),
+    )
+
+
+def _queue(settings: Settings, directory: Path | None) -> dict[str, Any]:
+    """Returns how messages of one signal are queued. Traces and log records share the room."""
+    from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir
+
+    signals = 2 if settings.sends_logs else 1
+    return {
+        "queue_spans": settings.queue_size // signals,
+        "queue_bytes": (settings.queue_mib << 20) // signals,
+        "batch_spans": settings.batch_size,
+        "delay_s": settings.batch_delay_ms / 1000,
+        "queue_dir": QueueDir(directory, (settings.queue_dir_mib << 20) // signals) if directory else None,
+    }
 
 
 def _make(

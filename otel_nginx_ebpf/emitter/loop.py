@@ -16,7 +16,7 @@ from otel_nginx_ebpf.emitter.source import Source
 from otel_nginx_ebpf.export.interface import Record
 from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES, MetricChoices
 from otel_nginx_ebpf.metrics.kept_stats import KeptStats
-from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.metrics.stats import Deliveries, Stats
 from otel_nginx_ebpf.process.channel import EmitterEnd
 from otel_nginx_ebpf.process.messages import (
     Abandoned,
@@ -29,7 +29,7 @@ from otel_nginx_ebpf.process.messages import (
     Order,
     Retired,
 )
-from otel_nginx_ebpf.traces.error_log import is_log_line
+from otel_nginx_ebpf.traces.error_log import has_text, is_log_line, line_pid
 from otel_nginx_ebpf.traces.losses import LOST, of_kind
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.plausibility import Doubt, doubt
@@ -39,8 +39,6 @@ _log = logging.getLogger(__name__)
 
 # How long records wait in the ring buffer at most. The kernel wakes no reader, because a worker would pay for it.
 _POLL_S = 0.02
-
-_NO_RESOURCE: Mapping[str, AttributeValue] = {}
 
 # How often to read the counters that the metrics show.
 _NOTE_S = 1.0
@@ -53,13 +51,24 @@ class NothingTracedError(Exception):
     """The supervisor ended before it attached to anything."""
 
 
-def tell_losses(stats: Stats, told: Mapping[str, int]) -> dict[str, int]:
-    """Logs the losses since `told`, by cause, and returns the losses so far."""
-    lost = stats.losses()
-    new = {cause: count - told.get(cause, 0) for cause, count in sorted(of_kind(lost, LOST).items())}
-    if any(new.values()):
-        causes = ", ".join(f"{cause} {count}" for cause, count in new.items() if count)
-        _log.warning("traces lost in the last minute: %s", causes)
+Losses = dict[tuple[str, str], int]
+"""How many traces, and how many log records, are lost, by cause."""
+
+
+def losses(stats: Stats) -> Losses:
+    """Returns the losses so far."""
+    lost = {("traces", cause): count for cause, count in of_kind(stats.losses(), LOST).items()}
+    logs = stats.logs.lost.copy() if stats.logs else {}
+    return lost | {("log records", cause): count for cause, count in logs.items()}
+
+
+def tell_losses(stats: Stats, told: Losses) -> Losses:
+    """Logs the losses since `told`, and returns the losses so far."""
+    lost = losses(stats)
+    new = {key: count - told.get(key, 0) for key, count in sorted(lost.items())}
+    for what in ("traces", "log records"):
+        if causes := ", ".join(f"{cause} {count}" for (of, cause), count in new.items() if of == what and count):
+            _log.warning("%s lost in the last minute: %s", what, causes)
     return lost
 
 
@@ -73,12 +82,15 @@ class Emitter:
         counts: KeptStats,
         ring_buffer_bytes: int,
         choices: MetricChoices = DEFAULT_CHOICES,
+        counts_lines: Deliveries | None = None,
     ) -> None:
+        """`counts_lines` counts the lines of the error log, if they are sent as log records."""
         self._channel = channel
         self._stats = stats
         self._counts = counts
         self._ring_buffer_bytes = ring_buffer_bytes
         self._choices = choices
+        self._counts_lines = counts_lines
         self._clock = Clock()
         self._sources: dict[int, Source] = {}
         self._retired: list[Source] = []
@@ -102,7 +114,7 @@ class Emitter:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._channel.report(Kind.BEGUN)
         next_note_s = time.monotonic() + _NOTE_S
-        next_report_s, told = time.monotonic() + _REPORT_S, self._stats.losses()
+        next_report_s, told = time.monotonic() + _REPORT_S, losses(self._stats)
         try:
             while not self._ending:
                 for order in self._channel.orders(_POLL_S):
@@ -146,7 +158,12 @@ class Emitter:
             case Abandoned():
                 source = Source(Attached(0, "", "", order.descriptors), self._ring_buffer_bytes, self._choices)
                 # The last emitter may have sent some of these records. A trace must not come twice, so all are lost.
-                unread = sum(1 for raw in source.records.read() if not doubt(raw) and not is_log_line(raw))
+                left = [raw for raw in source.records.read() if not doubt(raw)]
+                unread = sum(1 for raw in left if not is_log_line(raw))
+                if self._counts_lines:
+                    lines = sum(map(has_text, left))
+                    self._counts_lines.received += lines
+                    self._counts_lines.lose("lost_emitter_killed", lines)
                 self._counts.lose_unread("lost_emitter_killed", unread)
                 self._give_back(source)
             case Measured(number, cost_ns, hits, passed):
@@ -186,7 +203,9 @@ class Emitter:
                     self._doubt(source, found)
                     continue
                 if is_log_line(raw):
-                    yield raw, unix_offset_ns, _NO_RESOURCE
+                    if self._counts_lines and has_text(raw):
+                        self._counts_lines.received += 1
+                    yield raw, unix_offset_ns, self._resource(source, line_pid(raw))
                     continue
                 self._stats.received += 1
                 if source.silence.fell_silent(raw):

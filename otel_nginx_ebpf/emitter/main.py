@@ -34,13 +34,14 @@ def emit(settings: Settings, handed: Handover, channel: int, counts: int) -> int
     from otel_nginx_ebpf.metrics.kept_stats import KeptStats
     from otel_nginx_ebpf.process.channel import EmitterEnd
 
-    stats = Stats()
+    stats = Stats(logs=settings.sends_logs)
     kept = KeptStats(counts, stats)
 
     def work(exporter: "Exporter") -> float | None:
         kept.settle()
         ring_buffer_bytes = settings.ring_buffer_mib << 20
-        reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes, metric_choices_of(settings))
+        lines, choices = stats.logs if settings.sends_error_log else None, metric_choices_of(settings)
+        reader = Emitter(EmitterEnd(channel), stats, kept, ring_buffer_bytes, choices, counts_lines=lines)
         return reader.run(exporter.take, exporter.at_once)
 
     with suppress(NothingTracedError):

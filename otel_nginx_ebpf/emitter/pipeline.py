@@ -1,14 +1,19 @@
 """The way of a record in the emitter: bytes → exporter, or into a capture file."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.interface import Exporter, Record, RequestExporter
-from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.metrics.stats import Deliveries, Stats
 from otel_nginx_ebpf.traces.capture import CaptureWriter, Frame
-from otel_nginx_ebpf.traces.error_log import LogLines, is_log_line
+from otel_nginx_ebpf.traces.error_log import LogLines, has_text, is_log_line
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.record import RecordError, decode
+
+if TYPE_CHECKING:
+    from otel_nginx_ebpf.export.otlp.logs import OtlpLogExporter
 
 Take = Callable[[list[Record]], None]
 
@@ -30,18 +35,19 @@ def in_batches(records: Iterable[Record], size: int, take: Take) -> None:
 class Decoding:
     """Decodes records, and gives the requests, with their log lines, to an exporter."""
 
-    def __init__(self, exporter: RequestExporter, stats: Stats) -> None:
+    def __init__(self, exporter: RequestExporter, stats: Stats, logs: "OtlpLogExporter | None" = None) -> None:
+        """`logs` gets the lines of the error log that have no request."""
         self._exporter = exporter
         self._stats = stats
         self.at_once = exporter.at_once
-        self.shutdown = exporter.shutdown
-        self._lines = LogLines()
+        self._logs = logs
+        self._lines = LogLines(keeps_untraced=logs is not None)
 
     def take(self, records: Sequence[Record]) -> None:
         completed = []
         for raw, unix_offset_ns, resource in records:
             if is_log_line(raw):
-                self._lines.add(raw)
+                self._lines.add(raw, unix_offset_ns, resource)
                 continue
             try:
                 request = decode(raw)
@@ -53,7 +59,13 @@ class Decoding:
             if request.impossible:
                 self._stats.lose("partial_impossible_value", request.impossible)
         self._stats.lose_log_lines(self._lines.take_lost())
+        if self._logs:
+            self._logs.take_untraced(self._lines)
         self._exporter.take(completed)
+
+    def shutdown(self, timeout_s: float) -> None:
+        with self._logs.closing(self._lines, timeout_s) if self._logs else nullcontext():
+            self._exporter.shutdown(timeout_s)
 
 
 def writing(writer: CaptureWriter, stats: Stats) -> Take:
@@ -73,8 +85,8 @@ def writing(writer: CaptureWriter, stats: Stats) -> Take:
     return take
 
 
-def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats) -> None:
-    """Exports the requests in a capture file.
+def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats, counts_lines: Deliveries | None = None) -> None:
+    """Exports the requests in a capture file. `counts_lines` counts the lines of the error log.
 
     Raises:
         UserError: The file is not a capture file of this version.
@@ -85,6 +97,8 @@ def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats) -> None:
     def records() -> Iterator[Record]:
         for frame in frames:
             stats.received += not is_log_line(frame.raw)
+            if counts_lines and has_text(frame.raw):
+                counts_lines.received += 1
             yield frame.raw, frame.unix_offset_ns, resource
 
     in_batches(records(), exporter.at_once, exporter.take)

@@ -17,7 +17,7 @@ def otlp_file_variables(*signals: str) -> list[str]:
     """Returns the environment variables that name a file for the SDK's exporters (OTLP exporter specification).
 
     Args:
-        signals: `TRACES` or `METRICS`; the variables of all signals are always returned.
+        signals: `TRACES`, `METRICS` or `LOGS`; the variables of all signals are always returned.
     """
     return [
         f"OTEL_EXPORTER_OTLP_{prefix}{file}" for prefix in ("", *(f"{s}_" for s in signals)) for file in _OTLP_FILES
@@ -90,7 +90,7 @@ def make_handover(settings: Settings, output: int | None) -> Handover:
             raise UserError(f"--queue-dir {settings.queue_dir}: {error.strerror}") from error
     named = {
         variable: Path(os.environ[variable])
-        for variable in otlp_file_variables("TRACES", "METRICS")
+        for variable in otlp_file_variables("TRACES", "METRICS", "LOGS")
         if os.environ.get(variable)
     }
     return Handover(account, output, {variable: _copy(variable, path) for variable, path in named.items()})

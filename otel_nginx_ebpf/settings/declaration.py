@@ -68,11 +68,15 @@ def lower(value: object) -> object:
 _NANOSECONDS = {"us": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 
 
-def auto_if_true(value: object) -> object:
-    """Converts `true` to `auto`, and `false` to `off`, for a setting that was a switch once."""
-    switched = {True: "auto", False: "off", "true": "auto", "false": "off", "1": "auto", "0": "off"}
-    value = lower(value)
-    return switched.get(value, value) if isinstance(value, str | bool) else value
+def like_a_switch(alone: str) -> Callable[[object], object]:
+    """Returns a function that converts `true` to `alone`, and `false` to `off`."""
+    switched = {True: alone, False: "off", "true": alone, "false": "off", "1": alone, "0": "off"}
+
+    def read(value: object) -> object:
+        value = lower(value)
+        return switched.get(value, value) if isinstance(value, str | bool) else value
+
+    return read
 
 
 def nanoseconds(value: object) -> int:

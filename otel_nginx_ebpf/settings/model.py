@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from otel_nginx_ebpf.settings.declaration import (
     Declaration,
-    auto_if_true,
+    like_a_switch,
     lower,
     nanoseconds,
     network,
@@ -55,6 +55,7 @@ MetricsAttribute = Literal[
 """The attributes of the metrics of all requests."""
 SpanNames = Literal["phases", "semconv"]
 Detail = Literal["phases", "request"]
+Logs = Literal["off", "error"]
 LogLevel = Literal["none", "emerg", "alert", "crit", "error", "warn", "notice", "info"]
 """nginx's levels, in the order of nginx's numbers. `debug` is left out: nginx logs many such lines for a request."""
 OtlpProtocol = Literal["grpc", "http/protobuf"]
@@ -235,7 +236,7 @@ class Settings:
         allowed="socket, memory, auto, or off; true and false mean auto and off",
         metavar="[=WAY]",
         alone="auto",
-        read=auto_if_true,
+        read=like_a_switch("auto"),
     )
     detail: Detail = setting(
         "phases",
@@ -253,6 +254,15 @@ class Settings:
         allowed=f"one of {', '.join(get_args(LogLevel))}",
         metavar="LEVEL",
         read=lower,
+    )
+    logs: Logs = setting(
+        "off",
+        "Also send the lines of nginx's error log to the collector as log records, with the ids of trace and span.",
+        commands=("run", "replay"),
+        allowed="error, or off; true and false mean error and off",
+        metavar="[=WHICH]",
+        alone="error",
+        read=like_a_switch("error"),
     )
     ring_buffer_mib: int = setting(
         16,
@@ -363,6 +373,13 @@ class Settings:
         metavar="NAME",
         standard=("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"),
     )
+    otlp_logs_protocol: OtlpProtocol | None = setting(
+        None,
+        "The protocol of the collector for log records, if it is not that of the traces.",
+        commands=(),
+        allowed="grpc or http/protobuf",
+        standard=("OTEL_EXPORTER_OTLP_LOGS_PROTOCOL",),
+    )
     grace_seconds: float = setting(
         10.0,
         "How many seconds to deliver queued traces after the program was told to stop.",
@@ -437,6 +454,16 @@ class Settings:
             return ()
         b3 = () if "none" in self.propagators else (each for each in ("b3", "b3multi") if each in self.propagators)
         return ("tracecontext", *b3)
+
+    @property
+    def sends_error_log(self) -> bool:
+        """Tells whether the lines of nginx's error log are sent as log records."""
+        return self.logs == "error" and self.top is None and not self.sdk_disabled
+
+    @property
+    def sends_logs(self) -> bool:
+        """Tells whether log records are sent."""
+        return self.sends_error_log
 
     @property
     def reads_error_log(self) -> bool:

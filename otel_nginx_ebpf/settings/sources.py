@@ -156,4 +156,8 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
     for name in _NEED_PHASES:
         if settings.detail == "request" and getattr(settings, name) != DECLARATIONS[name].default:
             raise UserError(f"{flag(name)} needs --detail phases: what it reads or writes, it does during the request")
+    if settings.sends_error_log and (settings.log_level == "none" or settings.detail == "request"):
+        raise UserError(
+            f"--logs {settings.logs} needs nginx's error log, which --detail request and --log-level none do not read"
+        )
     return settings

@@ -253,7 +253,7 @@ class _Run:
         if code >= 0:
             return 0 if stop and code == entry.INTERRUPTED else code
         _log.error("the emitter %s; what it had not delivered is lost", _how(code, why))
-        stats = Stats()
+        stats = Stats(logs=self._settings.sends_logs)
         KeptStats(self._counts, stats).settle()
         complain(stats.summary())
         return _LOST

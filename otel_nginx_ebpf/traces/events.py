@@ -27,9 +27,20 @@ def events_of(
     events: dict[int, tuple[Event, ...]] = {}
     for line in lines:
         index = _phase_of(line, phases)
-        event = Event(ERROR_LOG, line.logged_mono_ns + unix_offset_ns, _attributes(line, query))
+        event = event_of(line, line.message, unix_offset_ns, query)
         events[index] = (*events.get(index, ()), event)
     return events
+
+
+def event_of(line: LogLine, message: str, unix_offset_ns: int, query: bool) -> Event:
+    """Returns the event of a line. `message` is what it says."""
+    attributes: dict[str, AttributeValue] = {
+        LOG_SEVERITY: line.level,
+        NGINX_ERROR_MESSAGE: redact_text(message, query),
+    }
+    if line.error_number:
+        attributes[NGINX_ERROR_ERRNO] = line.error_number
+    return Event(ERROR_LOG, line.logged_mono_ns + unix_offset_ns, attributes)
 
 
 def text_of(event: Event) -> str:
@@ -48,13 +59,3 @@ def _phase_of(line: LogLine, phases: Sequence[Phase]) -> int:
         ):
             found = index
     return found
-
-
-def _attributes(line: LogLine, query: bool) -> Mapping[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {
-        LOG_SEVERITY: line.level,
-        NGINX_ERROR_MESSAGE: redact_text(line.message, query),
-    }
-    if line.error_number:
-        attributes[NGINX_ERROR_ERRNO] = line.error_number
-    return attributes

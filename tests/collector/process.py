@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from e2e.agent_process import Event, Span, Trace
 from e2e.nginx_server import wait_until
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord, LogsData
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric, MetricsData
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as OtlpSpan
 from opentelemetry.proto.trace.v1.trace_pb2 import Status, TracesData
@@ -137,7 +138,7 @@ def _span(span: OtlpSpan) -> Span:
     )
 
 
-Message = TypeVar("Message", TracesData, MetricsData)
+Message = TypeVar("Message", TracesData, MetricsData, LogsData)
 
 
 def _messages(output: Path, kind: type[Message]) -> Iterator[Message]:
@@ -167,6 +168,21 @@ def collected(output: Path, wanted: Callable[[dict[str, Any]], bool]) -> list[Tr
                     assert first == resource, "a service with two resources in a trace"
                     spans.append(span)
     return [_trace(resource, spans) for resource, spans in traces.values()]
+
+
+def collected_logs(output: Path, service: str) -> list[LogRecord]:
+    """Return a service's log records in a collector's output file, in order of arrival."""
+    records = []
+    for message in _messages(output, LogsData):
+        for group in message.resource_logs:
+            resource = attributes(group.resource.attributes)
+            if resource["service.name"] == service:
+                for scope in group.scope_logs:
+                    seen.schema(SCHEMA_URL, group.schema_url, scope.schema_url)
+                    for record in scope.log_records:
+                        seen.log_record(resource, record.event_name, attributes(record.attributes))
+                        records.append(record)
+    return records
 
 
 def collected_metrics(output: Path, service: str) -> list[Metric]:

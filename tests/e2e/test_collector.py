@@ -4,6 +4,7 @@ The tests read what the collectors write.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -12,11 +13,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from collector.process import CollectorProcess, collected, official, rotel
+from collector.process import CollectorProcess, collected, collected_logs, official, rotel
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 
 from e2e.agent_process import AgentProcess, Trace
+from e2e.error_lines import error_lines
 from e2e.http1_client import Http1Connection
 from e2e.nginx_server import AccessLog, LogLine, NginxServer, free_ports, wait_until
 from e2e.oracle import check_facts
@@ -45,11 +48,13 @@ receivers:
         compression_algorithms: [gzip]  # and nothing uncompressed
 exporters:
   file: { path: "@OUTPUT@", format: proto, flush_interval: 50ms }
+  file/logs: { path: "@OUTPUT@.logs", format: proto, flush_interval: 50ms }
 service:
   extensions: [bearertokenauth]
   telemetry: { metrics: { level: none } }
   pipelines:
     traces: { receivers: [otlp, otlp/secure], exporters: [file] }
+    logs: { receivers: [otlp, otlp/secure], exporters: [file/logs] }
 """
 
 NGINX_HTTP = """
@@ -134,6 +139,12 @@ class Stand:
         wait_until(lambda: len(traces()) >= count, f"{count} traces in the collector's file")
         return traces()
 
+    def collected_logs(self, service: str, count: int) -> list[LogRecord]:
+        """Waits until the collector has written `count` log records of the service."""
+        output = self.output.with_name(f"{self.output.name}.logs")
+        wait_until(lambda: len(collected_logs(output, service)) >= count, f"{count} log records")
+        return collected_logs(output, service)
+
 
 @pytest.fixture(scope="module")
 def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterator[Stand]:
@@ -205,9 +216,32 @@ RESOURCE = {
 @pytest.mark.parametrize(("protocol", "port"), [("grpc", "GRPC"), ("http/protobuf", "HTTP")])
 def test_official_collector(stand: Stand, protocol: str, port: str) -> None:
     service = f"plain {port}"
-    lines, counts = stand.run(service, protocol, f"http://127.0.0.1:{stand.ports[port]}")
-    check(stand.collected(service, len(lines)), lines, {**RESOURCE, "service.name": service})
-    assert f"received {len(lines)}, exported {len(lines)}, lost 0" in counts
+    error_log = stand.nginx.error_log
+    before = len(error_lines(error_log))
+    variables = {"OTEL_NGINX_EBPF_LOGS": "error"}
+    lines, counts = stand.run(service, protocol, f"http://127.0.0.1:{stand.ports[port]}", **variables)
+    traces = stand.collected(service, len(lines))
+    check(traces, lines, {**RESOURCE, "service.name": service})
+    logged = [line.message for line in error_lines(error_log)[before:] if line.level != "notice"]
+    records = stand.collected_logs(service, len(logged))
+    assert len(logged) > len(REQUESTS) // 2
+    assert sorted(record.body.string_value for record in records) == sorted(logged)
+    assert Counter(map(key_of_record, records)) == Counter(key for trace in traces for key in keys_of_events(trace))
+    assert f"received {len(lines)}, exported {len(lines)}, lost 0; log records: received {len(logged)}," in counts
+    assert f"exported {len(logged)}, lost 0" in counts
+
+
+def key_of_record(record: LogRecord) -> tuple[str, str, int, str, str]:
+    level, message = record.severity_text, record.body.string_value
+    return record.trace_id.hex(), record.span_id.hex(), record.time_unix_nano, level, message
+
+
+def keys_of_events(trace: Trace) -> Iterator[tuple[str, str, int, str, str]]:
+    """Yield what log records of the trace's events must have."""
+    for span in trace.spans:
+        for event in span.events:
+            level, message = event.attributes["log.severity"], event.attributes["nginx.error.message"]
+            yield trace.trace_id, span.span_id, event.time_unix_ns, level, message
 
 
 @pytest.mark.parametrize(("protocol", "port"), [("grpc", "SECURE_GRPC"), ("http/protobuf", "SECURE_HTTP")])

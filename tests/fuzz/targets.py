@@ -34,7 +34,7 @@ from otel_nginx_ebpf.export.console import make_renderer
 from otel_nginx_ebpf.export.interface import TraceExporter
 from otel_nginx_ebpf.export.json_lines import to_json
 from otel_nginx_ebpf.export.line import to_line
-from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_for_resource
 from otel_nginx_ebpf.export.resource import make_resource
 from otel_nginx_ebpf.export.text import TextExporter
 from otel_nginx_ebpf.metrics.stats import Stats
@@ -79,7 +79,7 @@ class _Ids:
 
 def _otlp(encoded: bytes) -> list[Span]:
     """Parse a message as a collector does; sort attributes by name."""
-    message = ExportTraceServiceRequest.FromString(encode_resource_spans(_RESOURCE, [encoded]))
+    message = ExportTraceServiceRequest.FromString(encode_for_resource(_RESOURCE, [encoded]))
     spans = list(message.resource_spans[0].scope_spans[0].spans)
     for span in spans:
         span.attributes.sort(key=lambda attribute: attribute.key)

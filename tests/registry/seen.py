@@ -76,6 +76,14 @@ def trace(resource: Mapping[str, Any], spans: Iterable[Span]) -> None:
     _excused.update(excused)
 
 
+def log_record(resource: Mapping[str, Any], name: str, attributes: Mapping[str, Any]) -> None:
+    """Takes a log record of our registry's event `name`. Its severity and body say what the event's first two do."""
+    _resource(resource)
+    said = {"log.severity": "error", "nginx.error.message": ""}
+    _findings.update(f"log record {name!r}: {each}" for each in check_event(name, {**said, **attributes}))
+    _findings.update(f"log record {name!r}: has {each}" for each in said if each in attributes)
+
+
 def metric(
     resource: Mapping[str, Any], name: str, instrument: str, unit: str, points: Iterable[Mapping[str, Any]]
 ) -> None:

@@ -10,6 +10,11 @@ from typing import Self
 import grpc
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest, ExportLogsServiceResponse
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2_grpc import (
+    LogsServiceServicer,
+    add_LogsServiceServicer_to_server,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -18,6 +23,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     TraceServiceServicer,
     add_TraceServiceServicer_to_server,
 )
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 
@@ -36,12 +42,14 @@ class Received:
 
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
+        self.log_requests: list[ExportLogsServiceRequest] = []
         self.refusals: list[grpc.StatusCode | int | Later] = []
         """Answers to the next requests, instead of taking them."""
         self.refused_s: list[float] = []
         """When a request was refused, and in `taken_s` taken: time.monotonic()."""
         self.taken_s: list[float] = []
         self.rejected_spans = 0
+        self.rejected_log_records = 0
         """What it says of the requests that it takes."""
         self.delay_s = 0.0
 
@@ -54,6 +62,21 @@ class Received:
         response = ExportTraceServiceResponse()
         response.partial_success.rejected_spans = self.rejected_spans
         return response
+
+    def logs_response(self) -> ExportLogsServiceResponse:
+        response = ExportLogsServiceResponse()
+        response.partial_success.rejected_log_records = self.rejected_log_records
+        return response
+
+    @property
+    def log_records(self) -> list[LogRecord]:
+        return [
+            record
+            for request in self.log_requests
+            for resource in request.resource_logs
+            for scope in resource.scope_logs
+            for record in scope.log_records
+        ]
 
     @property
     def spans(self) -> list[Span]:
@@ -93,6 +116,7 @@ class GrpcReceiver(Received, TraceServiceServicer):
         super().__init__()
         self._server = grpc.server(ThreadPoolExecutor(1))
         add_TraceServiceServicer_to_server(self, self._server)
+        add_LogsServiceServicer_to_server(_Logs(self), self._server)
         address = f"127.0.0.1:{port}"
         self.port = (
             self._server.add_secure_port(address, credentials)
@@ -102,20 +126,34 @@ class GrpcReceiver(Received, TraceServiceServicer):
         self._server.start()
 
     def Export(self, request: ExportTraceServiceRequest, context: grpc.ServicerContext) -> ExportTraceServiceResponse:
+        self.refuse(context)
+        self.requests.append(request)
+        return self.response()
+
+    def refuse(self, context: grpc.ServicerContext) -> None:
+        """Answers with the next refusal, if there is one: raises an exception."""
         refusal = self.next_refusal()
         if isinstance(refusal, Later):
             context.set_trailing_metadata(_retry_info(float(refusal.after)))
             refusal = refusal.refusal
         if refusal is not None:
             context.abort(refusal, "as the test wants")
-        self.requests.append(request)
-        return self.response()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._server.stop(grace=None).wait()
+
+
+class _Logs(LogsServiceServicer):
+    def __init__(self, receiver: GrpcReceiver) -> None:
+        self._receiver = receiver
+
+    def Export(self, request: ExportLogsServiceRequest, context: grpc.ServicerContext) -> ExportLogsServiceResponse:
+        self._receiver.refuse(context)
+        self._receiver.log_requests.append(request)
+        return self._receiver.logs_response()
 
 
 class HttpReceiver(Received):
@@ -134,6 +172,9 @@ class HttpReceiver(Received):
                 if refusal is None and self.path == "/v1/traces":
                     received.requests.append(ExportTraceServiceRequest.FromString(request))
                     body = received.response().SerializeToString() if received.body is None else received.body
+                if refusal is None and self.path == "/v1/logs":
+                    received.log_requests.append(ExportLogsServiceRequest.FromString(request))
+                    body = received.logs_response().SerializeToString()
                 status = refusal.refusal if isinstance(refusal, Later) else refusal or 200
                 assert isinstance(status, int)
                 self.send_response(status)

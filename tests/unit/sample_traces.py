@@ -57,7 +57,7 @@ def log_line(text: str | bytes, **fields: int) -> bytes:
     """A line of the error log, as the kernel sends it."""
     raw = text.encode() if isinstance(text, str) else text
     marker = c_enum("log_marker")["LOG_MARKER"]
-    told = {"marker": marker, "worker_pid": 4711, "logged_ns": MONO_NS, "attempt": LIMITS["NO_ATTEMPT"]}
+    told = {"marker": marker, "worker_pid": 4711, "logged_ns": MONO_NS, "lines": 1, "attempt": LIMITS["NO_ATTEMPT"]}
     return _pack(LOG_LINE, {**told, "bytes": len(raw), **fields}) + raw
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from otel_nginx_ebpf import __version__
+from otel_nginx_ebpf import __version__, cli
 from otel_nginx_ebpf.settings import sources
 from otel_nginx_ebpf.traces.capture import CaptureWriter
 from unit.otlp_receiver import GrpcReceiver, HttpReceiver
@@ -69,7 +69,22 @@ def test_help_names_every_option_s_variable(command: str) -> None:
 def test_help_of_run_has_every_setting() -> None:
     _, out, _ = run("run", "--help")
     missing = [name for name in sources.SettingsSource.model_fields if sources.flag(name) not in out]
-    assert missing == ["sdk_disabled"], "OTEL_SDK_DISABLED is a variable only"
+    assert missing == ["otlp_logs_protocol", "sdk_disabled"], "standard variables only"
+
+
+@pytest.mark.parametrize(
+    ("given", "whole"),
+    [
+        ("--logs", "--logs=error"),
+        ("--logs error --propagate socket -x", "--logs=error --propagate=socket -x"),
+        ("--logs off --propagate", "--logs=off --propagate=auto"),
+        ("--logs day.capture", "--logs=error day.capture"),
+        ("--logs=off error", "--logs=off error"),
+        ("--logs --propagate --wait", "--logs=error --propagate=auto --wait"),
+    ],
+)
+def test_options_that_may_stand_alone(given: str, whole: str) -> None:
+    assert cli._with_values(given.split()) == whole.split()
 
 
 def test_without_arguments_there_is_help_and_no_complaint() -> None:

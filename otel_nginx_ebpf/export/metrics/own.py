@@ -151,14 +151,27 @@ def _measure(provider: MeterProvider, stats: Stats) -> None:
     meter.create_observable_counter(f"{prefix}.requests.lost", causes(LOST), "{request}")
     meter.create_observable_counter(f"{prefix}.requests.left_out", causes(LEFT_OUT), "{request}")
     meter.create_observable_counter(f"{prefix}.requests.incomplete", causes(INCOMPLETE), "{request}")
+    if logs := stats.logs:
+        log_records = f"{prefix}.log_records"
+        meter.create_observable_counter(f"{log_records}.received", observed(lambda: logs.received), "{record}")
+        meter.create_observable_counter(f"{log_records}.exported", observed(lambda: logs.exported), "{record}")
+        lost = [lambda options: [Observation(n, {"cause": cause}) for cause, n in logs.lost.copy().items()]]
+        meter.create_observable_counter(f"{log_records}.lost", lost, "{record}")
+        meter.create_observable_gauge(f"{prefix}.queue.log_records", observed(lambda: logs.queued.spans), "{record}")
+    both = [stats, *([stats.logs] if stats.logs else [])]
     meter.create_observable_gauge(f"{prefix}.queue.spans", observed(lambda: stats.queued.spans), "{span}")
-    meter.create_observable_gauge(f"{prefix}.queue.memory", observed(lambda: stats.queued.bytes), "By")
-    meter.create_observable_gauge(f"{prefix}.queue.disk", observed(lambda: stats.stored_bytes), "By")
+    meter.create_observable_gauge(
+        f"{prefix}.queue.memory", observed(lambda: sum(each.queued.bytes for each in both)), "By"
+    )
+    meter.create_observable_gauge(
+        f"{prefix}.queue.disk", observed(lambda: sum(each.stored_bytes for each in both)), "By"
+    )
     meter.create_observable_gauge(f"{prefix}.ring_buffer.fill", observed(lambda: stats.ring_buffer_fill), "1")
     meter.create_observable_gauge(f"{prefix}.probe.hits", [probe_hits], "{hit}/s")
     meter.create_observable_gauge(f"{prefix}.request.cost", [cost], "s")
     meter.create_observable_counter(f"{prefix}.detachments", observed(lambda: stats.detachments), "{detachment}")
     duration = meter.create_histogram(f"{prefix}.export.duration", "s", explicit_bucket_boundaries_advisory=_SECONDS)
-    stats.sent = duration.record
+    for each in both:
+        each.sent = duration.record
     meter.create_observable_counter("process.cpu.time", [processor_time], "s")
     meter.create_observable_up_down_counter("process.memory.usage", observed(_resident_bytes), "By")

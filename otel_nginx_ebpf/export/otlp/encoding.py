@@ -17,6 +17,7 @@ from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.events import events_of
+from otel_nginx_ebpf.traces.logs import LogRecord
 from otel_nginx_ebpf.traces.model import Event, Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request
 from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder
@@ -141,6 +142,20 @@ def _events(events: Sequence[Event]) -> bytes:
     )
 
 
+def encode_log_record(record: LogRecord) -> bytes:
+    """Returns a LogRecord (logs.proto) as a field of ScopeLogs. Raises `RecordError` as `Encoder.encode` does."""
+    try:
+        fields = _TIME.pack(1 << 3 | 1, record.time_unix_ns) + _TIME.pack(11 << 3 | 1, record.time_unix_ns)
+    except struct.error as error:
+        raise RecordError("a time is out of range") from error
+    fields += _int_field(2, record.severity) + _text(3, record.severity_text)
+    fields += _field(5, _any_value(record.body)) + _attributes(6, record.attributes) + _text(12, record.event_name)
+    if record.trace_id:
+        fields += struct.pack("<BI", 8 << 3 | 5, record.trace_flags)
+        fields += _field(9, record.trace_id.to_bytes(16, "big")) + _field(10, record.span_id.to_bytes(8, "big"))
+    return _field(2, fields)
+
+
 _SPAN = _LENGTH_KEYS[2]
 _PIECES = 4
 """How many pieces of bytes a span is joined of."""
@@ -197,7 +212,7 @@ class Encoder:
         self.builder = SpanBuilder(
             encode_fields, lambda name: _NumberAttribute(name).__getitem__, _make_text_attribute, choices
         )
-        self._query = choices.query
+        self.query = choices.query
 
     def encode(self, request: Request, unix_offset_ns: int) -> tuple[bytes, list[BuiltSpan[bytes]]]:
         """Returns the encoded spans of one request, and the built spans behind them.
@@ -211,7 +226,7 @@ class Encoder:
             trace += _text(3, canonical(request.trace_state))
         events = None
         if request.log_lines:
-            events = events_of(request.log_lines, [phase for phase, _, _ in spans], unix_offset_ns, self._query)
+            events = events_of(request.log_lines, [phase for phase, _, _ in spans], unix_offset_ns, self.query)
         return join_spans(trace, request.parent_span_id, spans, unix_offset_ns, events), spans
 
     def encode_trace(self, trace: Trace) -> bytes:
@@ -292,8 +307,11 @@ def _parent(span_id: int | None, *, remote: bool) -> bytes:
 _SCOPE = _field(1, _text(1, "otel_nginx_ebpf") + _text(2, __version__)) + _text(3, SCHEMA_URL)
 
 
-def encode_resource_spans(resource: Resource, spans: Sequence[bytes]) -> bytes:
-    """Returns a ResourceSpans as a field of ExportTraceServiceRequest. `Encoder` has encoded the spans."""
+def encode_for_resource(resource: Resource, spans: Sequence[bytes]) -> bytes:
+    """Returns a ResourceSpans as a field of ExportTraceServiceRequest. `Encoder` has encoded the spans.
+
+    ResourceLogs, a field of ExportLogsServiceRequest, has the same numbers: `spans` may be log records instead.
+    """
     fields = _field(1, _attributes(1, resource.attributes)) + _text(3, resource.schema_url)
     scope_bytes = len(_SCOPE) + sum(map(len, spans))
     scope_header = _LENGTH_KEYS[2] + _varint(scope_bytes)

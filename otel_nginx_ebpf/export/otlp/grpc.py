@@ -9,13 +9,13 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
+from opentelemetry.exporter.otlp.proto.grpc._log_exporter import OTLPLogExporter
+from opentelemetry.exporter.otlp.proto.grpc.exporter import OTLPExporterMixin
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from opentelemetry.sdk.trace.export import SpanExportResult
 
-from otel_nginx_ebpf.export.otlp.sender import Answer, ignore
-
-_METHOD = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+from otel_nginx_ebpf.export.otlp.sender import Answer, Sender, Signal, ignore
 
 # OTLP specification, "OTLP/gRPC Response". The SDK's set contains RESOURCE_EXHAUSTED, even if the collector did not ask
 # for a retry.
@@ -66,11 +66,13 @@ class _Refusal(grpc.RpcError):  # type: ignore[misc]
 
 
 class _Stub:
-    """A stub of TraceService that takes serialized messages."""
+    """A stub of TraceService or LogsService that takes serialized messages."""
 
-    def __init__(self, channel: grpc.Channel, sender: "GrpcSender") -> None:
+    def __init__(self, channel: grpc.Channel, sender: "_GrpcSender") -> None:
         self._export = channel.unary_unary(
-            _METHOD, request_serializer=None, response_deserializer=ExportTraceServiceResponse.FromString
+            f"/opentelemetry.proto.collector.{sender.service}/Export",
+            request_serializer=None,
+            response_deserializer=sender.response_type.FromString,
         )
         self._sender = sender
 
@@ -83,14 +85,19 @@ class _Stub:
             raise self._sender.refusal from error
 
 
-class GrpcSender(OTLPSpanExporter):
-    """A `Sender` over gRPC."""
+class _GrpcSender(OTLPExporterMixin[Any, Any, Any, Any]):
+    """What the senders of both signals have in common. The SDK's exporter of the signal is the next base class."""
+
+    service: str
+    response_type: type[ExportTraceServiceResponse] | type[ExportLogsServiceResponse]
+    rejected: str
+    """The member of `partial_success` that counts what the collector rejected."""
 
     def __init__(self) -> None:
         self.report: Callable[[str], None] = ignore
-        self.response: ExportTraceServiceResponse | None = None
+        self.response: Any = None
         self.refusal: _Refusal | None = None
-        super().__init__(retryable_error_codes=_RETRYABLE)
+        super().__init__(retryable_error_codes=_RETRYABLE)  # type: ignore[call-arg]
 
     def _initialize_channel_and_stub(self) -> None:
         super()._initialize_channel_and_stub()  # type: ignore[no-untyped-call]
@@ -107,9 +114,9 @@ class GrpcSender(OTLPSpanExporter):
 
     def send(self, message: bytes) -> Answer:
         self.response = self.refusal = None
-        if self.export(cast(Any, message)) is SpanExportResult.SUCCESS:
-            rejected = self.response.partial_success.rejected_spans if self.response else 0
-            return Answer(delivered=True, rejected_spans=rejected)
+        if self._export(message) is self._result.SUCCESS:
+            rejected = getattr(self.response.partial_success, self.rejected) if self.response else 0
+            return Answer(delivered=True, rejected=rejected)
         if self.refusal is None:  # the exporter is shut down
             return Answer(retry=True)
         code, delay_s = self.refusal.code(), self.refusal.retry_delay_s
@@ -119,3 +126,20 @@ class GrpcSender(OTLPSpanExporter):
             self._initialize_channel_and_stub()
         asked = code is grpc.StatusCode.RESOURCE_EXHAUSTED and delay_s is not None
         return Answer(retry=asked or code in _RETRYABLE, wait_s=delay_s or 0)
+
+
+class _TraceSender(_GrpcSender, OTLPSpanExporter):
+    service = "trace.v1.TraceService"
+    response_type = ExportTraceServiceResponse
+    rejected = "rejected_spans"
+
+
+class _LogSender(_GrpcSender, OTLPLogExporter):
+    service = "logs.v1.LogsService"
+    response_type = ExportLogsServiceResponse
+    rejected = "rejected_log_records"
+
+
+def make(signal: Signal) -> Sender:
+    """Makes a `Sender` over gRPC."""
+    return _TraceSender() if signal == "traces" else _LogSender()

@@ -7,14 +7,11 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from opentelemetry.exporter.http.transport._base import BaseHTTPResult, BaseHTTPTransport
 from opentelemetry.exporter.otlp.common.http import _extract_retry_after
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-from otel_nginx_ebpf.export.otlp.sender import Answer, ignore
+from otel_nginx_ebpf.export.otlp.sender import Answer, Sender, Signal, ignore
 
 # `report` gets what the exporter would log.
 logging.getLogger("opentelemetry.exporter.otlp.proto.http").disabled = True
-logging.getLogger(OTLPSpanExporter.__module__).disabled = True
 
 # OTLP specification, "OTLP/HTTP Response". Every other status except success means: do not send the message again.
 _RETRYABLE = frozenset({429, 502, 503, 504})
@@ -23,7 +20,7 @@ _RETRYABLE = frozenset({429, 502, 503, 504})
 class _Transport(BaseHTTPTransport):
     """Wraps the exporter's own transport and gives its results to the sender."""
 
-    def __init__(self, transport: BaseHTTPTransport, sender: "HttpSender") -> None:
+    def __init__(self, transport: BaseHTTPTransport, sender: "_HttpSender") -> None:
         self._transport = transport
         self._sender = sender
 
@@ -42,11 +39,18 @@ class _Transport(BaseHTTPTransport):
         self._transport.close()
 
 
-class HttpSender(OTLPSpanExporter):
-    """A `Sender` over HTTP."""
+class _HttpSender:
+    """What the senders of both signals have in common. The SDK's exporter of the signal is the next base class."""
+
+    response_type: Any
+    rejected: str
+    """The member of `partial_success` that counts what the collector rejected."""
+    _client: Any
+    shutdown: Callable[[], None]
 
     def __init__(self) -> None:
         super().__init__()
+        logging.getLogger(type(self).__mro__[2].__module__).disabled = True
         self.report: Callable[[str], None] = ignore
         self.result: BaseHTTPResult | None = None
         self._client._transport = _Transport(self._client._transport, self)
@@ -65,12 +69,33 @@ class HttpSender(OTLPSpanExporter):
         status = result.status_code or 0
         # The SDK does not follow a redirect, but treats it as success.
         if 200 <= status < 300:
-            return Answer(delivered=True, rejected_spans=_rejected_spans(result))
+            return Answer(delivered=True, rejected=self._rejected(result))
         return Answer(retry=status in _RETRYABLE, wait_s=_extract_retry_after(result) or 0)
 
+    def _rejected(self, result: BaseHTTPResult) -> int:
+        try:
+            response = self.response_type.FromString(result.content())
+        except DecodeError:  # the status was 200, so the message is delivered even if the body is damaged
+            return 0
+        return int(getattr(response.partial_success, self.rejected))
 
-def _rejected_spans(result: BaseHTTPResult) -> int:
-    try:
-        return ExportTraceServiceResponse.FromString(result.content()).partial_success.rejected_spans
-    except DecodeError:  # the status was 200, so the message is delivered even if the body is damaged
-        return 0
+
+def make(signal: Signal) -> Sender:
+    """Makes a `Sender` over HTTP. Imports only what the signal needs."""
+    if signal == "traces":
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+        class TraceSender(_HttpSender, OTLPSpanExporter):
+            response_type = ExportTraceServiceResponse
+            rejected = "rejected_spans"
+
+        return TraceSender()
+    from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
+
+    class LogSender(_HttpSender, OTLPLogExporter):
+        response_type = ExportLogsServiceResponse
+        rejected = "rejected_log_records"
+
+    return LogSender()

@@ -14,6 +14,7 @@ from otel_nginx_ebpf.export.interface import Record
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, join_spans, trace_id_field
 from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_KINDS, UPSTREAM_ATTEMPT
 from otel_nginx_ebpf.traces.error_log import LogLine, LogLines, is_log_line
+from otel_nginx_ebpf.traces.logs import LogRecord, of_request
 from otel_nginx_ebpf.traces.phases import (
     REQUEST,
     UPSTREAM_CONNECT,
@@ -167,11 +168,14 @@ _Shaped = tuple[
 class RecordEncoder:
     """Encodes the spans of records."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, *, keeps_log_records: bool = False) -> None:
         self._encoder = encoder
         self._builder = encoder.builder
         self._new_id = encoder.new_id
-        self.log_lines = LogLines()
+        self._keeps_log_records = keeps_log_records
+        self.log_records: list[LogRecord] = []
+        """The lines of encoded requests, if `keeps_log_records` is set. Whoever takes them clears the list."""
+        self.log_lines = LogLines(keeps_untraced=keeps_log_records)
         self.shapes: dict[object, _Shape | None] = {}
 
     def encode(self, records: Sequence[Record]) -> list[tuple[Record, Encoded | RecordError]]:
@@ -186,7 +190,7 @@ class RecordEncoder:
         log_lines = self.log_lines
         for record in records:
             if is_log_line(record[0]):
-                log_lines.add(record[0])
+                log_lines.add(*record)
             else:
                 requests.append((record, self._lines_of(record[0]) if log_lines else ()))
         shaped = [None if lines else self._read(raw) for (raw, _, _), lines in requests]
@@ -210,15 +214,20 @@ class RecordEncoder:
         record: Record,
         log_lines: tuple[LogLine, ...],
     ) -> Encoded | RecordError:
-        raw, unix_offset_ns, _ = record
+        raw, unix_offset_ns, resource = record
         try:
             if shaped and spans:
                 return join_spans(trace_id_field(*shaped[2]), shaped[3], spans, unix_offset_ns), spans, 0
             request = decode(raw)
             request.log_lines = log_lines
-            return *self._encoder.encode(request, unix_offset_ns), request.impossible
+            data, spans = self._encoder.encode(request, unix_offset_ns)
         except RecordError as error:
+            self.log_lines.release(log_lines)
             return error
+        if log_lines and self._keeps_log_records:
+            ids = [(phase, span_id) for phase, span_id, _ in spans]
+            self.log_records += of_request(request, ids, unix_offset_ns, resource, self._encoder.query)
+        return data, spans, request.impossible
 
     def _read(self, raw: bytes) -> _Shaped | None:
         """Reads what a record does not share with others of its shape. `None`: the record must be decoded.

@@ -22,7 +22,7 @@ from otel_nginx_ebpf.emitter.loop import tell_losses
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.metrics.own import Metrics
 from otel_nginx_ebpf.export.resource import SCHEMA_URL
-from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.metrics.stats import Deliveries, Size, Stats
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.settings.sources import load
 
@@ -63,6 +63,9 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
     monkeypatch.setenv("OTEL_SERVICE_NAME", "edge")
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=here")
     server.start()
+    stats.logs = Deliveries()
+    stats.logs.received, stats.logs.exported, stats.logs.queued, stats.logs.stored_bytes = 5, 3, Size(1, 1, 100), 11
+    stats.logs.lose("lost_export_failed")
     try:
         subject = Metrics(settings(metrics=True), stats, Resource({}))
         stats.sent(0.5)
@@ -85,10 +88,15 @@ def test_a_collector_gets_them_at_the_end_at_the_latest(stats: Stats, monkeypatc
     }
     left_out = metrics["otel_nginx_ebpf.requests.left_out"].sum.data_points
     assert {point.attributes[0].value.string_value: point.as_int for point in left_out} == {"not_sampled": 4}
+    assert metrics["otel_nginx_ebpf.log_records.received"].sum.data_points[0].as_int == 5
+    assert metrics["otel_nginx_ebpf.log_records.exported"].sum.data_points[0].as_int == 3
+    (lost_records,) = metrics["otel_nginx_ebpf.log_records.lost"].sum.data_points
+    assert (lost_records.attributes[0].value.string_value, lost_records.as_int) == ("lost_export_failed", 1)
     gauges = {
         "queue.spans": 12,
-        "queue.memory": 3456,
-        "queue.disk": 789,
+        "queue.log_records": 1,
+        "queue.memory": 3456 + 100,
+        "queue.disk": 789 + 11,
     }
     for name, value in gauges.items():
         assert metrics[f"otel_nginx_ebpf.{name}"].gauge.data_points[0].as_int == value
@@ -134,8 +142,12 @@ def test_losses_are_told_once(stats: Stats, caplog: pytest.LogCaptureFixture) ->
     stats.lose("partial_string_cut", 5)
     told = tell_losses(stats, told)
     stats.lose("lost_queue_full", 3)
+    stats.logs = Deliveries()
+    stats.logs.lose("lost_export_rejected", 2)
+    told = tell_losses(stats, told)
     tell_losses(stats, told)
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "traces lost in the last minute: lost_queue_full 2, lost_ring_buffer_full 1",
         "traces lost in the last minute: lost_queue_full 3",
+        "log records lost in the last minute: lost_export_rejected 2",
     ]

@@ -181,7 +181,9 @@ def _instrument(metric: Metric) -> str:
 def test_the_program_s_own_metrics() -> None:
     reader = InMemoryMetricReader()
     provider: MeterProvider = SdkMeterProvider([reader])
-    stats = Stats()
+    stats = Stats(logs=True)
+    assert stats.logs
+    stats.logs.lose("lost_queue_full")
     for cause in ("lost_queue_full", "not_sampled", "partial_beginning"):
         stats.lose(cause)
     stats.probe_hits, stats.cost_s = {"sys_exit": 1.0}, 1e-6

@@ -227,3 +227,20 @@ def test_ways_to_propagate(given: str | None, way: str, in_memory: bool, on_sock
 def test_a_way_to_propagate_in_the_file(tmp_path: Path, line: str, way: str) -> None:
     (tmp_path / "settings.toml").write_text(line)
     assert load({}, tmp_path / "settings.toml").propagate == way
+
+
+@pytest.mark.parametrize(("given", "logs"), [("true", "error"), ("ERROR", "error"), ("0", "off"), (None, "off")])
+def test_which_logs(given: str | None, logs: str) -> None:
+    settings = load({"logs": given})
+    assert (settings.logs, settings.sends_logs) == (logs, logs != "off")
+
+
+@pytest.mark.parametrize(("name", "value"), [("log_level", "none"), ("detail", "request")])
+def test_the_error_log_is_not_sent_unread(name: str, value: str) -> None:
+    with pytest.raises(UserError, match="--logs error needs nginx's error log, which --detail request and"):
+        load({"logs": "error", name: value})
+
+
+def test_nothing_is_sent_without_the_sdk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    assert not load({"logs": "error"}).sends_logs

@@ -8,7 +8,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.export.json_lines import to_json
-from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_for_resource
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import Request, decode
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
@@ -37,7 +37,7 @@ def build(request: Request) -> Trace:
 
 def exported(request: Request) -> ExportTraceServiceRequest:
     spans, _ = Encoder(RandomIds().generate_span_id).encode(request, UNIX_OFFSET_NS)
-    return ExportTraceServiceRequest.FromString(encode_resource_spans(Resource({}), [spans]))
+    return ExportTraceServiceRequest.FromString(encode_for_resource(Resource({}), [spans]))
 
 
 def exchange_ids(request: Request) -> list[int]:

@@ -11,7 +11,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.export.otlp import records as records_module
-from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_resource_spans
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_for_resource
 from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
@@ -41,7 +41,7 @@ class CountingIds:
 def ours(*requests: Request, choices: SpanChoices = DEFAULT_CHOICES) -> ExportTraceServiceRequest:
     encoder = Encoder(CountingIds().generate_span_id, choices)
     encoded = [encoder.encode(request, UNIX_OFFSET_NS) for request in requests]
-    message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [spans for spans, _ in encoded]))
+    message = ExportTraceServiceRequest.FromString(encode_for_resource(RESOURCE, [spans for spans, _ in encoded]))
     assert sum(len(spans) for _, spans in encoded) == len(message.resource_spans[0].scope_spans[0].spans)
     return message
 
@@ -295,7 +295,7 @@ LOGGED = replace(decode(RETRIED), log_lines=(LogLine(5_000_290_000, "error", 111
 )
 def test_a_trace_that_was_built_to_be_read(trace: Trace) -> None:
     encoded = Encoder(CountingIds().generate_span_id).encode_trace(trace)
-    message = ExportTraceServiceRequest.FromString(encode_resource_spans(RESOURCE, [encoded]))
+    message = ExportTraceServiceRequest.FromString(encode_for_resource(RESOURCE, [encoded]))
     assert message == sdk_encoding([trace], RESOURCE)
 
 

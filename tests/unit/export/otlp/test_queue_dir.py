@@ -9,7 +9,7 @@ import pytest
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.errors import UserError
-from otel_nginx_ebpf.export.otlp import exporter as otlp
+from otel_nginx_ebpf.export.otlp import delivery as otlp
 from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
 from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir, Stored
 from otel_nginx_ebpf.export.otlp.sender import make_sender
