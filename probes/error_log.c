@@ -65,6 +65,33 @@ static __always_inline bool has_time_for_a_line(struct process *process, u64 now
     return process->log_second_lines++ < LOG_LINES_PER_SECOND_MAX;
 }
 
+/* The write of a line follows. */
+static __always_inline void expect_line(struct pt_regs *ctx, struct process *process, struct caller *caller, u64 level, u64 now)
+{
+    struct log_line *line = &process->log_line;
+    line->marker = LOG_MARKER;
+    line->logged_ns = now;
+    line->worker_pid = caller->tgid;
+    line->error_number = PT_REGS_PARM3(ctx);
+    line->level = level;
+    caller->log_stack = PT_REGS_SP(ctx);
+}
+
+/* The write of a line follows that is for no running request. */
+static __always_inline void expect_other_line(struct pt_regs *ctx, struct process *process, struct caller *caller, u64 log, u64 level,
+                                              u64 now)
+{
+    if (!has_time_for_a_line(process, now)) {
+        count_loss(PARTIAL_LOG_LINES_LIMIT);
+        return;
+    }
+    process->log_line.connection = word_at(log + LOG_CONNECTION);
+    process->log_line.connection_requests = 0;
+    process->log_line.attempt = NO_ATTEMPT;
+    process->logged_key.connection = 0;
+    expect_line(ctx, process, caller, level, now);
+}
+
 /* ngx_log_error_core(ngx_uint_t level, ngx_log_t *log, ngx_err_t err, const char *fmt, ...) */
 int enter_ngx_log_error_core(struct pt_regs *ctx)
 {
@@ -86,10 +113,13 @@ int enter_ngx_log_error_core(struct pt_regs *ctx)
     struct request_key key = {.tgid = tgid, .connection = word_at(log_ctx + OFFSET_ngx_http_log_ctx_t__connection)};
     caller->log_stack = 0;
     u64 request = logged_request(line, log, log_ctx, key.connection);
-    if (!request)
-        return 0;
-    if (line->connection == process->ended_connection && line->connection_requests == process->ended_connection_requests) {
+    if (request && line->connection == process->ended_connection && line->connection_requests == process->ended_connection_requests) {
         count_loss(PARTIAL_LOG_LINES_UNATTACHED); /* its record is gone */
+        request = 0;
+    }
+    if (!request) {
+        if (OTHER_LOG_LINES)
+            expect_other_line(ctx, process, caller, log, level, now);
         return 0;
     }
 
@@ -110,13 +140,8 @@ int enter_ngx_log_error_core(struct pt_regs *ctx)
         return 0;
     }
     note_logging_attempt(line, &key, request, word_at(log_ctx + OFFSET_ngx_http_log_ctx_t__current_request));
-    line->marker = LOG_MARKER;
-    line->logged_ns = now;
-    line->worker_pid = tgid;
-    line->error_number = PT_REGS_PARM3(ctx);
-    line->level = level;
     process->logged_key = key;
-    caller->log_stack = PT_REGS_SP(ctx);
+    expect_line(ctx, process, caller, level, now);
     return 0;
 }
 
@@ -132,17 +157,21 @@ static __always_inline void send_line(struct process *process, struct caller *ca
     struct log_line *line = (struct log_line *)process->record;
     u64 bytes = entry->argument3;
     caller->log_stack = 0; /* the other targets get the same line */
+    bool other = OTHER_LOG_LINES && !process->logged_key.connection;
     struct logged_request *logged = logged_requests.lookup(&process->logged_key);
     asm volatile("" : "+r"(bytes));
     if (bytes > LOG_LINE_BYTES_MAX)
         bytes = LOG_LINE_BYTES_MAX;
-    if (!logged || bpf_probe_read_user(line + 1, bytes, (void *)entry->argument2) != 0)
+    if ((!logged && !other) || bpf_probe_read_user(line + 1, bytes, (void *)entry->argument2) != 0)
         return;
-    logged->lines++;
     *line = process->log_line;
     line->bytes = bytes;
-    line->lines = logged->lines;
-    records.ringbuf_output(line, sizeof(*line) + bytes, BPF_RB_NO_WAKEUP); /* user space counts what is missing */
+    line->lines = 0;
+    if (logged)
+        line->lines = ++logged->lines;
+    /* Of a request's lines, user space counts what is missing. */
+    if (records.ringbuf_output(line, sizeof(*line) + bytes, BPF_RB_NO_WAKEUP) != 0 && other)
+        count_loss(PARTIAL_LOG_LINES_UNSENT);
 }
 
 /* A request ends. process->connection holds its connection. */

@@ -15,6 +15,7 @@
  *     REQUEST_METRICS    1: the durations of all requests are counted (metrics.c)
  *     SERIES_BY_…    1: the metrics' series differ by this (metrics/choices.py)
  *     ERROR_LOG    1: the lines of nginx's error log are sent, up to the level LOG_LEVEL, nginx's number
+ *     OTHER_LOG_LINES 1: also lines for no running request
  *     DETAIL_REQUEST    1: there is a single probe, at the end of a request, and no tracepoint of system calls
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
  * BCC rewrites only the main text. So maps and handlers are in .c files, which program.py joins into one text.

@@ -133,7 +133,8 @@ enum loss {
     PARTIAL_PROPAGATION_CONFIGURED = 19, /* on the socket: nginx's configuration sends a traceparent of its own */
     PARTIAL_LOG_LINES_LIMIT = 20,       /* the request has more than LOG_LINES_MAX lines, or the worker more than LOG_LINES_PER_SECOND_MAX */
     PARTIAL_LOG_LINES_UNATTACHED = 21,  /* a line that nginx logged for a request after its end, or in another thread */
-    LOSS_CAUSES = 22,
+    PARTIAL_LOG_LINES_UNSENT = 22,      /* no trace lacks it: a line for no running request (--logs); the ring buffer was full */
+    LOSS_CAUSES = 23,
 };
 
 /* Index into the `beginnings` map, which tells whether requests need the probe that marks their beginning. */
@@ -258,10 +259,12 @@ struct layout_doubt {
     __u32 connections;        /* how many connections in a row had requests that contradict, without an agreeing request between them */
 };
 
-/* A line of nginx's error log for a running request, followed by `bytes` bytes of text. Sent before the request's record. */
+/* A line of nginx's error log for a running request, followed by `bytes` bytes of text. Sent before the request's record.
+ * With --logs also a line for no running request: `lines` is 0. */
 struct log_line {
     __u64 marker;
-    __u64 connection;         /* as in the request's record; the two and the process tell which request it is */
+    __u64 connection;         /* as in the request's record; the two and the process tell which request it is. Without a request, the
+                                 connection that the line names, or 0 */
     __u64 connection_requests;
     __u64 logged_ns;
     __u32 worker_pid;

@@ -86,6 +86,7 @@ class Plan:
                 "HTTP_CACHE": int(tells_cache_status(self.binary, self.layout)),
                 "DETAIL_REQUEST": int(settings.detail == "request"),
                 "ERROR_LOG": int(settings.reads_error_log),
+                "OTHER_LOG_LINES": int(settings.sends_error_log),
                 "LOG_LEVEL": get_args(LogLevel).index(settings.log_level),
                 "REQUEST_METRICS": int(settings.measures_requests),
                 **metric_choices.constants(settings),

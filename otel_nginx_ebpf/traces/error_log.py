@@ -27,7 +27,9 @@ _NO_RESOURCE: Mapping[str, Any] = {}
 _WAITING_MAX = 4096
 
 # ngx_log_error_core. syslog's header is in front of it.
-_LINE = re.compile(rb"(?:<\d+>.{0,400}?)?\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \[(\w+)\] \d+#\d+: \*(\d+) (.*?)\n?", re.DOTALL)
+_LINE = re.compile(
+    rb"(?:<\d+>.{0,400}?)?\d{4}/\d\d/\d\d \d\d:\d\d:\d\d \[(\w+)\] \d+#\d+: (?:\*(\d+) )?(.*?)\n?", re.DOTALL
+)
 
 # What ngx_http_log_error adds to nginx's message. The spans say it: client, server, request, upstream, host, referrer.
 _ADDED = re.compile(r", client: (?:unix:|[0-9a-f.:]+)(?=,|$).*", re.DOTALL)
@@ -163,6 +165,9 @@ class LogLines:
             self._damaged += 1
         else:
             line.unix_offset_ns, line.resource = unix_offset_ns, resource
+        if not lines:  # for no running request
+            self.release([line])
+            return
         self._waiting.setdefault(key, []).append(line)
         self._count += 1
         while self._count > _WAITING_MAX:  # their request's end will say that they are missing
@@ -194,7 +199,7 @@ def _parse(
     """Returns a line. `None`: the text is not the line that nginx was about to write."""
     match = _LINE.fullmatch(text)
     name = LEVELS[level - 1] if level <= len(LEVELS) else ""
-    if match is None or match[1] != name.encode() or int(match[2]) != connection:
+    if match is None or match[1] != name.encode() or int(match[2] or 0) != connection:
         return None
     whole = match[3].decode("utf-8", "backslashreplace")
     message = _ADDED.sub("", whole, count=1)

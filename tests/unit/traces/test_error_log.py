@@ -183,6 +183,30 @@ def test_in_the_pipeline() -> None:
     assert stats.lost == {"partial_log_lines_missing": 2}
 
 
+def test_a_line_for_no_request() -> None:
+    """Of the master, of an idle connection, and one that is not as the probe saw it."""
+    master = HEAD.replace("*7 ", "") + "worker process 1 exited on signal 9\n"
+    raws = [
+        log_line(master, level=4, lines=0, error_number=0),
+        log_line(HEAD + "client closed keepalive connection", connection=7, level=4, lines=0),
+        log_line(HEAD + "x", connection=8, level=4, lines=0),
+    ]
+    lines = LogLines(keeps_untraced=True)
+    for raw in raws:
+        lines.add(raw, 5, {"a": "b"})
+    found = lines.take_untraced(0)
+    assert [each.message for each in found] == [
+        "worker process 1 exited on signal 9",
+        "client closed keepalive connection",
+    ]
+    assert {(each.unix_offset_ns, *each.resource.items()) for each in found} == {(5, ("a", "b"))}
+    assert (lines.take_damaged(), lines.take_untraced(9), lines.take_rest(), lines._count) == (1, [], [], 0)
+    forgetful = LogLines()
+    for raw in raws:
+        forgetful.add(raw)
+    assert forgetful.take_rest() == []
+
+
 def test_a_record_is_no_line() -> None:
     assert not is_log_line(STATIC)
     assert not is_log_line(RETRIED)
