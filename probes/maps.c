@@ -16,6 +16,7 @@
  *     SERIES_BY_…    1: the metrics' series differ by this (metrics/choices.py)
  *     ERROR_LOG    1: the lines of nginx's error log are sent, up to the level LOG_LEVEL, nginx's number
  *     OTHER_LOG_LINES 1: also lines for no running request
+ *     CAPTURES_HEADERS    1: headers are captured; CAPTURED_REQUEST_BITS, CAPTURED_RESPONSE_BITS, CAPTURED_NAMES_MAX (captured_headers.c)
  *     DETAIL_REQUEST    1: there is a single probe, at the end of a request, and no tracepoint of system calls
  *     ACTIVE_REQUESTS_MAX, RING_BUFFER_PAGES
  * BCC rewrites only the main text. So maps and handlers are in .c files, which program.py joins into one text.
@@ -237,6 +238,18 @@ struct socket {
 #endif
 };
 
+#if CAPTURES_HEADERS
+#define CAPTURED_FOUND_MAX 32 /* a power of two */
+#define CAPTURED_NAME_BYTES 64
+#define CAPTURED_NAME_BYTES_MAX 56
+
+/* A header that may be wanted. */
+struct found_header {
+    u64 address;              /* ngx_table_elt_t * */
+    u64 kind;                 /* enum string_kind */
+};
+#endif
+
 /* Every key begins with the process, so that user space finds the state of dead workers. */
 struct socket_key {
     u32 tgid;
@@ -340,6 +353,12 @@ struct process {
     u64 ended_connection_requests;
     u64 worst_level;                           /* the lowest level that nginx logged for that request; 0: none */
     struct request_key logged_key;
+#endif
+#if CAPTURES_HEADERS
+    struct found_header found_headers[CAPTURED_FOUND_MAX]; /* the last one is never used */
+    u64 found_headers_count;
+    u64 found_too_many;                        /* 1: there are more */
+    u8 header_name[CAPTURED_NAME_BYTES];
 #endif
     u64 record_bytes;
     u8 record[RECORD_BYTES_MAX];

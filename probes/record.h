@@ -7,7 +7,7 @@
  * A record in the ring buffer is
  *     struct request_record
  *     struct upstream_attempt   * attempts
- *     struct string_header, then `bytes` bytes, padded to 8   * as many as fit into the record
+ *     struct string_header, then `bytes` bytes, padded to 8   * as many as fit into the record; captured headers last
  *
  * Times are CLOCK_MONOTONIC nanoseconds; 0 means that it did not happen or was not seen.
  */
@@ -36,6 +36,18 @@ enum string_kind {
     STRING_X_FORWARDED_HOST = 20,
     STRING_SENT_PATH = 21,    /* the field :path that nginx sent to the peer, as encoded (RFC 7541; HTTP/2). As STRING_SENT_LINE */
     STRING_SENT_AUTHORITY = 22, /* the value of :authority that nginx sent to the peer, as encoded (HTTP/2) */
+    STRING_REQUEST_HEADER = 23, /* the name of a header that is captured, in lower case. `attempt`: enum captured */
+    STRING_RESPONSE_HEADER = 24,
+    STRING_HEADER_VALUE = 25, /* the value of the header before it. Absent: it is empty, or not in the record */
+};
+
+/* string_header.attempt of a header's name. */
+enum captured {
+    CAPTURED_VALUE = 0,
+    CAPTURED_REDACTED = 1,    /* the value was not read */
+    CAPTURED_NOT = 2,         /* the value could not be read, or had no room in the record */
+    CAPTURED_NUMBER = 3,      /* the value is a number of 8 bytes */
+    CAPTURED_TIME = 4,        /* as well: Unix time in seconds */
 };
 
 /* How a request ended. */
@@ -134,7 +146,8 @@ enum loss {
     PARTIAL_LOG_LINES_LIMIT = 20,       /* the request has more than LOG_LINES_MAX lines, or the worker more than LOG_LINES_PER_SECOND_MAX */
     PARTIAL_LOG_LINES_UNATTACHED = 21,  /* a line that nginx logged for a request after its end, or in another thread */
     PARTIAL_LOG_LINES_UNSENT = 22,      /* no trace lacks it: a line for no running request (--logs); the ring buffer was full */
-    LOSS_CAUSES = 23,
+    PARTIAL_CAPTURED_HEADERS = 23,      /* a header to be captured is missing: too many headers, no room, or nginx's memory could not be read */
+    LOSS_CAUSES = 24,
 };
 
 /* Index into the `beginnings` map, which tells whether requests need the probe that marks their beginning. */
@@ -213,7 +226,8 @@ struct request_record {
     __u8 location_unknown;    /* 1: nginx redirected the request (error_page, X-Accel-Redirect, post_action), and had not tried a peer */
     __u8 peer_known;          /* 1: the socket's peer is STRING_PEER_SOCKADDR, or STRING_CLIENT_SOCKADDR if there is none */
     __u8 cache_status;
-    __u32 reserved_too;
+    __u16 headers_at;         /* where the captured headers begin, which come after all other strings; 0: there are none */
+    __u16 headers_missing;    /* 1: more headers may have been there that were to be captured */
     __u64 trace_id_high;      /* from the incoming context, from what nginx sent upstream, or random; never all 0 */
     __u64 trace_id_low;
     __u64 parent_span_id;     /* from the incoming context; 0: the trace begins here */

@@ -165,7 +165,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->requests_seen = 0;
     record->coarse_start = 0;
     record->peer_known = 0;
-    record->reserved_too = 0;
+    record->headers_at = 0;
+    record->headers_missing = 0;
     read_header_in(process);
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     struct socket *socket = NULL;
@@ -322,12 +323,10 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     u64 unseen = process->unseen_peers_count;
     EACH(i, unseen, ATTEMPTS_MAX)
         append_str_at(process, STRING_UNSEEN_PEER, i, process->unseen_peers[i], SHORT_STRING_BYTES_MAX);
-    u64 bytes = process->record_bytes;
-    asm volatile("" : "+r"(bytes));
-    if (bytes > RECORD_BYTES_MAX)
-        bytes = RECORD_BYTES_MAX;
-    if (records.ringbuf_output(record, bytes, BPF_RB_NO_WAKEUP) != 0)
-        count_loss(LOST_RING_BUFFER_FULL);
+#if CAPTURES_HEADERS
+    capture(ctx);
+#endif
+    send_record(process);
 #if REQUEST_METRICS
     measure(ctx);
 #endif

@@ -132,33 +132,42 @@ static __always_inline bool copy_header(struct process *process, u64 header)
     return bpf_probe_read_user(process->header, SIZEOF_ngx_table_elt_t, (void *)header) == 0;
 }
 
-/* Appends the value of a header as the client sent it. A module that sets a header replaces `value`, but leaves `key` in the
- * client's text. There nginx has put a NUL in the place of the colon and behind the value (ngx_http_process_request_headers). The
- * headers of HTTP/2 and HTTP/3 do not show whether they were replaced. `name_bytes`: the length of the header's name */
-static __always_inline void append_received(struct process *process, u8 kind, u64 header, u64 name_bytes, u64 limit)
+/* Finds the value of the header in process->header as the client sent it. A module that sets a header replaces `value`, but leaves
+ * `key` in the client's text. There nginx has put a NUL in the place of the colon and behind the value
+ * (ngx_http_process_request_headers). The headers of HTTP/2 and HTTP/3 do not show whether they were replaced. Returns `value`'s data,
+ * or where the client's text begins, which ends with a NUL. 0: the header is not the client's. `name_bytes`: the length of its name */
+static __always_inline u64 find_received(struct process *process, u64 name_bytes)
 {
-    u8 *around = process->header_part;
-    if (!header || !copy_header(process, header))
-        return;
+    u8 *around = process->sent;
     struct ngx_str *key = (struct ngx_str *)((u8 *)process->header + OFFSET_ngx_table_elt_t__key);
     struct ngx_str *value = (struct ngx_str *)((u8 *)process->header + OFFSET_ngx_table_elt_t__value);
     u64 behind_colon = key->data + name_bytes + 1;
     bool in_buffer = key->data >= process->header_start && key->data < process->header_last;
     if (((struct request_record *)process->record)->multiplexed
-        || (in_buffer && value->data - behind_colon < SPACES_MAX)) {
-        append_string(process, kind, 0, value->data, value->len, limit);
-        return;
-    }
+        || (in_buffer && value->data - behind_colon < SPACES_MAX))
+        return value->data;
     /* The byte before the name, the name, the NUL, the next bytes */
     if (bpf_probe_read_user(around, name_bytes + 10, (void *)(key->data - 1)) != 0 || around[name_bytes + 1])
-        return;
+        return 0;
     u64 spaces = leading_spaces(*(u64 *)(around + name_bytes + 2));
     if (spaces == SPACES_MAX)
+        return 0;
+    if (value->data == behind_colon + spaces || in_buffer || around[0] == '\n') /* otherwise the name is not the client's either */
+        return behind_colon + spaces;
+    return 0;
+}
+
+/* Appends the value of a header as the client sent it. `name_bytes`: the length of the header's name */
+static __always_inline void append_received(struct process *process, u8 kind, u64 header, u64 name_bytes, u64 limit)
+{
+    if (!header || !copy_header(process, header))
         return;
-    if (value->data == behind_colon + spaces)
+    struct ngx_str *value = (struct ngx_str *)((u8 *)process->header + OFFSET_ngx_table_elt_t__value);
+    u64 data = find_received(process, name_bytes);
+    if (data == value->data)
         append_string(process, kind, 0, value->data, value->len, limit);
-    else if (in_buffer || around[0] == '\n') /* otherwise the name is not the client's either */
-        append_terminated(process, kind, behind_colon + spaces, limit);
+    else if (data)
+        append_terminated(process, kind, data, limit);
 }
 
 /* Appends the rest of the request line behind the method if the target is in absolute form. Then r->unparsed_uri begins behind the
@@ -292,4 +301,15 @@ static __always_inline void append_common_strings(struct process *process)
     }
     append_string(process, STRING_LOCAL_SOCKADDR, 0, MEMBER(process->connection, u64, ngx_connection_s, local_sockaddr),
                   local_length, SHORT_STRING_BYTES_MAX);
+}
+
+static __always_inline void send_record(struct process *process)
+{
+    struct request_record *record = (struct request_record *)process->record;
+    u64 bytes = process->record_bytes;
+    asm volatile("" : "+r"(bytes));
+    if (bytes > RECORD_BYTES_MAX)
+        bytes = RECORD_BYTES_MAX;
+    if (records.ringbuf_output(record, bytes, BPF_RB_NO_WAKEUP) != 0)
+        count_loss(LOST_RING_BUFFER_FULL);
 }

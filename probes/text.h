@@ -32,6 +32,14 @@ static __always_inline u64 first_bytes(u64 text, u64 bytes)
     return bytes >= sizeof(text) ? text : text & ((1ULL << (8 * bytes)) - 1);
 }
 
+/* Returns the text with A-Z as a-z. */
+static __always_inline u64 lower_case(u64 text)
+{
+    u64 low_bits = text & 0x7f * EVERY_BYTE;
+    u64 from_a = low_bits + (0x80 - 'A') * EVERY_BYTE, behind_z = low_bits + (0x7f - 'Z') * EVERY_BYTE;
+    return text | ((from_a ^ behind_z) & ~text & 0x80 * EVERY_BYTE) >> 2;
+}
+
 /* Returns the number of bytes before the first space in 16 bytes of text; 16: there is no space. */
 static __always_inline u64 bytes_before_space(u64 low, u64 high)
 {

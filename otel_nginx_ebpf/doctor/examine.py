@@ -13,7 +13,7 @@ from otel_nginx_ebpf.kernel.preflight import Check, State
 from otel_nginx_ebpf.nginx.binary import Binary, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, is_master, pid_namespace, title
-from otel_nginx_ebpf.planner import sites
+from otel_nginx_ebpf.planner import captured_headers, sites
 from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site, tells_cache_status
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.tracing import by_binary, find_instances
@@ -104,7 +104,9 @@ class Examination:
 
 def examine(settings: Settings) -> Examination:
     """Runs all checks. Raises nothing: reports all problems together."""
-    checks = (*(check() for check in preflight.CHECKS), preflight.bcc(), preflight.propagation(), _pid_namespace())
+    checks = [*(check() for check in preflight.CHECKS), preflight.bcc(), preflight.propagation(), _pid_namespace()]
+    if headers := captured_headers.chosen(settings):
+        checks.append(Check("captured headers", "ok", captured_headers.text(headers)))
     instances, problems = _find(settings)
     nginx = tuple(_examine_nginx(group) for group in by_binary(instances))
     states = [check.state for check in checks] + [each.state for each in nginx]

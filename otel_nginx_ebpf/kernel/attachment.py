@@ -84,6 +84,8 @@ class Attachment:
         self.readable = tuple(maps[name] for name in READABLE_MAPS if name in maps)
         """Descriptors of the maps that the emitter reads."""
         self._held = [maps[name] for name in HELD_MAPS if name in maps]
+        self.measures = "measuring" in maps
+        """Whether the program counts durations."""
         self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(KERNEL_CAUSES))
         self._callers = Callers(maps["callers"])
         self._processes = HashMap(maps["processes"], key_bytes=4)
@@ -149,11 +151,6 @@ class Attachment:
     def _runs_unmarked(self, socket: bytes) -> bool:
         value = self._sockets.value(socket, self._socket_bytes)
         return value is not None and _U64.unpack_from(value)[0] != 0
-
-    @property
-    def measures(self) -> bool:
-        """Tells whether the program counts durations."""
-        return bool(self._held)
 
     def stalls(self) -> tuple[int, int]:
         """Returns signs that the kernel does not tell nginx how many bytes a told connection has.

@@ -33,8 +33,8 @@ HANDED_OVER_MAPS = (
 
 DURATION_MAPS = ("server_durations", "client_durations", "duration_names")
 
-HELD_MAPS = ("measuring",)
-"""Also sent if durations are counted. The kernel empties a map of programs when no process holds the map."""
+HELD_MAPS = ("measuring", "capturing")
+"""Also sent if durations are counted, headers captured. The kernel empties a map of programs that no process holds."""
 
 READABLE_MAPS = ("records", "loss_counts", *DURATION_MAPS)
 """The maps that the emitter gets. No program that writes to nginx's memory reads any of them."""
@@ -55,6 +55,15 @@ class ProbeRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CapturedHeader:
+    """A header that the program copies. `kind` is its string kind in the record; `name` is in lower case."""
+
+    kind: int
+    name: str
+    redacted: bool
+
+
+@dataclass(frozen=True, slots=True)
 class LoadRequest:
     """Everything that the loader needs. `executable` may be a /proc/PID/exe link."""
 
@@ -70,6 +79,8 @@ class LoadRequest:
     """The program counts durations."""
     told_on_socket: tuple[str, ...] = ()
     """The propagators whose headers the program writes on sockets. A kernel may refuse; the probes go live anyway."""
+    captured_headers: tuple[CapturedHeader, ...] = ()
+    """The headers that the program copies into records."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -182,7 +193,11 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         except Exception as error:
             raise _LoadError(f"the kernel program does not compile or its maps cannot be made: {error}") from error
 
-    names = HANDED_OVER_MAPS + (DURATION_MAPS + HELD_MAPS if request["request_metrics"] else ())
+    names: tuple[str, ...] = HANDED_OVER_MAPS
+    if request["request_metrics"]:
+        names += (*DURATION_MAPS, "measuring")
+    if request["captured_headers"]:
+        names += ("capturing",)
     maps = [program[name.encode()].map_fd for name in names]
     probes: list[int] = []
     handlers: dict[str, int] = {}
@@ -193,6 +208,14 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     if request["request_metrics"]:
         measure = program.load_func(b"measure_request", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
         program["measuring"][ctypes.c_int(0)] = ctypes.c_int(measure.fd)
+    if request["captured_headers"]:
+        capture = program.load_func(b"capture_headers", bcc.BPF.KPROBE, attach_type=uprobes.ATTACH_TYPE)
+        program["capturing"][ctypes.c_int(0)] = ctypes.c_int(capture.fd)
+        wanted = program["captured_names"]
+        for header in request["captured_headers"]:
+            key = wanted.Key.from_buffer_copy(header["name"].encode().ljust(ctypes.sizeof(wanted.Key), b"\0"))
+            key.text[-1] = header["kind"]
+            wanted[key] = wanted.Leaf(header["redacted"])
     refused = {}
     for probe in request["probes"]:
         if probe["writes"]:

@@ -16,7 +16,7 @@ from otel_nginx_ebpf.metrics import choices as metric_choices
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
-from otel_nginx_ebpf.planner import client, sampling, sites
+from otel_nginx_ebpf.planner import captured_headers, client, sampling, sites
 from otel_nginx_ebpf.planner.program import program_text
 from otel_nginx_ebpf.planner.tracepoints import handlers
 from otel_nginx_ebpf.process import stdio
@@ -91,6 +91,7 @@ class Plan:
                 "REQUEST_METRICS": int(settings.measures_requests),
                 **metric_choices.constants(settings),
                 **sampling.constants(settings),
+                **captured_headers.constants(settings, is_fork=self.binary.is_fork),
             },
             follow_all=not settings.pid,
             follow_forks=all(instance.shares_our_pid_namespace for instance in self.instances),
@@ -115,6 +116,7 @@ class Plan:
             self.pids,
             request_metrics=settings.measures_requests,
             told_on_socket=settings.told_on_socket,
+            captured_headers=captured_headers.chosen(settings),
         )
 
 

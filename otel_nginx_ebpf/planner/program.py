@@ -39,10 +39,11 @@ _SOURCES = (
     "http2.c",
     "strings.c",
     "taken_attempts.c",
+    "captured_headers.c",
     "requests.c",
 )
 
-_CONTEXT_HEADERS = (
+_HEADERS_READ = (
     "traceparent",
     "tracestate",
     "b3",
@@ -54,10 +55,13 @@ _CONTEXT_HEADERS = (
     "forwarded",
     "x-forwarded-proto",
     "x-forwarded-host",
+    "content-type",
+    "content-length",
+    "last-modified",
 )
 
 
-def _ngx_hash(name: str) -> int:
+def ngx_hash(name: str) -> int:
     """Computes ngx_hash_key (ngx_hash.c), which nginx stores with each header's name."""
     key = 0
     for byte in name.encode():
@@ -100,10 +104,10 @@ def program_text(
     if pid_namespace is not None:
         device, defined["PID_NAMESPACE_INODE"] = pid_namespace
         defined["PID_NAMESPACE_DEVICE"] = os.major(device) << 20 | os.minor(device)  # the kernel's own dev_t
-    for header in _CONTEXT_HEADERS:
+    for header in _HEADERS_READ:
         name, padded = header.replace("-", "_"), header.encode()[:16].ljust(16, b"\0")
         defined |= {
-            f"HASH_{name}": _ngx_hash(header),
+            f"HASH_{name}": ngx_hash(header),
             f"LENGTH_{name}": len(header),
             f"NAME_LOW_{name}": int.from_bytes(padded[:8], "little"),
             f"NAME_HIGH_{name}": int.from_bytes(padded[8:], "little"),

@@ -37,6 +37,8 @@ class Declaration:
     """Limits of the value, or of each item of a list, as arguments of pydantic's `Field`."""
     check: Callable[[Any], Any] | None = None
     """Returns the value, or each item of a list; raises ValueError if it is not valid."""
+    splits: bool = False
+    """Each value of the option, or of the file's list, may be several, with commas between them."""
 
     @property
     def is_list(self) -> bool:
@@ -100,6 +102,15 @@ def network(value: str) -> str:
         from ipaddress import ip_network
 
         ip_network(value, strict=False)
+    return value
+
+
+def pattern(value: str) -> str:
+    """Returns the text; raises ValueError unless it is a regular expression."""
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(str(error)) from error
     return value
 
 

@@ -11,6 +11,7 @@ from otel_nginx_ebpf.settings.declaration import (
     nanoseconds,
     network,
     openable,
+    pattern,
     power_of_two,
     setting,
 )
@@ -59,6 +60,9 @@ Logs = Literal["off", "error"]
 LogLevel = Literal["none", "emerg", "alert", "crit", "error", "warn", "notice", "info"]
 """nginx's levels, in the order of nginx's numbers. `debug` is left out: nginx logs many such lines for a request."""
 OtlpProtocol = Literal["grpc", "http/protobuf"]
+
+_HEADER_NAME = "^[a-z0-9_-]{1,56}$"
+_HEADER_NAMES = "names of headers, not patterns: up to 56 letters, digits, - and _, with commas between them"
 
 Sort = Literal["rate", "errors", "total", "read", "connect", "wait", "transfer", "write", "nginx"]
 """The columns that `top` can sort by. From the third on they are durations."""
@@ -168,6 +172,41 @@ class Settings:
         metavar="CIDR",
         remark="none: the headers do not count",
         check=network,
+    )
+    capture_request_headers: tuple[str, ...] = setting(
+        (),
+        "Give spans these headers of the client's request, as http.request.header.<name>. Secrets are REDACTED.",
+        commands=("run", "record", "doctor"),
+        allowed=_HEADER_NAMES,
+        metavar="NAMES",
+        standard=("OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_REQUEST",),
+        remark="none",
+        read=lower,
+        limits={"pattern": _HEADER_NAME},
+        splits=True,
+    )
+    capture_response_headers: tuple[str, ...] = setting(
+        (),
+        "Give spans these headers of the response, as http.response.header.<name>. Secrets are REDACTED.",
+        commands=("run", "record", "doctor"),
+        allowed=_HEADER_NAMES,
+        metavar="NAMES",
+        standard=("OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_RESPONSE",),
+        remark="none",
+        read=lower,
+        limits={"pattern": _HEADER_NAME},
+        splits=True,
+    )
+    sanitize_headers: tuple[str, ...] = setting(
+        (),
+        "Captured headers whose value is REDACTED, too: regular expressions that match at the beginning of a name.",
+        commands=("run", "record", "doctor"),
+        allowed="regular expressions, with commas between them, such as x-session-.*",
+        metavar="REGEXES",
+        standard=("OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SANITIZE_FIELDS",),
+        remark="Authorization, Cookie, Proxy-Authorization and Set-Cookie always are",
+        check=pattern,
+        splits=True,
     )
     color: Color = setting(
         "auto",

@@ -45,6 +45,13 @@ def _split(value: object) -> object:
     return [item.strip() for item in value.split(",") if item.strip()] if isinstance(value, str) else value
 
 
+def _split_each(value: object) -> object:
+    """Splits each item of a list at its commas."""
+    if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    return _split(value)
+
+
 def _checked_type(name: str) -> Any:
     """Returns the type of a setting for pydantic, with the checks of its declaration."""
     declaration, annotation = DECLARATIONS[name], TYPES[name]
@@ -61,7 +68,9 @@ def _checked_type(name: str) -> Any:
         # A list with a default cannot be made empty.
         least = 1 if declaration.default else 0
         listed = tuple[value, ...]  # type: ignore[valid-type]
-        return Annotated[listed, Field(min_length=least), NoDecode, BeforeValidator(_split)]
+        return Annotated[
+            listed, Field(min_length=least), NoDecode, BeforeValidator(_split_each if declaration.splits else _split)
+        ]
     return value | None if optional else value
 
 

@@ -14,6 +14,7 @@ from opentelemetry.semconv.attributes import (
 )
 from opentelemetry.trace import SpanKind
 
+from otel_nginx_ebpf.traces import captured_headers
 from otel_nginx_ebpf.traces.authority import DEFAULT_PORTS, split
 from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.forwarded import Origin
@@ -22,6 +23,8 @@ from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.record import HTTP_VERSIONS, http_status
 from otel_nginx_ebpf.traces.sockaddr import Address, parse
 
+ANY_CAPTURED_HEADER = "http.*.header.*"
+"""Stands in `nginx.truncated_attributes` for headers that are missing and whose names are not known."""
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
 NGINX_CACHE_STATUS = "nginx.cache.status"
@@ -211,7 +214,16 @@ def user_agent_fields(user_agent: str) -> SpanFields:
     return SpanFields({user_agent_attributes.USER_AGENT_ORIGINAL: user_agent})
 
 
-def cut_fields(cut: tuple[str, ...], has_query: bool) -> SpanFields:
+def header_fields(section: bytes) -> SpanFields:
+    """Makes the captured headers, which a record has in `section`."""
+    return SpanFields(captured_headers.parse(section)[0])
+
+
+def cut_fields(
+    cut: tuple[str, ...], has_query: bool, cut_headers: tuple[str, ...], headers_missing: bool
+) -> SpanFields:
+    """Names the attributes that are incomplete. `cut`: the strings that were cut."""
     attribute_of = _ATTRIBUTE_OF | ({"STRING_URI": url_attributes.URL_QUERY} if has_query else {})
-    names = tuple(dict.fromkeys(attribute_of[string] for string in cut if string in attribute_of))
-    return SpanFields({NGINX_TRUNCATED: names})
+    names = dict.fromkeys(attribute_of[string] for string in cut if string in attribute_of)
+    missing = (ANY_CAPTURED_HEADER,) if headers_missing else ()
+    return SpanFields({NGINX_TRUNCATED: (*names, *cut_headers, *missing)})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from otel_nginx_ebpf.traces import hpack_fields
+from otel_nginx_ebpf.traces import captured_headers, hpack_fields
 from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, c_enum
 from otel_nginx_ebpf.traces.error_log import LogLine
 
@@ -224,6 +224,10 @@ class Request:
     """How many of nginx's numbers are impossible, including the attempts'. An impossible time or size is `None`."""
     cache_status: str | None = None
     """$upstream_cache_status: `MISS`, `HIT`, … `None`: the cache was not asked, or it is not known."""
+    captured_headers: bytes = b""
+    """The captured headers as they are in the record (`traces.captured_headers`)."""
+    headers_missing: bool = False
+    """Whether headers to be captured may be missing in `captured_headers`."""
     log_lines: tuple[LogLine, ...] = ()
     """What nginx logged for the request. The record does not have it: the emitter adds it (`traces.error_log`)."""
 
@@ -271,6 +275,24 @@ def decode_strings(raw: bytes, offset: int = 0, kinds: Container[int] = range(25
     if offset > raw_end:
         raise RecordError(f"a string of {length} bytes passes the record's end")
     return values, cut, offset
+
+
+def headers_section(raw: bytes, offset: int, headers_at: int) -> bytes:
+    """Returns the captured headers of a record, from `headers_at`. `offset`: behind the strings that come first.
+
+    Raises:
+        RecordError: The headers are damaged.
+    """
+    if not headers_at:
+        return b""
+    if not offset <= headers_at <= len(raw):
+        raise RecordError(f"captured headers at byte {headers_at} of {len(raw)}")
+    section = raw[headers_at:]
+    try:
+        captured_headers.parse(section)
+    except ValueError as error:
+        raise RecordError(str(error)) from error
+    return section
 
 
 _kept_strings = lru_cache(_KEPT_SECTIONS)(decode_strings)
@@ -409,7 +431,8 @@ def decode(raw: bytes) -> Request:
             _,
             peer_known,
             cache_status,
-            _,
+            headers_at,
+            headers_missing,
             trace_id_high,
             trace_id_low,
             parent_span_id,
@@ -420,7 +443,8 @@ def decode(raw: bytes) -> Request:
     if attempts_end > len(raw):
         raise RecordError(f"{attempts_count} attempts do not fit in a record of {len(raw)} bytes")
     strings, cut, offset = decode_strings(raw, attempts_end, VARYING_STRINGS)
-    section = raw[offset:]
+    headers = headers_section(raw, offset, headers_at)
+    section = raw[offset:headers_at] if headers_at else raw[offset:]
     common, common_cut, _ = (_kept_strings if len(section) <= _KEPT_SECTION_BYTES_MAX else decode_strings)(section)
     strings |= common
     cut |= common_cut
@@ -485,4 +509,6 @@ def decode(raw: bytes) -> Request:
         string(_X_FORWARDED_HOST),
         impossible,
         cache_status=CACHE_STATUSES.get(cache_status),
+        captured_headers=headers,
+        headers_missing=headers_missing != 0,
     )

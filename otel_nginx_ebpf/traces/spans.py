@@ -19,7 +19,7 @@ from typing import Generic, Protocol, TypeVar
 from opentelemetry.semconv._incubating.attributes import http_attributes as incubating_http
 from opentelemetry.semconv.attributes import http_attributes, url_attributes
 
-from otel_nginx_ebpf.traces import attributes, upstream_attributes
+from otel_nginx_ebpf.traces import attributes, captured_headers, upstream_attributes
 from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.authority import of_absolute_form
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
@@ -98,6 +98,8 @@ class SpanBuilder(Generic[F]):
         self._url_query = text(url_attributes.URL_QUERY)
         self._client = kept(partial(attributes.client_fields, choices), _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
+        self._headers = kept(attributes.header_fields, _KEPT_OWN_FIELDS)
+        self._long_headers: Callable[[bytes], F] = lambda headers: make(attributes.header_fields(headers))
         self._cut = kept(attributes.cut_fields)
         chosen = choices.opt_in
         self._request_size = _number_if(incubating_http.HTTP_REQUEST_SIZE, chosen, number)
@@ -140,10 +142,13 @@ class SpanBuilder(Generic[F]):
                 request.client_sockaddr,
                 request.peer_sockaddr,
                 request.user_agent,
+                request.captured_headers,
             ),
         ]
-        if request.cut:
-            fields.append(self._cut(request.cut, "?" in (request.uri or "")))
+        headers = request.captured_headers
+        cut_headers = captured_headers.parse(headers)[1] if headers else ()
+        if request.cut or cut_headers or request.headers_missing:
+            fields.append(self._cut(request.cut, "?" in (request.uri or ""), cut_headers, request.headers_missing))
         return tuple(fields)
 
     def server_fields(self, request: Request, error: str | None) -> F:
@@ -185,6 +190,7 @@ class SpanBuilder(Generic[F]):
         client_sockaddr: bytes | None,
         peer_sockaddr: bytes | None,
         user_agent: str | None,
+        headers: bytes,
     ) -> list[F]:
         """Returns the fields of a SERVER span that requests do not share."""
         fields = [self._connection_id(connection), self._connection_requests(connection_requests)]
@@ -201,6 +207,9 @@ class SpanBuilder(Generic[F]):
             fields.append(self._client(client_sockaddr, peer_sockaddr))
         if user_agent is not None:
             fields.append(self._user_agent(user_agent))
+        if headers:
+            is_long = len(headers) > captured_headers.KEPT_SECTION_BYTES_MAX
+            fields.append((self._long_headers if is_long else self._headers)(headers))
         return fields
 
     def trusts(self, peer_sockaddr: bytes | None) -> bool:

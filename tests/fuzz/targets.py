@@ -23,7 +23,18 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from opentelemetry.sdk.resources import Resource
 from unit.context_library import Context, read
-from unit.sample_traces import CLIENT, CLIENT_V6, MONO_NS, RETRIED, STATIC, UNIX_OFFSET_NS, log_end, log_line, record
+from unit.sample_traces import (
+    CLIENT,
+    CLIENT_V6,
+    MONO_NS,
+    RETRIED,
+    STATIC,
+    UNIX_OFFSET_NS,
+    log_end,
+    log_line,
+    record,
+    with_headers,
+)
 
 from fuzz.nginx_files import WANTED, damaged, damages, small_executables
 from otel_nginx_ebpf.analysis.report import Report
@@ -118,6 +129,7 @@ def record_seeds() -> Iterator[bytes]:
     offset = _OFFSET.pack(UNIX_OFFSET_NS)
     yield offset + STATIC
     yield offset + RETRIED
+    yield offset + with_headers(STATIC)
     strings = {kind: f"{kind} é\x1b[31m\u202e\n, &sig=1?X-Amz-Signature=2".encode() + b"\xff" for kind in STRING_KINDS}
     for sockaddr in (CLIENT, CLIENT_V6, b"\1\0/run/\x1b.sock\0"):
         strings |= {"STRING_CLIENT_SOCKADDR": sockaddr, "STRING_LOCAL_SOCKADDR": sockaddr}

@@ -85,6 +85,15 @@ def _rules(name: str) -> Rules:
     return group.attributes, tuple(demanded)
 
 
+def _reference(allowed: Mapping[str, Reference], key: str) -> Reference | None:
+    """Returns an attribute's reference in a group, also by a template such as `http.request.header.<key>`."""
+    if key in allowed:
+        return allowed[key]
+    template = next((name for name in allowed if key.startswith(f"{name}.")), None)
+    declared = declaration(template) if template else None
+    return allowed[template] if template and declared and declared[0].type.startswith("template[") else None
+
+
 def check_group(
     name: str,
     attributes: Mapping[str, object],
@@ -104,7 +113,7 @@ def check_group(
     found = []
     for key, value in attributes.items():
         found += check_value(key, value)
-        reference = allowed.get(key)
+        reference = _reference(allowed, key)
         if reference is None and _declared(key):
             found.append(f"{key}: {name} does not have it")
         elif reference and reference.only_if and not _any_holds(reference.only_if, facts):

@@ -53,6 +53,25 @@ def record(
     return b"".join(parts)
 
 
+def with_headers(raw: bytes) -> bytes:
+    """A record with captured headers: X-Tenant with two values, a secret, and Last-Modified."""
+    how = c_enum("captured")
+    at = REQUEST_RECORD.offset("headers_at")
+    return b"".join(
+        [
+            raw[:at],
+            struct.pack("<H", len(raw)),
+            raw[at + 2 :],
+            string("STRING_REQUEST_HEADER", "x-tenant"),
+            string("STRING_HEADER_VALUE", "one"),
+            string("STRING_REQUEST_HEADER", "x-tenant"),
+            string("STRING_REQUEST_HEADER", "cookie", how["CAPTURED_REDACTED"]),
+            string("STRING_RESPONSE_HEADER", "last-modified", how["CAPTURED_TIME"]),
+            string("STRING_HEADER_VALUE", struct.pack("<q", 784111777)),
+        ]
+    )
+
+
 def log_line(text: str | bytes, **fields: int) -> bytes:
     """A line of the error log, as the kernel sends it."""
     raw = text.encode() if isinstance(text, str) else text

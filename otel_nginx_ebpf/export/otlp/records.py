@@ -12,6 +12,7 @@ from typing import Any
 
 from otel_nginx_ebpf.export.interface import Record
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, join_spans, trace_id_field
+from otel_nginx_ebpf.traces import captured_headers
 from otel_nginx_ebpf.traces.abi import REQUEST_RECORD, STRING_KINDS, UPSTREAM_ATTEMPT
 from otel_nginx_ebpf.traces.error_log import LogLine, LogLines, is_log_line
 from otel_nginx_ebpf.traces.logs import LogRecord, of_request
@@ -30,7 +31,16 @@ from otel_nginx_ebpf.traces.phases import (
     is_failed_connect,
     request_error,
 )
-from otel_nginx_ebpf.traces.record import MS_MAX, MS_NONE, VARYING_STRINGS, RecordError, Request, decode, decode_strings
+from otel_nginx_ebpf.traces.record import (
+    MS_MAX,
+    MS_NONE,
+    VARYING_STRINGS,
+    RecordError,
+    Request,
+    decode,
+    decode_strings,
+    headers_section,
+)
 from otel_nginx_ebpf.traces.sent import parse_line
 from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder, told_id
 
@@ -47,6 +57,8 @@ _REQUEST = REQUEST_RECORD.picking(
         "connection_requests",
         "request_length",
         "bytes_sent",
+        "headers_at",
+        "headers_missing",
         "trace_id_high",
         "trace_id_low",
         "parent_span_id",
@@ -249,6 +261,8 @@ class RecordEncoder:
                 bytes_sent,
                 facts,
                 more_facts,
+                headers_at,
+                headers_missing,
                 trace_id_high,
                 trace_id_low,
                 parent_span_id,
@@ -261,8 +275,13 @@ class RecordEncoder:
                 else ()
             )
             own, cut, offset = decode_strings(raw, attempts_end, VARYING_STRINGS)
+            headers = b""
             section = raw[offset:]
-            if cut or request_length < 0 or bytes_sent < 0 or len(section) > _SECTION_BYTES_MAX:
+            if headers_at:
+                headers = headers_section(raw, offset, headers_at)
+                section = raw[offset:headers_at]
+                cut = cut or bool(captured_headers.parse(headers)[1])
+            if cut or headers_missing or request_length < 0 or bytes_sent < 0 or len(section) > _SECTION_BYTES_MAX:
                 return None
             string = own.get
             client = string(_CLIENT_SOCKADDR)
@@ -343,6 +362,7 @@ class RecordEncoder:
             client,
             peer,
             string(_USER_AGENT),
+            headers,
         )
         return shape, phases, (trace_id_high, trace_id_low), parent_span_id, own_fields, exchanges
 

@@ -20,6 +20,7 @@ _SOURCE = r"""
 
 u64 call_is_not_0(u64 number) { return is_not_0(number); }
 u64 call_bytes_before_space(u64 low, u64 high) { return bytes_before_space(low, high); }
+u64 call_lower_case(u64 text) { return lower_case(text); }
 u64 call_leading_spaces(u64 text) { return leading_spaces(text); }
 u64 call_bytes_through(u64 text, u8 byte) { return bytes_through(zero_bytes(text ^ byte * EVERY_BYTE)); }
 u64 call_method_of_text(u64 text, u64 bytes) { return method_of_text(first_bytes(text, bytes)); }
@@ -51,6 +52,11 @@ def test_is_not_0(number: int) -> None:
 @given(WORDS, WORDS)
 def test_bytes_before_space(low: bytes, high: bytes) -> None:
     assert call("bytes_before_space", word(low), word(high)) == len((low + high).partition(b" ")[0])
+
+
+@given(WORDS | st.text("@AZ[`az{\x80\xc1", min_size=8, max_size=8).map(lambda text: text.encode("latin-1")))
+def test_lower_case(text: bytes) -> None:
+    assert call("lower_case", word(text)) == word(text.lower())
 
 
 @given(WORDS)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_a_reference_has_type_stability_and_level(name: str) -> None:
     found = declaration(name)
     assert found
     attribute, _ = found
-    assert attribute.type.removesuffix("[]") in ("string", "int", "double", "boolean")
+    assert re.fullmatch(r"(string|int|double|boolean)(\[\])?|template\[string\[\]\]", attribute.type)
     assert attribute.stability in ("development", "release_candidate", "stable")
     levels = {group.level(name) for group in own().groups.values() if name in group.attributes}
     assert levels <= {REQUIRED, CONDITIONALLY, RECOMMENDED, OPT_IN}

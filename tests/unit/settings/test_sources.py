@@ -94,6 +94,24 @@ def test_trusted_proxies_are_networks_addresses_and_unix_sockets(monkeypatch: py
         load({"trusted_proxy": ["10.0/8"]})
 
 
+def test_captured_headers_are_lists_with_commas(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    prefix = "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS"
+    monkeypatch.setenv(f"{prefix}_SERVER_REQUEST", "X-Tenant, Accept")
+    monkeypatch.setenv(f"{prefix}_SERVER_RESPONSE", "ETag")
+    monkeypatch.setenv(f"{prefix}_SANITIZE_FIELDS", ".*session.*,set-cookie")
+    settings = load({})
+    assert settings.capture_request_headers == ("x-tenant", "accept")
+    assert settings.capture_response_headers == ("etag",)
+    assert settings.sanitize_headers == (".*session.*", "set-cookie")
+    assert load({"capture_request_headers": ["a,B", "c"]}).capture_request_headers == ("a", "b", "c")
+    monkeypatch.delenv(f"{prefix}_SERVER_REQUEST")
+    path = toml(tmp_path, 'capture_request_headers = ["Via", "x-a, x-b"]')
+    assert load({}, path).capture_request_headers == ("via", "x-a", "x-b")
+    monkeypatch.setenv(f"{prefix}_SERVER_REQUEST", "X-.*")
+    with pytest.raises(UserError, match=r"SERVER_REQUEST.* must be names of headers, not patterns: .*; it is 'x-\.\*'"):
+        load({})
+
+
 def test_the_standard_variables_of_sampling_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "traceidratio")
     monkeypatch.setenv("OTEL_TRACES_SAMPLER_ARG", "0.125")
@@ -133,7 +151,11 @@ def test_a_list_in_a_variable_is_separated_by_commas(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in SettingsSource.model_fields if name not in ("output", "binary", "queue_dir", "known_methods")],
+    [
+        name
+        for name in SettingsSource.model_fields
+        if name not in ("output", "binary", "queue_dir", "known_methods", "sanitize_headers")
+    ],
 )
 def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +192,10 @@ def test_a_wrong_value_gets_one_line_with_flag_variable_and_what_is_allowed(
         ("trusted_proxy", ["10.0.0.0/33"]),
         ("trusted_proxy", ["10.0.0.0/8", "proxy.example"]),
         ("trusted_proxy", ["unix:/run/a.sock"]),
+        ("capture_request_headers", ["x-.*"]),
+        ("capture_request_headers", ["x-a,x b"]),
+        ("capture_response_headers", ["x-" + "a" * 55]),
+        ("sanitize_headers", ["x-(a"]),
         ("propagate", "sockets"),
         ("propagate", 2),
         ("keep_slower_than", "500"),

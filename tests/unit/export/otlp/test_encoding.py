@@ -14,7 +14,15 @@ from otel_nginx_ebpf.export.otlp import records as records_module
 from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_for_resource
 from otel_nginx_ebpf.export.otlp.records import RecordEncoder
 from otel_nginx_ebpf.settings.model import OptInAttribute
-from otel_nginx_ebpf.traces.abi import LIMITS, REQUEST_RECORD, STRING_HEADER, STRING_KINDS, UPSTREAM_ATTEMPT, CStruct
+from otel_nginx_ebpf.traces.abi import (
+    LIMITS,
+    REQUEST_RECORD,
+    STRING_HEADER,
+    STRING_KINDS,
+    UPSTREAM_ATTEMPT,
+    CStruct,
+    c_enum,
+)
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.error_log import LEVELS, LogLine
 from otel_nginx_ebpf.traces.model import Trace
@@ -142,12 +150,41 @@ def strings(draw: st.DrawFn, attempts: int, usual: bool) -> bytes:
     return encoded
 
 
+HOW = c_enum("captured")
+NUMBERED = (HOW["CAPTURED_NUMBER"], HOW["CAPTURED_TIME"])
+
+
+def packed(kind: str, attempt: int, data: bytes, cut: int = 0) -> bytes:
+    header = STRING_HEADER.struct.pack(STRING_KINDS[kind], attempt, len(data), len(data) + cut)
+    return header + data + bytes(-len(data) % 8)
+
+
+@st.composite
+def captured_headers(draw: st.DrawFn, usual: bool) -> bytes:
+    """Captured headers as the kernel writes them; the values of few of many may have been cut, or be missing."""
+    encoded = b""
+    for _ in range(draw(st.integers(0, 3))):
+        kind = draw(st.sampled_from(["STRING_REQUEST_HEADER", "STRING_RESPONSE_HEADER"]))
+        how = draw(st.sampled_from([number for name, number in HOW.items() if not usual or name != "CAPTURED_NOT"]))
+        encoded += packed(kind, how, draw(st.sampled_from([b"x-a", b"x-b", b"etag"])))
+        if how in NUMBERED:
+            encoded += packed("STRING_HEADER_VALUE", 0, struct.pack("<q", draw(st.integers(-(10**9), 10**10))))
+        elif how == HOW["CAPTURED_VALUE"] and draw(st.booleans()):
+            encoded += packed("STRING_HEADER_VALUE", 0, draw(texts)[:1024], 0 if usual else draw(st.integers(0, 1)))
+    return encoded
+
+
 @st.composite
 def records(draw: st.DrawFn, usual: bool = False) -> bytes:
     """`usual`: with possible numbers, strings in the kernel's order, and no string cut."""
     attempts = draw(st.integers(0, 4))
     one_id = draw(u64)
     ids = st.sampled_from([0, one_id, 1])
+    text = draw(strings(attempts, usual))
+    headers = draw(captured_headers(usual))
+    headers_at = REQUEST_RECORD.size + attempts * UPSTREAM_ATTEMPT.size + len(text)
+    if headers_at >= 2**16:
+        headers = b""
     return b"".join(
         [
             draw(
@@ -155,6 +192,8 @@ def records(draw: st.DrawFn, usual: bool = False) -> bytes:
                     REQUEST_RECORD,
                     attempts=st.just(attempts),
                     created_ns=st.integers(10**12, 10**12 + 20),
+                    headers_at=st.just(headers_at if headers else 0),
+                    headers_missing=st.integers(0, not usual),
                     **(USUAL_NUMBERS if usual else {}),
                 )
             ),
@@ -162,7 +201,8 @@ def records(draw: st.DrawFn, usual: bool = False) -> bytes:
                 draw(structs(UPSTREAM_ATTEMPT, span_id=ids, **(USUAL_ATTEMPT_NUMBERS if usual else {})))
                 for _ in range(attempts)
             ),
-            draw(strings(attempts, usual)),
+            text,
+            headers,
         ]
     )
 
