@@ -17,7 +17,7 @@ from e2e.nginx_server import free_ports
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import counts, emitter, latency, machine, memory, recording, tables, worker
+from bench import counts, emitter, latency, machine, memory, paths, recording, tables, worker
 from bench.site import SCENARIOS, Module, ModuleError, Site
 from bench.variants import SETTINGS, Variant
 
@@ -202,7 +202,7 @@ def counts_command(json_file: Output = OUTPUT) -> None:
     """Count instructions: figures that do not depend on the machine's load."""
     load = os.getloadavg()
     with _site() as site:
-        figures = {"programs": counts.bpf_programs(site), "emitter_instructions": counts.instructions_a_request(site)}
+        figures = {"programs": paths.measure(site), "emitter_instructions": counts.instructions_a_request(site)}
     console.print(tables.counts(figures))
     _write(json_file, "counts", figures, load)
 

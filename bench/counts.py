@@ -1,4 +1,4 @@
-"""Counts instructions of the BPF programs, and from record to OTLP. These figures do not depend on the load."""
+"""Counts instructions from record to OTLP. The figure does not depend on the load."""
 
 import os
 import re
@@ -6,25 +6,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from bench.programs import programs_of
 from bench.recording import record
 from bench.site import Site
-from bench.variants import Variant, tracing
 from otel_nginx_ebpf.traces.capture import read_capture
 
 RECORDS = 400
-
-
-def bpf_programs(site: Site) -> list[dict[str, Any]]:
-    """Return the size of our programs in the kernel: instructions after the verifier, and bytes of machine code."""
-    with tracing(Variant.parse("on"), site.nginx.pid) as agent:
-        assert agent is not None
-        return [
-            {"program": each.name, "instructions": each.instructions, "machine_code_bytes": each.machine_code_bytes}
-            for each in programs_of(agent.pid)
-        ]
 
 
 def instructions_a_request(site: Site) -> float:

@@ -1,9 +1,11 @@
 """Shows the figures as tables on a terminal."""
 
+import re
 from typing import Any
 
 from rich.table import Table
 
+from bench import paths
 from bench.variants import OFF
 
 # nginx on loopback answers much faster. A slower answer means that the machine was busy.
@@ -174,8 +176,20 @@ def imports(figures: dict[str, float]) -> Table:
 
 def counts(figures: dict[str, Any]) -> Table:
     """Show what CI prints."""
-    table = _table("Instructions", "", "BPF instructions", "bytes of machine code")
-    for each in figures["programs"]:
-        table.add_row(each["program"], str(each["instructions"]), str(each["machine_code_bytes"]))
+    sizes, requests = figures["programs"]["sizes"], figures["programs"]["requests"]
+    ways = {f"{name}, {path}": counts for name, by_path in requests.items() for path, counts in by_path.items()}
+    table = _table(
+        "Instructions of the kernel's programs: their size, and for a request, in how many runs", "", "size", *ways
+    )
+    for program, size in sizes.items():
+        cells = []
+        for each in ways.values():
+            found = each.get(program, {"runs": 0, "instructions": 0})
+            cells.append(f"{found['instructions']} in {found['runs']}" if found["runs"] else "")
+        table.add_row(re.sub("^enter_ngx_(http_)?", "", program), str(size), *cells)
+    table.add_section()
+    table.add_row("all", "", *(str(paths.total(each)) for each in ways.values()))
+    for helper, what in (("probe_read_user", "reads of nginx"), ("map_lookup", "look-ups in maps"), ("clock", "clock")):
+        table.add_row(what, "", *(str(sum(found[helper] for found in each.values())) for each in ways.values()))
     table.caption = f"record → OTLP bytes: {figures['emitter_instructions']:,.0f} processor instructions a request"
     return table

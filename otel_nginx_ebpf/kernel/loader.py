@@ -107,7 +107,7 @@ class _LoadError(Exception):
         self.found = found
 
 
-def _import_bcc() -> Any:
+def import_bcc() -> Any:
     """Returns the distribution's module bcc, even inside a virtual environment that does not see system packages."""
     try:
         import bcc
@@ -182,7 +182,7 @@ def _attach_to_sockets(bcc: Any, lib: Any, program: Any, propagators: list[str])
 
 
 def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-    bcc = _import_bcc()
+    bcc = import_bcc()
     from bcc.libbcc import lib
 
     with as_file(files("otel_nginx_ebpf.probes") / "stub_headers") as headers:
@@ -262,7 +262,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
 
 def _tell_version() -> dict[str, str]:
     try:
-        bcc = _import_bcc()
+        bcc = import_bcc()
     except _LoadError as error:
         return {"found": error.found, "error": str(error)}
     return {"found": f"{getattr(bcc, '__version__', 'of unknown version')} at {os.path.dirname(bcc.__file__)}"}

@@ -8,7 +8,7 @@ import os
 import sys
 
 from otel_nginx_ebpf.kernel import socket_propagation
-from otel_nginx_ebpf.kernel.loader import _import_bcc
+from otel_nginx_ebpf.kernel.loader import import_bcc
 from otel_nginx_ebpf.kernel.system_call import bpf
 
 _TEXT = """
@@ -37,7 +37,7 @@ int foreign_message(struct sk_msg_md *msg)
 
 def main() -> None:
     port, what = int(sys.argv[1]), sys.argv[2]
-    bcc = _import_bcc()
+    bcc = import_bcc()
     from bcc.libbcc import lib
 
     os.environ["BCC_KERNEL_SOURCE"] = os.path.join(os.path.dirname(__file__), "../../probes/stub_headers")
