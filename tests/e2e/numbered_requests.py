@@ -291,4 +291,8 @@ def judge(proxy: Proxy, traces: list[Trace], numbers: range) -> tuple[list[str],
 
 def kernel_log() -> list[str]:
     lines = subprocess.run(["dmesg"], capture_output=True, text=True, check=True).stdout.splitlines()
-    return [line for line in lines if not re.search(r"systemd|audit:|random:|uprobe|Lockdown|perf: interrupt|hrtimer: interrupt", line)]
+    return [
+        line
+        for line in lines
+        if not re.search(r"systemd|audit:|random:|uprobe|Lockdown|perf: interrupt|hrtimer: interrupt", line)
+    ]
