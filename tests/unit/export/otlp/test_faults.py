@@ -213,7 +213,7 @@ def test_a_server_that_is_no_collector_until_one_takes_its_place(
             assert answer is None or wrong.connections > 0
             wrong.close()
             with kind(wrong.port) as receiver:
-                wait_until(lambda: receiver.trace_ids == [1, 2])
+                wait_until(lambda: set(receiver.trace_ids) == {1, 2})  # on a busy machine an answer may come too late
                 assert sender.end(10) == {}
     finally:
         wrong.close()
