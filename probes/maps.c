@@ -13,6 +13,7 @@
  *     FOLLOW_FORKS    1: the result of fork is the child's pid in user space too; 0: nginx has another pid namespace
  *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the pid namespace of user space, unless it is the host's
  *     REQUEST_METRICS    1: the durations of all requests are counted (metrics.c)
+ *     EXPONENTIAL_HISTOGRAMS    1: they are counted in exponential buckets
  *     SERIES_BY_…    1: the metrics' series differ by this (metrics/choices.py)
  *     ERROR_LOG    1: the lines of nginx's error log are sent, up to the level LOG_LEVEL, nginx's number
  *     OTHER_LOG_LINES 1: also lines for no running request
@@ -178,6 +179,9 @@ struct duration_name {
 struct client_key {
     struct client_series series;
     u8 peer[PEER_BYTES_MAX];
+#if EXPONENTIAL_HISTOGRAMS
+    struct duration_place place;
+#endif
 };
 #endif
 

@@ -9,15 +9,31 @@
 #if REQUEST_METRICS
 #define DURATION_BUCKETS 15
 
+#if EXPONENTIAL_HISTOGRAMS
+#define DURATIONS_MAX PLACES_MAX
+struct durations {
+    u64 sum_ns;
+    u64 count;
+};
+#else
+#define DURATIONS_MAX SERIES_MAX
 struct durations {
     u64 sum_ns;
     u64 counts[DURATION_BUCKETS];
 };
+#endif
+
+struct server_key {
+    struct server_series series;
+#if EXPONENTIAL_HISTOGRAMS
+    struct duration_place place;
+#endif
+};
 
 /* The additions are not atomic, and there is no copy for each processor: an entry has one writer, the thread of its
  * worker. */
-BPF_TABLE("hash", struct server_series, struct durations, server_durations, SERIES_MAX);
-BPF_TABLE("hash", struct client_key, struct durations, client_durations, SERIES_MAX);
+BPF_TABLE("hash", struct server_key, struct durations, server_durations, DURATIONS_MAX);
+BPF_TABLE("hash", struct client_key, struct durations, client_durations, DURATIONS_MAX);
 BPF_TABLE("hash", struct duration_name_key, struct duration_name, duration_names, NAMES_MAX);
 BPF_PROG_ARRAY(measuring, 1);
 
@@ -27,19 +43,17 @@ static __always_inline void measure(struct pt_regs *ctx)
     measuring.call(ctx, 0);
 }
 
-/* 1: the duration is above the bound. Computed from the sign of a difference. A comparison would be a branch, and 14
- * branches are 15 paths to verify. */
-#define ABOVE(ns, bound_ms) (((bound_ms) * 1000000ULL - (ns)) >> 63)
-
 static __always_inline void add_duration(struct durations *durations, u64 ns)
 {
-    u64 bucket = ABOVE(ns, BOUND_0) + ABOVE(ns, BOUND_1) + ABOVE(ns, BOUND_2) + ABOVE(ns, BOUND_3) + ABOVE(ns, BOUND_4)
-        + ABOVE(ns, BOUND_5) + ABOVE(ns, BOUND_6) + ABOVE(ns, BOUND_7) + ABOVE(ns, BOUND_8) + ABOVE(ns, BOUND_9)
-        + ABOVE(ns, BOUND_10) + ABOVE(ns, BOUND_11) + ABOVE(ns, BOUND_12) + ABOVE(ns, BOUND_13);
+#if EXPONENTIAL_HISTOGRAMS
+    durations->count++;
+#else
+    u64 bucket = bucket_of(ns);
     if (bucket >= DURATION_BUCKETS)
         return;
-    durations->sum_ns += ns;
     durations->counts[bucket]++;
+#endif
+    durations->sum_ns += ns;
 }
 
 /* Stores the name of a configuration for user space, unless it is stored already. It stays as long as the worker's
@@ -61,24 +75,29 @@ static __always_inline bool keep_name(struct process *process, u32 tgid, u64 con
     return duration_names.update(&key, name) == 0;
 }
 
-static __always_inline struct durations *server_durations_of(struct process *process, struct server_series *series)
+static __always_inline struct durations *server_durations_of(struct process *process, struct server_key *key)
 {
-    struct durations *found = server_durations.lookup(series);
+    struct durations *found = server_durations.lookup(key);
     if (found)
         return found;
     struct durations none = {};
-    struct server_series overflow = {.tgid = series->tgid, .overflow = 1};
+    u32 tgid = key->series.tgid;
+    struct server_series overflow = {.tgid = tgid, .overflow = 1};
+#if !EXPONENTIAL_HISTOGRAMS
     struct client_key *client = &process->client_key;
     __builtin_memset(client, 0, sizeof(*client));
-    client->series.tgid = series->tgid;
+    client->series.tgid = tgid;
     client->series.overflow = 1;
     server_durations.insert(&overflow, &none); /* insert both overflow entries before the maps are full */
     client_durations.insert(client, &none);
-    if (keep_name(process, series->tgid, series->location, OFFSET_ngx_http_core_loc_conf_s__name)
-        && keep_name(process, series->tgid, series->server, OFFSET_ngx_http_core_srv_conf_t__server_name)
-        && server_durations.insert(series, &none) == 0)
-        return server_durations.lookup(series);
-    return server_durations.lookup(&overflow);
+#endif
+    if (keep_name(process, tgid, key->series.location, OFFSET_ngx_http_core_loc_conf_s__name)
+        && keep_name(process, tgid, key->series.server, OFFSET_ngx_http_core_srv_conf_t__server_name)
+        && server_durations.insert(key, &none) == 0)
+        return server_durations.lookup(key);
+    key->series = overflow;
+    server_durations.insert(key, &none);
+    return server_durations.lookup(key);
 }
 
 static __always_inline struct durations *client_durations_of(struct process *process, struct client_key *key)
@@ -94,9 +113,10 @@ static __always_inline struct durations *client_durations_of(struct process *pro
     }
     if (found)
         return found;
-    __builtin_memset(key, 0, sizeof(*key));
+    __builtin_memset(key, 0, sizeof(key->series) + sizeof(key->peer));
     key->series.tgid = tgid;
     key->series.overflow = 1;
+    client_durations.insert(key, &none);
     return client_durations.lookup(key);
 }
 
@@ -137,6 +157,9 @@ static __always_inline void measure_exchange(
     key->series.connect_errno = attempt->connect_errno;
     key->series.outcome = attempt->outcome;
     key->series.no_header = attempt->header_msec >> 63; /* all ones: not set */
+#if EXPONENTIAL_HISTOGRAMS
+    key->place = place_of(ns);
+#endif
     choose_client_series(&key->series);
 #if SERIES_BY_PEER
     struct ngx_str peer = {};
@@ -177,7 +200,11 @@ int measure_request(struct pt_regs *ctx)
             measure_exchange(process, attempt_of(process, i), i, ns);
     }
 
-    struct server_series series = {
+    struct server_key key = {};
+#if EXPONENTIAL_HISTOGRAMS
+    key.place = place_of(process->request_ns);
+#endif
+    key.series = (struct server_series){
         .tgid = tgid,
         .method = method,
         .location = process->location ? core_conf(process, process->location) : 0,
@@ -188,8 +215,8 @@ int measure_request(struct pt_regs *ctx)
         .status = status,
         .tls = record->tls,
     };
-    choose_server_series(&series);
-    struct durations *durations = server_durations_of(process, &series);
+    choose_server_series(&key.series);
+    struct durations *durations = server_durations_of(process, &key);
     if (durations)
         add_duration(durations, process->request_ns);
     else

@@ -5,6 +5,9 @@
  * This file is the maps' only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py parses
  * record.h. A value is the sum of the durations in nanoseconds (u64), then a count (u64) for each bucket of
  * `duration_bound_ms`, then a count for durations above all bounds.
+ *
+ * With EXPONENTIAL_HISTOGRAMS a key ends with a struct duration_place, and a value is the sum and the count (u64 both) of the
+ * durations in that place. So only places that durations fell into take room.
  */
 
 /* The semantic conventions' buckets of http.server.request.duration and http.client.request.duration. Each number is the upper
@@ -26,8 +29,21 @@ enum duration_bound_ms {
     BOUND_13 = 10000,
 };
 
+/* OpenTelemetry's exponential histograms (Metrics Data Model, "ExponentialHistogram"): a bucket's upper bound is the 2^(1/4) of
+ * its lower bound, and belongs to it. Bucket 0 begins above 1 s. */
+enum exponential_histogram {
+    EXPONENTIAL_SCALE = 2,
+    EXPONENTIAL_ZERO = 2147483647, /* duration_place.index of durations of 0 */
+};
+
+struct duration_place {
+    __s32 index;              /* of the exponential bucket */
+    __u32 bucket;             /* by `duration_bound_ms` */
+};
+
 enum metrics_limit {
     SERIES_MAX = 16384,       /* the series of each kind, of all workers together */
+    PLACES_MAX = 65536,       /* with EXPONENTIAL_HISTOGRAMS: of all series of a kind together */
     NAMES_MAX = 8192,
     NAME_BYTES_MAX = 512,     /* as in the record */
     PEER_BYTES_MAX = 64,      /* a longer peer name is left out */
@@ -65,6 +81,54 @@ struct duration_name_key {
     __u32 reserved;
     __u64 configuration;      /* one of the pointers above */
 };
+
+/* 1: the duration is above the bound. Computed from the sign of a difference. A comparison would be a branch, and 14
+ * branches are 15 paths to verify. */
+#define ABOVE_NS(ns, bound_ns) (((bound_ns) - (ns)) >> 63)
+#define ABOVE(ns, bound_ms) ABOVE_NS(ns, (bound_ms) * 1000000ULL)
+
+static __always_inline u32 bucket_of(u64 ns)
+{
+    return ABOVE(ns, BOUND_0) + ABOVE(ns, BOUND_1) + ABOVE(ns, BOUND_2) + ABOVE(ns, BOUND_3) + ABOVE(ns, BOUND_4)
+        + ABOVE(ns, BOUND_5) + ABOVE(ns, BOUND_6) + ABOVE(ns, BOUND_7) + ABOVE(ns, BOUND_8) + ABOVE(ns, BOUND_9)
+        + ABOVE(ns, BOUND_10) + ABOVE(ns, BOUND_11) + ABOVE(ns, BOUND_12) + ABOVE(ns, BOUND_13);
+}
+
+/* The bounds in the highest octave, from 2^32 to 2^33 s, in nanoseconds. Those within it are irrational: rounded down. */
+#define OCTAVE 32
+#define OCTAVE_END (1000000000ULL << (OCTAVE + 1))
+#define OCTAVE_BOUND_1 5107605667107197932ULL /* 10^9 · 2^(32 + 1/4) */
+#define OCTAVE_BOUND_2 6074000999952099384ULL
+#define OCTAVE_BOUND_3 7223245205676679009ULL
+
+/* Shifts a duration into the highest octave: exact, as every octave has the same bounds but for a power of two. */
+#define SHIFT_IF_IT_FITS(bits)                                                                                         \
+    do {                                                                                                               \
+        u64 fits = 1 - ABOVE_NS(ns, OCTAVE_END >> (bits));                                                             \
+        ns <<= (bits) * fits;                                                                                          \
+        shift += (bits) * fits;                                                                                        \
+    } while (0)
+
+/* Returns the index of the exponential bucket of a duration below OCTAVE_END, which is 272 years. */
+static __always_inline s32 exponential_index(u64 ns)
+{
+    u64 shift = 0;
+    if (!ns)
+        return EXPONENTIAL_ZERO;
+    SHIFT_IF_IT_FITS(32);
+    SHIFT_IF_IT_FITS(16);
+    SHIFT_IF_IT_FITS(8);
+    SHIFT_IF_IT_FITS(4);
+    SHIFT_IF_IT_FITS(2);
+    SHIFT_IF_IT_FITS(1);
+    return (s32)(OCTAVE - (s64)shift) * (1 << EXPONENTIAL_SCALE) + ABOVE_NS(ns, OCTAVE_BOUND_1) + ABOVE_NS(ns, OCTAVE_BOUND_2)
+        + ABOVE_NS(ns, OCTAVE_BOUND_3);
+}
+
+static __always_inline struct duration_place place_of(u64 ns)
+{
+    return (struct duration_place){.index = exponential_index(ns), .bucket = bucket_of(ns)};
+}
 
 #if REQUEST_METRICS
 /* Two series that the user's choice of attributes does not tell apart (SERIES_BY_…) become one here, so that they take one place.

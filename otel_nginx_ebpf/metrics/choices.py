@@ -15,6 +15,8 @@ class MetricChoices:
     """The methods that series name."""
     attributes: frozenset[str] = frozenset(get_args(MetricsAttribute))
     """The attributes that series may have. Series that differ in no other attribute are one."""
+    exponential: bool = False
+    """Whether the kernel counts in exponential buckets, too."""
 
 
 DEFAULT_CHOICES = MetricChoices()
@@ -22,7 +24,7 @@ DEFAULT_CHOICES = MetricChoices()
 
 def metric_choices_of(settings: Settings) -> MetricChoices:
     attributes = frozenset[str](settings.metrics_attributes) or DEFAULT_CHOICES.attributes
-    return MetricChoices(choices_of(settings).known_methods, attributes)
+    return MetricChoices(choices_of(settings).known_methods, attributes, settings.counts_exponentially)
 
 
 _ADDRESSES = {"server.address", "server.port", "network.peer.address", "network.peer.port"}

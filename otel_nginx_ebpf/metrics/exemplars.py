@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES, MetricChoices
+from otel_nginx_ebpf.metrics.histograms import Histogram
 from otel_nginx_ebpf.metrics.series import bucket, of_phase
-from otel_nginx_ebpf.metrics.totals import Measured, Series
+from otel_nginx_ebpf.metrics.totals import Series
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.phases import Phase
 from otel_nginx_ebpf.traces.record import Request
@@ -72,6 +73,6 @@ class Exemplars:
                 duration_ns, end_mono_ns + unix_offset_ns, request.trace_id, span_id
             )
 
-    def of(self, measured: Measured) -> Mapping[int, Example]:
-        """Returns the examples of a series by bucket."""
-        return self._examples.get((id(measured.resource), measured.series), {}).copy()
+    def of(self, histogram: Histogram) -> Mapping[int, Example]:
+        """Returns the examples of a series by the conventions' bucket."""
+        return self._examples.get((id(histogram.resource), histogram.series), {}).copy()

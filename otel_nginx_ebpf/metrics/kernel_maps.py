@@ -9,11 +9,13 @@ from otel_nginx_ebpf.metrics.series import (
     COUNTS,
     LIMITS,
     NAME_KEY,
+    PLACE,
+    PLACE_COUNTS,
     SERVER_KEY,
     of_client_key,
     of_server_key,
 )
-from otel_nginx_ebpf.metrics.totals import Counts, Series
+from otel_nginx_ebpf.metrics.totals import Counts, Place, Series
 
 _NAME_LENGTH_BYTES = 8
 _NAME_BYTES = _NAME_LENGTH_BYTES + LIMITS["NAME_BYTES_MAX"]
@@ -23,9 +25,11 @@ class DurationMaps:
     """The maps with counts and names. Owns the descriptors."""
 
     def __init__(self, choices: MetricChoices, server: int, client: int, names: int) -> None:
+        self._place_bytes = PLACE.size if choices.exponential else 0
+        self._counts = PLACE_COUNTS if choices.exponential else COUNTS
         peer_bytes = LIMITS["PEER_BYTES_MAX"]
-        self._server = HashMap(server, SERVER_KEY.size, COUNTS.size)
-        self._client = HashMap(client, CLIENT_KEY.size + peer_bytes, COUNTS.size)
+        self._server = HashMap(server, SERVER_KEY.size + self._place_bytes, self._counts.size)
+        self._client = HashMap(client, CLIENT_KEY.size + peer_bytes + self._place_bytes, self._counts.size)
         self._names = HashMap(names, NAME_KEY.size)
         self._choices = choices
 
@@ -33,12 +37,14 @@ class DurationMaps:
         """Yields the worker's pid, the key and the counts of every series."""
         for durations in (self._server, self._client):
             for key, value in durations.items():
-                yield int.from_bytes(key[:4], "little"), key, COUNTS.unpack(value)
+                yield int.from_bytes(key[:4], "little"), key, self._counts.unpack(value)
 
     def series(self, key: bytes) -> Series:
         """Returns the series that a key stands for."""
-        series_of = of_server_key if len(key) == SERVER_KEY.size else of_client_key
-        return series_of(key, self._name, self._choices)
+        series_bytes = len(key) - self._place_bytes
+        series_of = of_server_key if series_bytes == SERVER_KEY.size else of_client_key
+        series = series_of(key[:series_bytes], self._name, self._choices)
+        return series._replace(place=Place(*PLACE.struct.unpack(key[series_bytes:]))) if self._place_bytes else series
 
     def _name(self, pid: int, configuration: int) -> str | None:
         value = self._names.value(NAME_KEY.struct.pack(pid, 0, configuration), _NAME_BYTES) if configuration else None

@@ -55,7 +55,11 @@ LIMITS = c_enum("metrics_limit", _HEADER_TEXT)
 _BOUNDS_NS = [bound * 1_000_000 for bound in c_enum("duration_bound_ms", _HEADER_TEXT).values()]
 BOUNDS_S = tuple(bound / 1e9 for bound in _BOUNDS_NS)
 """Upper bounds of all buckets except the last, in seconds."""
-COUNTS = struct.Struct(f"<{len(_BOUNDS_NS) + 2}Q")
+BUCKETS = len(_BOUNDS_NS) + 1
+COUNTS = struct.Struct(f"<{1 + BUCKETS}Q")
+PLACE = CStruct("duration_place", _HEADER_TEXT)
+PLACE_COUNTS = struct.Struct("<2Q")
+EXPONENTIAL = c_enum("exponential_histogram", _HEADER_TEXT)
 
 NameOf = Callable[[int, int], str | None]
 """Returns the name of a worker's configuration, by the pid and the configuration's address. `None`: no name."""

@@ -14,11 +14,20 @@ Resource = Mapping[str, Any]
 """The resource attributes of an nginx. Each nginx has one such object."""
 
 
+class Place(NamedTuple):
+    """Where durations fell: into which exponential bucket, and into which bucket of the conventions."""
+
+    exponential: int
+    bucket: int
+
+
 class Series(NamedTuple):
     """The name of a metric, and the attributes of one of its points."""
 
     metric: str
     attributes: Attributes
+    place: Place | None = None
+    """The counts are those of one place. `None`: they are those of all buckets of the conventions."""
 
 
 OVERFLOW: Attributes = (("otel.metric.overflow", True),)
@@ -32,7 +41,7 @@ _SERIES_MAX = 2000
 _TOLD_S = 300.0
 
 Counts = tuple[int, ...]
-"""The sum in nanoseconds, then a count for each bucket."""
+"""The sum in nanoseconds, then a count for each bucket, or the count of the series' place."""
 
 
 class Maps(Protocol):
@@ -150,7 +159,7 @@ class RequestDurations:
             instance, series = self._instance(counted, pid), counted.maps.series(key)
             told = self._told.setdefault((instance, series.metric), {OVERFLOW})
             if series.attributes not in told and len(told) >= _SERIES_MAX:
-                series = Series(series.metric, OVERFLOW)
+                series = series._replace(attributes=OVERFLOW)
             told.add(series.attributes)
             known = counted.keys[key] = instance, series
         return known

@@ -89,6 +89,7 @@ class Plan:
                 "OTHER_LOG_LINES": int(settings.sends_error_log),
                 "LOG_LEVEL": get_args(LogLevel).index(settings.log_level),
                 "REQUEST_METRICS": int(settings.measures_requests),
+                "EXPONENTIAL_HISTOGRAMS": int(settings.counts_exponentially),
                 **metric_choices.constants(settings),
                 **sampling.constants(settings),
                 **captured_headers.constants(settings, is_fork=self.binary.is_fork),

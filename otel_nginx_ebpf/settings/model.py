@@ -54,6 +54,7 @@ MetricsAttribute = Literal[
     "url.scheme",
 ]
 """The attributes of the metrics of all requests."""
+HistogramAggregation = Literal["explicit_bucket_histogram", "base2_exponential_bucket_histogram"]
 SpanNames = Literal["phases", "semconv"]
 Detail = Literal["phases", "request"]
 Logs = Literal["off", "error"]
@@ -467,6 +468,15 @@ class Settings:
         metavar="NAME",
         remark="all",
     )
+    metrics_histograms: HistogramAggregation = setting(
+        "explicit_bucket_histogram",
+        "The histograms that the collector gets.",
+        commands=(),
+        allowed=f"one of {', '.join(get_args(HistogramAggregation))}",
+        standard=("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION",),
+        metavar="NAME",
+        read=lower,
+    )
     sdk_disabled: bool = setting(
         False,
         "Send nothing to a collector.",
@@ -513,6 +523,11 @@ class Settings:
     def measures_requests(self) -> bool:
         """Tells whether the durations of all requests go to the collector or to Prometheus."""
         return self.request_metrics and (self.metrics or self.metrics_listen is not None)
+
+    @property
+    def counts_exponentially(self) -> bool:
+        """Tells whether the collector gets exponential histograms of the durations."""
+        return self.metrics and self.request_metrics and self.metrics_histograms.startswith("base2_exponential")
 
 
 DECLARATIONS: dict[str, Declaration] = {

@@ -203,7 +203,9 @@ def collected_metrics(output: Path, service: str) -> list[Metric]:
 
 def _see(resource: dict[str, Any], metric: Metric) -> None:
     kind = metric.WhichOneof("data")
-    instrument = kind if kind != "sum" else "counter" if metric.sum.is_monotonic else "updowncounter"
+    instrument = kind.removeprefix("exponential_")
+    if kind == "sum":
+        instrument = "counter" if metric.sum.is_monotonic else "updowncounter"
     points = (attributes(point.attributes) for point in getattr(metric, kind).data_points)
     seen.metric(resource, metric.name, instrument, metric.unit, points)
 

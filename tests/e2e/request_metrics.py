@@ -1,7 +1,7 @@
 """Compares the metrics of all requests with the spans of these requests."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
@@ -10,6 +10,9 @@ from e2e.agent_process import Span, Trace
 
 # https://opentelemetry.io/docs/specs/semconv/http/http-metrics/
 BOUNDS_S = [0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10]
+# https://opentelemetry.io/docs/specs/otel/metrics/data-model/#exponentialhistogram, scale 2: up to 16 s
+LOWEST = -120
+EXPONENTIAL_BOUNDS_S = [2 ** (index / 4) for index in range(LOWEST, 17)]
 METRICS = {"SERVER": "http.server.request.duration", "CLIENT": "http.client.request.duration"}
 ATTRIBUTES = {
     "SERVER": (
@@ -53,16 +56,18 @@ def series_of(span: Span, chosen: Collection[str] = ALL) -> Series:
     return METRICS[span.kind], frozenset((name, value) for name, value in attributes.items() if name in chosen)
 
 
-def expected(traces: Iterable[Trace], chosen: Collection[str] = ALL) -> dict[Series, Histogram]:
+def expected(
+    traces: Iterable[Trace], chosen: Collection[str] = ALL, bounds_s: Sequence[float] = BOUNDS_S
+) -> dict[Series, Histogram]:
     """Return the histograms that follow from the spans' durations, by series."""
     durations_ns: dict[Series, list[int]] = {}
     for span in measured_spans(traces):
         durations_ns.setdefault(series_of(span, chosen), []).append(span.end_unix_ns - span.start_unix_ns)
     histograms = {}
     for series, each in durations_ns.items():
-        buckets = [0] * (len(BOUNDS_S) + 1)
+        buckets = [0] * (len(bounds_s) + 1)
         for duration_ns in each:
-            buckets[bisect_left(BOUNDS_S, duration_ns / 1e9)] += 1
+            buckets[bisect_left(bounds_s, duration_ns / 1e9)] += 1
         histograms[series] = len(each), sum(each) / 1e9, buckets
     return histograms
 
@@ -76,6 +81,20 @@ def told(metrics: Iterable[Metric], attributes_of: Any) -> dict[Series, Histogra
             series = metric.name, frozenset(attributes_of(point.attributes).items())
             assert series not in histograms, "a series told twice"
             histograms[series] = point.count, point.sum, list(point.bucket_counts)
+    return histograms
+
+
+def exponential(metrics: Iterable[Metric], attributes_of: Any) -> dict[Series, Histogram]:
+    """Return the exponential histograms that a collector received, by series."""
+    histograms = {}
+    for metric in metrics:
+        for point in metric.exponential_histogram.data_points:
+            assert (point.scale, point.zero_count) == (2, 0)
+            series = metric.name, frozenset(attributes_of(point.attributes).items())
+            buckets = [0] * (len(EXPONENTIAL_BOUNDS_S) + 1)
+            for index, count in enumerate(point.positive.bucket_counts, point.positive.offset):
+                buckets[index - LOWEST + 1] = count
+            histograms[series] = point.count, point.sum, buckets
     return histograms
 
 

@@ -5,6 +5,7 @@ import signal
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -20,7 +21,18 @@ from e2e.http1_client import Http1Connection, request_bytes
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.kernel_maps import KernelMaps
 from e2e.nginx_server import AccessLog, NginxServer, free_ports, wait_until
-from e2e.request_metrics import ALL, METRICS, differences, expected, measured_spans, series_of, told
+from e2e.request_metrics import (
+    ALL,
+    BOUNDS_S,
+    EXPONENTIAL_BOUNDS_S,
+    METRICS,
+    differences,
+    expected,
+    exponential,
+    measured_spans,
+    series_of,
+    told,
+)
 
 COLLECTOR = """\
 receivers: { otlp: { protocols: { grpc: { endpoint: "127.0.0.1:@GRPC@" }, http: { endpoint: "127.0.0.1:@HTTP@" } } } }
@@ -68,6 +80,10 @@ server {
 """
 
 
+def points_of(metric: Metric) -> Any:
+    return metric.histogram.data_points or metric.exponential_histogram.data_points
+
+
 @dataclass(frozen=True)
 class Stand:
     directory: Path
@@ -92,8 +108,8 @@ class Stand:
     def metrics(self, service: str) -> list[Metric]:
         """What the collector was told of requests at last, perhaps in several messages."""
         all_told = [metric for metric in collected_metrics(self.output, service) if metric.name in METRICS.values()]
-        last_unix_ns = max((metric.histogram.data_points[0].time_unix_nano for metric in all_told), default=0)
-        return [metric for metric in all_told if metric.histogram.data_points[0].time_unix_nano == last_unix_ns]
+        last_unix_ns = max((points_of(metric)[0].time_unix_nano for metric in all_told), default=0)
+        return [metric for metric in all_told if points_of(metric)[0].time_unix_nano == last_unix_ns]
 
     def send(self, requests: Sequence[bytes]) -> None:
         """On one connection, a hundred at a time without waiting for answers."""
@@ -229,7 +245,7 @@ def check_exemplars(metrics: list[Metric], traces: list[Trace], chosen: Collecti
     spans = {(trace.trace_id, span.span_id): span for trace in traces for span in trace.spans}
     count = 0
     for metric in metrics:
-        for point in metric.histogram.data_points:
+        for point in points_of(metric):
             series = metric.name, frozenset(attributes(point.attributes).items())
             for example in point.exemplars:
                 span = spans[example.trace_id.hex(), example.span_id.hex()]
@@ -237,7 +253,8 @@ def check_exemplars(metrics: list[Metric], traces: list[Trace], chosen: Collecti
                 assert example.as_double == span.seconds
                 assert example.time_unix_nano == span.end_unix_ns
                 count += 1
-            assert len(point.exemplars) <= sum(bucket > 0 for bucket in point.bucket_counts)
+            if metric.HasField("histogram"):
+                assert len(point.exemplars) <= sum(bucket > 0 for bucket in point.bucket_counts)
     return count
 
 
@@ -316,6 +333,31 @@ def test_the_choice_of_attributes(stand: Stand) -> None:
     assert differences(told(metrics, attributes), expected(agent.traces, chosen)) == []
     assert check_exemplars(metrics, agent.traces, chosen) > 0
     assert entries < 200
+
+
+def test_exponential_histograms(stand: Stand) -> None:
+    """Each duration is in the bucket that the data model gives it. Prometheus still gets the conventions' buckets."""
+    wanted = {"OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION": "base2_exponential_bucket_histogram"}
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    agent = stand.agent("exponential", "--metrics", f"--metrics-listen={address}", **wanted)
+    try:
+        sent = send_all_kinds(stand)
+        name = "http_server_request_duration_seconds"
+        wait_until(lambda: sum(scrape(address, f"{name}_count").values()) == sent, "metrics")
+        scraped_buckets = scrape(address, f"{name}_bucket")
+    finally:
+        agent.stop()
+    metrics = stand.metrics("exponential")
+    spans = expected(agent.traces, bounds_s=EXPONENTIAL_BOUNDS_S)
+    assert differences(exponential(metrics, attributes), spans) == []
+    assert told(metrics, attributes) == {}
+    assert check_exemplars(metrics, agent.traces) >= len(spans)
+    # Prometheus' buckets contain the smaller buckets.
+    buckets: Counter[float] = Counter()
+    for labels, count in scraped_buckets.items():
+        buckets[float(dict(labels)["le"])] += int(count)
+    seconds = [trace.server.seconds for trace in agent.traces]
+    assert buckets == Counter({bound: sum(each <= bound for each in seconds) for bound in (*BOUNDS_S, inf)})
 
 
 def test_a_prometheus_server_fetches_them(stand: Stand) -> None:

@@ -10,8 +10,9 @@ from prometheus_client.samples import Exemplar as PrometheusExemplar
 from otel_nginx_ebpf.export.metrics.requests import DESCRIPTIONS
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
+from otel_nginx_ebpf.metrics.histograms import Histogram, histograms_of
 from otel_nginx_ebpf.metrics.series import BOUNDS_S
-from otel_nginx_ebpf.metrics.totals import Measured, RequestDurations
+from otel_nginx_ebpf.metrics.totals import RequestDurations
 
 # The resource attributes that identify an nginx. Every series has them.
 _INSTANCE = (SERVICE_NAME, SERVICE_INSTANCE_ID)
@@ -26,7 +27,7 @@ class PrometheusRequestMetrics(Collector):
         self._resources = resources
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
-        measured = self._durations.collect()
+        measured = histograms_of(self._durations.collect())
         for metric, description in DESCRIPTIONS.items():
             rows = [(self._labels(each), each) for each in measured if each.series.metric == metric]
             names = list(dict.fromkeys(name for labels, _ in rows for name in labels))
@@ -34,23 +35,23 @@ class PrometheusRequestMetrics(Collector):
                 metric.replace(".", "_"), description, labels=[name.replace(".", "_") for name in names], unit="seconds"
             )
             for labels, each in rows:
-                family.add_metric([labels.get(name, "") for name in names], self._buckets(each), each.counts[0] / 1e9)
+                family.add_metric([labels.get(name, "") for name in names], self._buckets(each), each.sum_ns / 1e9)
             yield family
 
-    def _labels(self, measured: Measured) -> dict[str, str]:
-        resource = self._resources.of(measured.resource).attributes
+    def _labels(self, histogram: Histogram) -> dict[str, str]:
+        resource = self._resources.of(histogram.resource).attributes
         labels = {name: str(resource[name]) for name in _INSTANCE if name in resource}
         return labels | {
             name: str(value).lower() if isinstance(value, bool) else str(value)
-            for name, value in measured.series.attributes
+            for name, value in histogram.series.attributes
         }
 
-    def _buckets(self, measured: Measured) -> list[tuple[str, float] | tuple[str, float, PrometheusExemplar]]:
-        examples = self._exemplars.of(measured)
+    def _buckets(self, histogram: Histogram) -> list[tuple[str, float] | tuple[str, float, PrometheusExemplar]]:
+        examples = self._exemplars.of(histogram)
         buckets: list[tuple[str, float] | tuple[str, float, PrometheusExemplar]] = []
         count = 0
         for index, bound in enumerate([*map(str, BOUNDS_S), "+Inf"]):
-            count += measured.counts[1 + index]
+            count += histogram.buckets[index]
             example = examples.get(index)
             buckets.append((bound, count, _exemplar(example)) if example else (bound, count))
         return buckets

@@ -1,10 +1,14 @@
 """Turns the durations of all requests into OpenTelemetry histograms, with exemplars that point to traces."""
 
 import time
+from typing import Any
 
 from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
+    Buckets,
+    ExponentialHistogram,
+    ExponentialHistogramDataPoint,
     Histogram,
     HistogramDataPoint,
     Metric,
@@ -16,14 +20,16 @@ from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURAT
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
+from otel_nginx_ebpf.metrics import histograms
 from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
 from otel_nginx_ebpf.metrics.series import BOUNDS_S
-from otel_nginx_ebpf.metrics.totals import Counts, RequestDurations, Series
+from otel_nginx_ebpf.metrics.totals import RequestDurations
 
 DESCRIPTIONS = {
     HTTP_SERVER_REQUEST_DURATION: "Duration of HTTP server requests.",
     HTTP_CLIENT_REQUEST_DURATION: "Duration of HTTP client requests.",
 }
+_Point = HistogramDataPoint | ExponentialHistogramDataPoint
 _SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__, SCHEMA_URL)
 
 
@@ -41,9 +47,9 @@ class OtlpRequestMetrics:
         now_unix_ns = time.time_ns()
         # Not by time: a request's record may arrive long after the request ended.
         before, self._sent = self._sent, set()
-        by_instance: dict[int, dict[str, list[HistogramDataPoint]]] = {}
+        by_instance: dict[int, dict[str, list[_Point]]] = {}
         resources = {}
-        for each in self._durations.collect():
+        for each in histograms.histograms_of(self._durations.collect()):
             resources[id(each.resource)] = each.resource
             by_metric = by_instance.setdefault(id(each.resource), {})
             examples = [example for _, example in sorted(self._exemplars.of(each).items())]
@@ -54,7 +60,7 @@ class OtlpRequestMetrics:
                 if example not in before
             ]
             by_metric.setdefault(each.series.metric, []).append(
-                _point(each.series, each.counts, exemplars, self._durations.start_unix_ns, now_unix_ns)
+                _point(each, exemplars, self._durations.start_unix_ns, now_unix_ns)
             )
         return [
             ResourceMetrics(
@@ -67,23 +73,29 @@ class OtlpRequestMetrics:
         ]
 
 
-def _metric(name: str, points: list[HistogramDataPoint]) -> Metric:
-    return Metric(name, DESCRIPTIONS[name], "s", Histogram(points, AggregationTemporality.CUMULATIVE))
+def _metric(name: str, points: list[_Point]) -> Metric:
+    kind: Any = Histogram if isinstance(points[0], HistogramDataPoint) else ExponentialHistogram
+    return Metric(name, DESCRIPTIONS[name], "s", kind(points, AggregationTemporality.CUMULATIVE))
 
 
-def _point(
-    series: Series, counts: Counts, exemplars: list[Exemplar], start_unix_ns: int, now_unix_ns: int
-) -> HistogramDataPoint:
-    sum_ns, *buckets = counts
-    return HistogramDataPoint(
-        attributes=dict(series.attributes),
-        start_time_unix_nano=start_unix_ns,
-        time_unix_nano=now_unix_ns,
-        count=sum(buckets),
-        sum=sum_ns / 1e9,
-        bucket_counts=buckets,
-        explicit_bounds=BOUNDS_S,
-        min=None,  # type: ignore[arg-type]  # not known; optional in the protocol and for the encoder
-        max=None,  # type: ignore[arg-type]
-        exemplars=exemplars,
+def _point(histogram: histograms.Histogram, exemplars: list[Exemplar], start_unix_ns: int, now_unix_ns: int) -> _Point:
+    common: dict[str, Any] = {
+        "attributes": dict(histogram.series.attributes),
+        "start_time_unix_nano": start_unix_ns,
+        "time_unix_nano": now_unix_ns,
+        "count": sum(histogram.buckets),
+        "sum": histogram.sum_ns / 1e9,
+        "min": None,  # not known; optional in the protocol and for the encoder
+        "max": None,
+        "exemplars": exemplars,
+    }
+    if histogram.exponential is None:
+        return HistogramDataPoint(bucket_counts=histogram.buckets, explicit_bounds=BOUNDS_S, **common)
+    return ExponentialHistogramDataPoint(
+        scale=histograms.SCALE,
+        zero_count=histogram.zero_count,
+        positive=Buckets(*histogram.dense()),
+        negative=Buckets(0, []),
+        flags=0,
+        **common,
     )

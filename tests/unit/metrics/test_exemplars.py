@@ -11,6 +11,7 @@ from otel_nginx_ebpf.export.otlp.encoding import Encoder
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
+from otel_nginx_ebpf.metrics.histograms import Histogram
 from otel_nginx_ebpf.metrics.series import BOUNDS_S, bucket, of_phase
 from otel_nginx_ebpf.metrics.totals import Measured, RequestDurations
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
@@ -36,7 +37,7 @@ def found(exemplars: Exemplars, request: Request) -> dict[str, tuple[int, int]]:
         failed = kind == UPSTREAM_CONNECT and error is not None
         assert (series is not None) == (failed or kind in (REQUEST, UPSTREAM_EXCHANGE))
         if series is not None:
-            of_buckets = exemplars.of(Measured(RESOURCE, series, ()))
+            of_buckets = exemplars.of(Histogram(RESOURCE, series))
             example = of_buckets[bucket(end_mono_ns - start_mono_ns)]
             assert (example.duration_ns, example.trace_id) == (end_mono_ns - start_mono_ns, request.trace_id)
             name = request.attempts[number - 1].peer if number else None
