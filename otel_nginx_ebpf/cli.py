@@ -20,6 +20,8 @@ from otel_nginx_ebpf.settings.model import DECLARATIONS, Settings, Sort, TopView
 
 Result = TypeVar("Result")
 
+_VARIABLE_SHOWN_MAX = 44
+
 _ABOUT = """
 OpenTelemetry traces of a running nginx, by eBPF.
 
@@ -67,7 +69,8 @@ def _choices(annotation: Any) -> list[str]:
 def _option(name: str) -> inspect.Parameter:
     """Makes the option of a setting. It takes text: all sources of a setting are checked by the same code."""
     declaration, flag = DECLARATIONS[name], sources.flag(name)
-    notes = [f"env: {', '.join(sources.variables(name))}"]
+    # A name that is longer than the column would be cut, with the names beside it: docs/configuration.md has it.
+    notes = [f"env: {', '.join(each for each in sources.variables(name) if len(each) <= _VARIABLE_SHOWN_MAX)}"]
     if declaration.default not in (None, (), False):
         default = ", ".join(declaration.default) if declaration.is_list else declaration.default
         notes.append(f"default: {default}")
