@@ -203,7 +203,7 @@ class Settings:
         "Captured headers whose value is REDACTED, too: regular expressions that match at the beginning of a name.",
         commands=("run", "record", "doctor"),
         allowed="regular expressions, with commas between them, such as x-session-.*",
-        metavar="REGEXES",
+        metavar="REGEX",
         standard=("OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SANITIZE_FIELDS",),
         remark="Authorization, Cookie, Proxy-Authorization and Set-Cookie always are",
         check=pattern,
@@ -300,7 +300,7 @@ class Settings:
         "Also send the lines of nginx's error log to the collector as log records, with the ids of trace and span.",
         commands=("run", "replay"),
         allowed="error, or off; true and false mean error and off",
-        metavar="[=WHICH]",
+        metavar="[=LOG]",
         alone="error",
         read=like_a_switch("error"),
     )
