@@ -13,7 +13,6 @@ from otel_nginx_ebpf.export.text import TextExporter, open_output
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.settings.model import ExporterName, Settings
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices, choices_of
-from otel_nginx_ebpf.traces.logs import of_trace
 from otel_nginx_ebpf.traces.phases import phases_of
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
@@ -50,7 +49,7 @@ class _Readable:
             for exporter in self._exporters:
                 exporter.export(trace)
             if self._logs:
-                self._logs.export(of_trace(trace))
+                self._logs.export_trace(trace)
             if self._exemplars:
                 spans = zip(phases_of(request), trace.spans, strict=True)
                 self._exemplars.offer(
@@ -163,6 +162,8 @@ def _make_logs(settings: Settings, stats: Stats, resource: Resource, wait_for_ro
         make_sender(settings.otlp_logs_protocol or settings.otlp_protocol, "logs"),
         resource,
         stats.logs,
+        errors=settings.sends_error_log,
+        access=settings.sends_access_log,
         query=settings.query,
         wait_for_room=wait_for_room,
         **_queue(settings, settings.queue_dir / "logs" if settings.queue_dir else None),

@@ -41,7 +41,7 @@ class Decoding:
         self._stats = stats
         self.at_once = exporter.at_once
         self._logs = logs
-        self._lines = LogLines(keeps_untraced=logs is not None)
+        self._lines = LogLines(keeps_untraced=logs is not None and logs.errors)
 
     def take(self, records: Sequence[Record]) -> None:
         completed = []

@@ -57,7 +57,8 @@ MetricsAttribute = Literal[
 HistogramAggregation = Literal["explicit_bucket_histogram", "base2_exponential_bucket_histogram"]
 SpanNames = Literal["phases", "semconv"]
 Detail = Literal["phases", "request"]
-Logs = Literal["off", "error"]
+Logs = Literal["off", "error", "access", "all"]
+"""Which log records are sent: of the error log, one for each traced request, or both."""
 LogLevel = Literal["none", "emerg", "alert", "crit", "error", "warn", "notice", "info"]
 """nginx's levels, in the order of nginx's numbers. `debug` is left out: nginx logs many such lines for a request."""
 OtlpProtocol = Literal["grpc", "http/protobuf"]
@@ -297,9 +298,10 @@ class Settings:
     )
     logs: Logs = setting(
         "off",
-        "Also send the lines of nginx's error log to the collector as log records, with the ids of trace and span.",
+        "Also send log records with the ids of trace and span to the collector: error (or no value), the lines of "
+        "nginx's error log; access, one record for each traced request; all, both.",
         commands=("run", "replay"),
-        allowed="error, or off; true and false mean error and off",
+        allowed="error, access, all, or off; true and false mean error and off",
         metavar="[=LOG]",
         alone="error",
         read=like_a_switch("error"),
@@ -507,12 +509,17 @@ class Settings:
     @property
     def sends_error_log(self) -> bool:
         """Tells whether the lines of nginx's error log are sent as log records."""
-        return self.logs == "error" and self.top is None and not self.sdk_disabled
+        return self.logs in ("error", "all") and self.sends_logs
 
     @property
     def sends_logs(self) -> bool:
         """Tells whether log records are sent."""
-        return self.sends_error_log
+        return self.logs != "off" and self.top is None and not self.sdk_disabled
+
+    @property
+    def sends_access_log(self) -> bool:
+        """Tells whether a log record is sent for each traced request."""
+        return self.logs in ("access", "all") and self.sends_logs
 
     @property
     def reads_error_log(self) -> bool:

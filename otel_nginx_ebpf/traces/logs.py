@@ -1,13 +1,20 @@
-"""Log records, from the lines of nginx's error log. Pure."""
+"""Log records: of the lines of nginx's error log, and one for each request. Pure."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from opentelemetry.semconv.attributes.http_attributes import HTTP_REQUEST_METHOD, HTTP_RESPONSE_STATUS_CODE
+from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
 
 from otel_nginx_ebpf.traces.error_log import LogLine
 from otel_nginx_ebpf.traces.events import ERROR_LOG, LOG_SEVERITY, NGINX_ERROR_MESSAGE, event_of, events_of
 from otel_nginx_ebpf.traces.model import AttributeValue, Event, Trace
 from otel_nginx_ebpf.traces.phases import Phase
 from otel_nginx_ebpf.traces.record import Request
+
+ACCESS_LOG = "nginx.access_log"
+NGINX_REQUEST_DURATION = "nginx.request.duration"
+INFO = 9
 
 SEVERITIES = {"emerg": 21, "alert": 19, "crit": 18, "error": 17, "warn": 13, "notice": 10, "info": 9, "debug": 5}
 """OTLP's severity numbers, by nginx's levels: as its data model maps those of syslog."""
@@ -72,6 +79,34 @@ def of_trace(trace: Trace) -> Iterator[LogRecord]:
     for span in trace.spans:
         for event in span.events:
             yield of_event(event, trace.resource, trace.trace_id, span.span_id, trace.trace_flags)
+
+
+def of_access(trace: Trace) -> LogRecord:
+    """Returns the log record of a request: what its SERVER span says."""
+    server = trace.spans[0]
+    says = server.attributes
+    duration = {NGINX_REQUEST_DURATION: (server.end_unix_ns - server.start_unix_ns) / 1e9}
+    body = access_body(
+        says.get(HTTP_REQUEST_METHOD), says.get(URL_PATH), says.get(URL_QUERY), says.get(HTTP_RESPONSE_STATUS_CODE)
+    )
+    return LogRecord(
+        server.end_unix_ns,
+        ACCESS_LOG,
+        INFO,
+        "",
+        body,
+        {**says, **duration},
+        trace.resource,
+        trace.trace_id,
+        server.span_id,
+        trace.trace_flags,
+    )
+
+
+def access_body(method: object, path: object, query: object, status: object) -> str:
+    """Returns what a request's log record says in one line: `GET /users?id=1 200`. `None`: not known."""
+    target = path if query is None else f"{path}?{query}"
+    return " ".join(str(each) for each in (method, target, status) if each is not None)
 
 
 def of_untraced(line: LogLine, query: bool) -> LogRecord:

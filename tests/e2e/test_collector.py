@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from collector.process import CollectorProcess, collected, collected_logs, official, rotel
+from collector.process import CollectorProcess, attributes, collected, collected_logs, official, rotel
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
@@ -218,17 +218,36 @@ def test_official_collector(stand: Stand, protocol: str, port: str) -> None:
     service = f"plain {port}"
     error_log = stand.nginx.error_log
     before = len(error_lines(error_log))
-    variables = {"OTEL_NGINX_EBPF_LOGS": "error"}
+    variables = {"OTEL_NGINX_EBPF_LOGS": "all"}
     lines, counts = stand.run(service, protocol, f"http://127.0.0.1:{stand.ports[port]}", **variables)
     traces = stand.collected(service, len(lines))
     check(traces, lines, {**RESOURCE, "service.name": service})
     logged = [line.message for line in error_lines(error_log)[before:] if line.level != "notice"]
-    records = stand.collected_logs(service, len(logged))
+    count = len(logged) + len(lines)
+    both = stand.collected_logs(service, count)
+    records = [record for record in both if record.event_name == "nginx.error_log"]
     assert len(logged) > len(REQUESTS) // 2
     assert sorted(record.body.string_value for record in records) == sorted(logged)
     assert Counter(map(key_of_record, records)) == Counter(key for trace in traces for key in keys_of_events(trace))
-    assert f"received {len(lines)}, exported {len(lines)}, lost 0; log records: received {len(logged)}," in counts
-    assert f"exported {len(logged)}, lost 0" in counts
+    check_access_records([record for record in both if record.event_name == "nginx.access_log"], traces, lines)
+    assert f"received {len(lines)}, exported {len(lines)}, lost 0; log records: received {count}, " in counts
+    assert f"exported {count}, lost 0" in counts
+
+
+def check_access_records(records: list[LogRecord], traces: list[Trace], lines: list[LogLine]) -> None:
+    """Each request has a record with the ids and attributes of its SERVER span, and with what nginx logged."""
+    by_id = {record.span_id.hex(): record for record in records}
+    assert len(by_id) == len(records) == len(traces)
+    said = []
+    for trace in traces:
+        record, server = by_id[trace.server.span_id], trace.server
+        own = attributes(record.attributes)
+        duration_s = own.pop("nginx.request.duration")
+        assert (record.trace_id.hex(), record.time_unix_nano) == (trace.trace_id, server.end_unix_ns)
+        assert own == server.attributes
+        assert duration_s == server.seconds
+        said.append(record.body.string_value)
+    assert sorted(said) == sorted(f"{line['request'].rpartition(' ')[0]} {line['status']}" for line in lines)
 
 
 def key_of_record(record: LogRecord) -> tuple[str, str, int, str, str]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import promql_parser
 import pytest
-from collector.process import CollectorProcess, collected, layered, official
+from collector.process import CollectorProcess, collected, collected_logs, layered, official
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
 
 from e2e.agent_process import AgentProcess, Trace
 from e2e.http1_client import Http1Connection
@@ -25,12 +26,14 @@ receivers:
   otlp: { protocols: { grpc: { endpoint: "127.0.0.1:@GRPC@" }, http: { endpoint: "127.0.0.1:@HTTP@" } } }
 exporters:
   file/traces: { path: "@DIRECTORY@/traces.bin", format: proto, flush_interval: 50ms }
+  file/logs: { path: "@DIRECTORY@/logs.bin", format: proto, flush_interval: 50ms }
   file/metrics: { path: "@DIRECTORY@/metrics.jsonl", flush_interval: 50ms }
 service:
   telemetry: { metrics: { level: none } }
   pipelines:
     traces: { receivers: [otlp], exporters: [file/traces] }
     metrics: { receivers: [otlp], exporters: [file/metrics] }
+    logs: { receivers: [otlp], exporters: [file/logs] }
 """
 # The example's collector tells of itself on a fixed port, which another may have.
 _QUIET = "service: { telemetry: { metrics: { level: none } } }\n"
@@ -56,6 +59,9 @@ class Backend:
     def traces(self) -> list[Trace]:
         path = self.directory / "traces.bin"
         return collected(path, lambda resource: True) if path.exists() else []
+
+    def log_records(self) -> list[LogRecord]:
+        return collected_logs(self.directory / "logs.bin", "edge")
 
     def series(self) -> list[Series]:
         """The latest of all."""
@@ -115,9 +121,10 @@ def backend(public_directory: Path) -> Iterator[Backend]:
             "OTLP_HTTP_LISTEN": f"127.0.0.1:{http}",
             "TRACES_ENDPOINT": f"127.0.0.1:{backend_grpc}",
             "METRICS_ENDPOINT": f"http://127.0.0.1:{backend_http}",
+            "LOGS_ENDPOINT": f"http://127.0.0.1:{backend_http}",
             "METRICS_INTERVAL": "100ms",
         }
-        configs = (_EXAMPLE / "otel-collector.yaml", directory / "quiet.yaml")
+        configs = (_EXAMPLE / "otel-collector.yaml", _EXAMPLE / "logs.yaml", directory / "quiet.yaml")
         running.append(layered(configs, environment, [grpc, http], directory / "example.log"))
         agent = AgentProcess(
             nginx.pid,
@@ -127,6 +134,7 @@ def backend(public_directory: Path) -> Iterator[Backend]:
                 "OTEL_SERVICE_NAME": "edge",
                 "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{grpc}",
                 "OTEL_NGINX_EBPF_METRICS": "true",
+                "OTEL_NGINX_EBPF_LOGS": "access",
                 "OTEL_METRIC_EXPORT_INTERVAL": "200",
             },
         )
@@ -137,6 +145,7 @@ def backend(public_directory: Path) -> Iterator[Backend]:
             backend = Backend(directory)
             wait_until(lambda: len(backend.traces()) == len(_REQUESTS), "all traces")
             wait_until(lambda: len(_counts(backend)) == len(_REQUESTS), "all routes' counts")
+            wait_until(lambda: len(backend.log_records()) == len(_REQUESTS), "all log records")
             wait_until(lambda: _measured(backend) == len(_REQUESTS), "the metrics of all requests")
         finally:
             agent.stop()
@@ -168,6 +177,12 @@ def test_traces_pass(backend: Backend) -> None:
     (exchange,) = traces["/slow"].named("upstream exchange")
     assert exchange.attributes["nginx.upstream.name"] == "app"
     assert exchange.seconds >= 0.2
+
+
+def test_log_records_pass(backend: Backend) -> None:
+    assert {(each.trace_id.hex(), each.span_id.hex()) for each in backend.log_records()} == {
+        (trace.trace_id, trace.server.span_id) for trace in backend.traces()
+    }
 
 
 def test_span_metrics_count_each_route(backend: Backend) -> None:

@@ -58,7 +58,12 @@ _GROUPS = {
     "span.nginx.connect": "connect",
     "span.nginx.connect.failed": "failed connect",
 }
-_GROUPS |= {"span.nginx.exchange": "exchange", "event.nginx.error_log": "log line", "entity.nginx": "resource"}
+_GROUPS |= {
+    "span.nginx.exchange": "exchange",
+    "event.nginx.error_log": "log line",
+    "event.nginx.access_log": "log record",
+    "entity.nginx": "resource",
+}
 
 
 def everything() -> str:
@@ -89,6 +94,7 @@ TABLES: dict[str, Callable[[], str]] = {
             "attributes.nginx.asked",
             "span.nginx.exchange",
             "event.nginx.error_log",
+            "event.nginx.access_log",
             "entity.nginx",
             "metric.nginx.http.server.request.duration",
             "metric.nginx.http.client.request.duration",

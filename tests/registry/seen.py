@@ -22,6 +22,8 @@ from registry.reader import declaration, own
 # Resource attributes that tests, or the collectors of tests, add: users may name any.
 _SAID = frozenset({"deployment.environment.name", "relay", "tier"})
 
+_ACCESS_LOG = own().groups["event.nginx.access_log"].attributes
+
 _findings: Counter[str] = Counter()
 _examples: dict[str, str] = {}
 """By finding, the attributes of the first span that had it."""
@@ -77,8 +79,19 @@ def trace(resource: Mapping[str, Any], spans: Iterable[Span]) -> None:
 
 
 def log_record(resource: Mapping[str, Any], name: str, attributes: Mapping[str, Any]) -> None:
-    """Takes a log record of our registry's event `name`. Its severity and body say what the event's first two do."""
+    """Takes a log record of our registry's event `name`.
+
+    The record of a line says two of the event's attributes otherwise; that of a request also has what SERVER has.
+    """
     _resource(resource)
+    if name == "nginx.access_log":
+        of_event = {each: value for each, value in attributes.items() if each in _ACCESS_LOG}
+        server = {each: value for each, value in attributes.items() if each not in of_event}
+        status = "ERROR" if "error.type" in server else "UNSET"
+        found = [*check_event(name, of_event), *check_span("SERVER", "", status, server)]
+        _findings.update(f"log record {name!r}: {each}" for each in found)
+        _told.update((f"event.{name}", each) for each in of_event)
+        return
     said = {"log.severity": "error", "nginx.error.message": ""}
     _findings.update(f"log record {name!r}: {each}" for each in check_event(name, {**said, **attributes}))
     _findings.update(f"log record {name!r}: has {each}" for each in said if each in attributes)

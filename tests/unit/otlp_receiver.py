@@ -89,18 +89,21 @@ class Received:
         ]
 
     @property
+    def roots(self) -> list[Span]:
+        return [span for span in self.spans if not span.parent_span_id]
+
+    @property
     def attributes(self) -> list[dict[str, int | str]]:
         """Of the root spans: those that are numbers or text."""
         return [
             {pair.key: pair.value.int_value or pair.value.string_value for pair in span.attributes}
-            for span in self.spans
-            if not span.parent_span_id
+            for span in self.roots
         ]
 
     @property
     def trace_ids(self) -> list[int]:
         """Of the root spans, in the order in which they came."""
-        return [int.from_bytes(span.trace_id, "big") for span in self.spans if not span.parent_span_id]
+        return [int.from_bytes(span.trace_id, "big") for span in self.roots]
 
 
 def _retry_info(after_s: float) -> tuple[tuple[str, bytes], ...]:

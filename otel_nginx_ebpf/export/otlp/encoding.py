@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.semconv.attributes.http_attributes import HTTP_REQUEST_METHOD, HTTP_RESPONSE_STATUS_CODE
+from opentelemetry.semconv.attributes.url_attributes import URL_PATH, URL_QUERY
 from opentelemetry.trace import SpanKind
 
 from otel_nginx_ebpf import __version__
@@ -17,7 +19,7 @@ from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.traces.attributes import SpanFields
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.events import events_of
-from otel_nginx_ebpf.traces.logs import LogRecord
+from otel_nginx_ebpf.traces.logs import ACCESS_LOG, INFO, NGINX_REQUEST_DURATION, LogRecord, access_body
 from otel_nginx_ebpf.traces.model import Event, Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request
 from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder
@@ -32,6 +34,7 @@ _SPAN_ID = bytes([2 << 3 | _LENGTH, 8])
 _START, _END = 7 << 3 | 1, 8 << 3 | 1
 _TRACE_ID = bytes([1 << 3 | _LENGTH, 16])
 _TRACE_ID_FIELD = struct.Struct(">2sQQ")
+_TRACE_ID_HALVES = struct.Struct(">QQ")
 _PARENT_ID = bytes([4 << 3 | _LENGTH, 8])
 # Field 16, SpanFlags. 0x100: it is known whether the parent is remote. 0x200: the parent is remote.
 _LOCAL_PARENT = struct.pack("<BBI", 0x85, 0x01, 0x100)
@@ -144,16 +147,102 @@ def _events(events: Sequence[Event]) -> bytes:
 
 def encode_log_record(record: LogRecord) -> bytes:
     """Returns a LogRecord (logs.proto) as a field of ScopeLogs. Raises `RecordError` as `Encoder.encode` does."""
+    attributes = _attributes(6, record.attributes)
+    ids = record.trace_id.to_bytes(16, "big"), record.span_id.to_bytes(8, "big"), record.trace_flags
+    return _log_record(
+        record.time_unix_ns, record.event_name, record.severity, record.severity_text, record.body, attributes, *ids
+    )
+
+
+def _log_record(
+    time_unix_ns: int,
+    event_name: str,
+    severity: int,
+    severity_text: str,
+    body: str,
+    attributes: bytes,
+    trace_id: bytes,
+    span_id: bytes,
+    trace_flags: int,
+) -> bytes:
     try:
-        fields = _TIME.pack(1 << 3 | 1, record.time_unix_ns) + _TIME.pack(11 << 3 | 1, record.time_unix_ns)
+        times = _TIME.pack(1 << 3 | 1, time_unix_ns) + _TIME.pack(11 << 3 | 1, time_unix_ns)
     except struct.error as error:
         raise RecordError("a time is out of range") from error
-    fields += _int_field(2, record.severity) + _text(3, record.severity_text)
-    fields += _field(5, _any_value(record.body)) + _attributes(6, record.attributes) + _text(12, record.event_name)
-    if record.trace_id:
-        fields += struct.pack("<BI", 8 << 3 | 5, record.trace_flags)
-        fields += _field(9, record.trace_id.to_bytes(16, "big")) + _field(10, record.span_id.to_bytes(8, "big"))
-    return _field(2, fields)
+    said = _int_field(2, severity) + _text(3, severity_text) + _field(5, _any_value(body)) + _text(12, event_name)
+    ids = b""
+    if any(trace_id):
+        ids = struct.pack("<BI", 8 << 3 | 5, trace_flags) + _field(9, trace_id) + _field(10, span_id)
+    return _field(2, times + said + attributes + ids)
+
+
+_ATTRIBUTE_OF_SPAN, _ATTRIBUTE_OF_LOG_RECORD = _LENGTH_KEYS[9][0], _LENGTH_KEYS[6]
+_STRING_VALUE = _LENGTH_KEYS[1][0]
+_SAID = {_key(name): name for name in (HTTP_REQUEST_METHOD, URL_PATH, URL_QUERY, HTTP_RESPONSE_STATUS_CODE)}
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """Returns a varint, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+
+
+def _of_log_record(span: bytes) -> tuple[bytes, dict[str, object]]:
+    """Returns encoded attributes of a span as those of a log record, and the values that its body says.
+
+    The two messages have attributes under different numbers, but encode them in the same way.
+    """
+    encoded: list[bytes] = []
+    said: dict[str, object] = {}
+    at = 0
+    while at < len(span):
+        begin, kind = at, span[at]
+        value, start = _read_varint(span, at + 1)
+        at = start + value if kind & 7 == _LENGTH else start
+        if kind == _ATTRIBUTE_OF_SPAN:
+            encoded += (_ATTRIBUTE_OF_LOG_RECORD, span[begin + 1 : at])
+            key_end = start + 2 + span[start + 1]
+            if name := _SAID.get(span[start:key_end]):
+                _, of_value = _read_varint(span, key_end + 1)
+                number, text = _read_varint(span, of_value + 1)
+                said[name] = span[text:at].decode() if span[of_value] == _STRING_VALUE else number
+    return b"".join(encoded), said
+
+
+_of_log_record_kept = lru_cache(1024)(_of_log_record)
+
+
+def encode_access_record(server: BuiltSpan[bytes], ids: tuple[int, int, int], unix_offset_ns: int) -> bytes:
+    """Returns the log record of a request, as `traces.logs.of_access` makes it, as a field of ScopeLogs.
+
+    Args:
+        server: The request's SERVER span.
+        ids: The trace's id, in two halves, and its flags.
+        unix_offset_ns: Unix time minus monotonic time.
+    """
+    (start_mono_ns, end_mono_ns, *_), span_id, (shared, *own) = server
+    attributes, said = _of_log_record_kept(shared)
+    own_attributes, own_said = _of_log_record(b"".join(own))
+    say = {**said, **own_said}.get
+    body = access_body(say(HTTP_REQUEST_METHOD), say(URL_PATH), say(URL_QUERY), say(HTTP_RESPONSE_STATUS_CODE))
+    duration = _attributes(6, {NGINX_REQUEST_DURATION: (end_mono_ns - start_mono_ns) / 1e9})
+    return _log_record(
+        end_mono_ns + unix_offset_ns,
+        ACCESS_LOG,
+        INFO,
+        "",
+        body,
+        attributes + own_attributes + duration,
+        _TRACE_ID_HALVES.pack(*ids[:2]),
+        span_id.to_bytes(8, "big"),
+        ids[2],
+    )
 
 
 _SPAN = _LENGTH_KEYS[2]

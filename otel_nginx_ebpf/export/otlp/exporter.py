@@ -40,7 +40,7 @@ class OtlpExporter(Delivery):
     ) -> None:
         """`logs` gets the lines of the error log. `delivery`: how to queue, as `Delivery` has it."""
         self._encoder = Encoder(RandomIds().generate_span_id, choices)
-        self._record_encoder = RecordEncoder(self._encoder, keeps_log_records=logs is not None)
+        self._record_encoder = RecordEncoder(self._encoder, keeps_log_records=logs is not None and logs.errors)
         self._logs = logs
         self._stats = stats
         self._exemplars = exemplars
@@ -62,6 +62,9 @@ class OtlpExporter(Delivery):
         lines = self._record_encoder.log_lines
         self._stats.lose_log_lines(lines.take_lost())
         if self._logs:
+            self._logs.export_requests(
+                (record, each[1]) for record, each in encoded if not isinstance(each, RecordError)
+            )
             self._logs.export(self._record_encoder.log_records)
             self._record_encoder.log_records.clear()
             self._logs.take_untraced(lines)

@@ -86,6 +86,8 @@ _ATTEMPT = UPSTREAM_ATTEMPT.picking(
 )
 _KEY = ("connection", "connection_requests", "worker_pid")
 _unpack_key = REQUEST_RECORD.picking(_KEY, [name for _, name in REQUEST_RECORD.fields if name not in _KEY]).unpack_from
+_IDS = ("trace_flags", "trace_id_high", "trace_id_low")
+_unpack_ids = REQUEST_RECORD.picking(_IDS, [name for _, name in REQUEST_RECORD.fields if name not in _IDS]).unpack_from
 _unpack_request = _REQUEST.unpack_from
 _unpack_attempt = _ATTEMPT.unpack_from
 _REQUEST_BYTES = REQUEST_RECORD.size
@@ -105,6 +107,12 @@ _OWN_STRINGS = frozenset({_URI, _USER_AGENT, _CLIENT_SOCKADDR, _PEER_SOCKADDR, _
 SHAPES_MAX = 1024
 _SECTION_BYTES_MAX = 1024
 _SENT_MAX = 4
+
+
+def ids_of(raw: bytes) -> tuple[int, int, int]:
+    """Returns the id of a record's trace, in two halves, and its flags."""
+    trace_flags, high, low = _unpack_ids(raw)
+    return high, low, trace_flags
 
 
 class _AttemptShape:

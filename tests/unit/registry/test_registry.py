@@ -38,6 +38,7 @@ from otel_nginx_ebpf.traces.abi import c_enum
 from otel_nginx_ebpf.traces.attributes import NGINX_CACHE_STATUS
 from otel_nginx_ebpf.traces.error_log import LEVELS
 from otel_nginx_ebpf.traces.events import ERROR_LOG, LOG_SEVERITY, NGINX_ERROR_ERRNO, NGINX_ERROR_MESSAGE
+from otel_nginx_ebpf.traces.logs import ACCESS_LOG
 from otel_nginx_ebpf.traces.record import CACHE_STATUSES, decode
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
@@ -96,7 +97,7 @@ def test_every_status_of_the_cache_is_declared() -> None:
 
 
 def test_our_own_events_are_in_the_code() -> None:
-    assert {group.name for group in own().of_type("event")} == {ERROR_LOG}
+    assert {group.name for group in own().of_type("event")} == {ERROR_LOG, ACCESS_LOG}
     assert {LOG_SEVERITY, NGINX_ERROR_ERRNO, NGINX_ERROR_MESSAGE} == own().groups[
         "event.nginx.error_log"
     ].attributes.keys()

@@ -255,10 +255,17 @@ def test_a_way_to_propagate_in_the_file(tmp_path: Path, line: str, way: str) -> 
     assert load({}, tmp_path / "settings.toml").propagate == way
 
 
-@pytest.mark.parametrize(("given", "logs"), [("true", "error"), ("ERROR", "error"), ("0", "off"), (None, "off")])
+@pytest.mark.parametrize(
+    ("given", "logs"), [("true", "error"), ("ERROR", "error"), ("all", "all"), ("0", "off"), (None, "off")]
+)
 def test_which_logs(given: str | None, logs: str) -> None:
     settings = load({"logs": given})
     assert (settings.logs, settings.sends_logs) == (logs, logs != "off")
+
+
+def test_the_access_log_needs_no_error_log() -> None:
+    settings = load({"logs": "access", "log_level": "none", "detail": "request"})
+    assert (settings.sends_access_log, settings.sends_error_log) == (True, False)
 
 
 @pytest.mark.parametrize(("name", "value"), [("log_level", "none"), ("detail", "request")])

@@ -8,11 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.logs.v1.logs_pb2 import ScopeLogs
+from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.export.otlp import records as records_module
-from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_for_resource
-from otel_nginx_ebpf.export.otlp.records import RecordEncoder
+from otel_nginx_ebpf.export.otlp.encoding import (
+    Encoder,
+    encode_access_record,
+    encode_for_resource,
+    encode_log_record,
+)
+from otel_nginx_ebpf.export.otlp.records import RecordEncoder, ids_of
 from otel_nginx_ebpf.settings.model import OptInAttribute
 from otel_nginx_ebpf.traces.abi import (
     LIMITS,
@@ -25,6 +32,7 @@ from otel_nginx_ebpf.traces.abi import (
 )
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.error_log import LEVELS, LogLine
+from otel_nginx_ebpf.traces.logs import access_body, of_access
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import VARYING_STRINGS, RecordError, Request, decode
 from otel_nginx_ebpf.traces.spans import build_trace
@@ -284,6 +292,33 @@ def test_a_known_shape_is_not_decoded_again(raw: bytes, monkeypatch: pytest.Monk
     assert by_records([raw], encoder) == expected[:1]
     monkeypatch.setattr(records_module, "decode", lambda raw: pytest.fail("decoded"))
     assert by_records([bytes(later)], encoder) == expected[1:]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.one_of(records(), records(usual=True)), min_size=1, max_size=3), choices)
+def test_the_log_records_of_requests(raws: list[bytes], choices: SpanChoices) -> None:
+    """Made from encoded spans, they are those of readable traces."""
+    encoder = RecordEncoder(Encoder(CountingIds().generate_span_id, choices))
+    ids = CountingIds()
+    for raw in [*raws, *raws]:
+        ((_, encoded),) = encoder.encode([(raw, UNIX_OFFSET_NS, {})])
+        assert not isinstance(encoded, RecordError)
+        ours = encode_access_record(encoded[1][0], ids_of(raw), UNIX_OFFSET_NS)
+        trace = build_trace(decode(raw), UNIX_OFFSET_NS, ids, choices=choices)
+        expected = encode_log_record(of_access(trace))
+        assert ScopeLogs.FromString(ours) == ScopeLogs.FromString(expected)
+        (record,) = ScopeLogs.FromString(ours).log_records
+        (span,) = ScopeSpans.FromString(encoder._encoder.encode_trace(replace(trace, spans=trace.spans[:1]))).spans
+        assert list(record.attributes[:-1]) == list(span.attributes)
+        assert (record.time_unix_nano, record.trace_id.rjust(16, b"\0")) == (span.end_time_unix_nano, span.trace_id)
+
+
+def test_the_log_record_of_a_request() -> None:
+    record = of_access(build_trace(decode(RETRIED), UNIX_OFFSET_NS, CountingIds()))
+    assert (record.body, record.severity, record.event_name) == ("GET /api/users?id=1 200", 9, "nginx.access_log")
+    assert record.attributes["nginx.request.duration"] == 0.01206
+    assert access_body("GET", "/a", "b=c", None) == "GET /a?b=c"
+    assert access_body("_OTHER", None, None, 400) == "_OTHER 400"
 
 
 def test_log_lines_go_to_their_requests() -> None:

@@ -27,6 +27,7 @@ from otel_nginx_ebpf.export.otlp.sender import make_sender
 from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.metrics.kept_stats import KeptStats
 from otel_nginx_ebpf.metrics.stats import Stats
+from otel_nginx_ebpf.traces.error_log import has_text
 from otel_nginx_ebpf.traces.logs import SEVERITIES, LogRecord
 from otel_nginx_ebpf.traces.record import decode
 from unit.otlp_receiver import GrpcReceiver, HttpReceiver, Later, Received
@@ -77,12 +78,21 @@ def test_a_record_is_encoded_as_the_sdk_does(
 class Subject:
     """Exporters of traces and log records, as `run` has them."""
 
-    def __init__(self, protocol: str, port: int, patch: pytest.MonkeyPatch, queue: Path | None = None, **more: object):
+    def __init__(
+        self,
+        protocol: str,
+        port: int,
+        patch: pytest.MonkeyPatch,
+        queue: Path | None = None,
+        which: str = "error",
+        **more: object,
+    ):
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
         patch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
         self.stats = Stats(logs=True)
         assert self.stats.logs
         self.logs = self.stats.logs
+        self._errors = which in ("error", "all")
         how = {"queue_spans": 1000, "queue_bytes": 1 << 20, "batch_spans": 4, "delay_s": 0.0, **more}
 
         def room(name: str) -> QueueDir | None:
@@ -90,14 +100,21 @@ class Subject:
 
         resource = Resource({"service.name": "nginx"})
         log_exporter = OtlpLogExporter(
-            make_sender(protocol, "logs"), resource, self.logs, queue_dir=room("logs"), **how
+            make_sender(protocol, "logs"),
+            resource,
+            self.logs,
+            queue_dir=room("logs"),
+            errors=self._errors,
+            access=which != "error",
+            **how,
         )
         self.exporter = OtlpExporter(
             make_sender(protocol), resource, self.stats, logs=log_exporter, queue_dir=room(""), **how
         )
 
     def take(self, *raws: bytes) -> None:
-        self.logs.received += sum(raw.startswith(log_line("")[:8]) and b"19:43:51" in raw for raw in raws)
+        if self._errors:
+            self.logs.received += sum(map(has_text, raws))
         self.exporter.take([(raw, UNIX_OFFSET_NS, NGINX) for raw in raws])
 
     def take_lines(self, count: int, of: str = "line") -> None:
@@ -194,7 +211,7 @@ def test_the_lines_of_a_damaged_record(monkeypatch: pytest.MonkeyPatch) -> None:
     with GrpcReceiver() as receiver:
         subject = Subject("grpc", receiver.port, monkeypatch)
         subject.take(*lines, record[:200])
-        subject.take(log_line("19:43:51 this is no line of nginx", connection=9, level=4))
+        subject.take(log_line("this is no line of nginx", connection=9, level=4))
         assert subject.end() == {"lost_damaged_record": 1}
     assert [body.endswith(ADDED.replace("sig=1", "sig=REDACTED")) for body in bodies(receiver)] == [True, True]
 
@@ -239,6 +256,26 @@ def test_with_other_exporters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {(record.trace_id, record.span_id, record.time_unix_nano) for record in traced} == ids
     assert len(ids) == 2
     assert (untraced.body.string_value, untraced.trace_id) == ("unended", b"")
+
+
+@pytest.mark.parametrize(("which", "lines"), [("access", 0), ("all", 2)])
+def test_a_record_for_each_request(which: str, lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with GrpcReceiver() as receiver:
+        subject = Subject("grpc", receiver.port, monkeypatch, which=which)
+        subject.take(STATIC, *retried_lines(), STATIC[:200])
+        assert subject.end() == {}
+    records = [record for record in receiver.log_records if record.event_name == "nginx.access_log"]
+    assert len(receiver.log_records) == len(records) + lines
+    assert [record.body.string_value for record in records] == ["GET /index.html 200", "GET /api/users?id=1 200"]
+    servers = [span for span in receiver.spans if not span.parent_span_id]
+    for record, server in zip(records, servers, strict=True):
+        assert (record.trace_id, record.span_id, record.flags) == (server.trace_id, server.span_id, 1)
+        assert record.time_unix_nano == server.end_time_unix_nano
+        *own, duration = record.attributes
+        assert own == list(server.attributes)
+        assert duration.key == "nginx.request.duration"
+        assert duration.value.double_value == (server.end_time_unix_nano - server.start_time_unix_nano) / 1e9
+        assert (record.severity_number, record.severity_text) == (9, "")
 
 
 @pytest.mark.parametrize(
