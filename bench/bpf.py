@@ -74,6 +74,8 @@ class Machine:
         self._stack, self._context, self._registers = (self.add(bytes(_STACK_BYTES)) for _ in range(3))
         self.records: list[bytes] = []
         """What the programs have sent."""
+        self.tails: dict[int, list[Instruction]] = {}
+        """The program in each map of programs, by the map's number. Such a map without a program here is empty."""
         self.counts: Counter[str] = Counter()
         """How many `instructions` ran, and how often each helper was called."""
         for number, each in maps.items():
@@ -97,6 +99,10 @@ class Machine:
         """Set the registers of a system call; return their address."""
         self.write(self._registers, content)
         return self._registers
+
+    def insert(self, number: int, key: bytes, value: bytes) -> None:
+        """Add an entry to a hash."""
+        self._values[number][key] = self.add(value)
 
     def write(self, address: int, content: bytes) -> None:
         memory, offset = self._at(address)
@@ -178,6 +184,10 @@ class Machine:
             elif code == 0x85:
                 if source:
                     raise NotImplementedError("a call of another function")
+                if number == 12 and registers[2] in self.tails:
+                    program, at = self.tails[registers[2]], 0
+                    self.counts["tail_call"] += 1
+                    continue
                 registers[0] = self._call(number, registers) & _MASK
             else:
                 bits, mask = (64, _MASK) if kind == 5 else (32, _MASK32)
@@ -267,7 +277,7 @@ class Machine:
         return 0
 
     def _tail_call(self, _context: int, number: int, *_: int) -> int:
-        return -2  # such a map is empty here
+        return -2  # the map is empty
 
     def _ring_buffer(self, _map: int, content: int, count: int, *_: int) -> int:
         self.records.append(self.read(content, count))

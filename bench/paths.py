@@ -27,6 +27,10 @@ from otel_nginx_ebpf.traces.record import decode
 
 PATHS: dict[str, dict[str, Any]] = {
     "kept": {},
+    "kept, with four headers": {
+        "capture_request_headers": ["host", "accept-encoding"],
+        "capture_response_headers": ["content-type", "content-length"],
+    },
     "left out by the sampler": {"sampler": "always_off"},
     "left out at the end": {"sampler": "always_off", "keep_errors": True},
 }
@@ -45,6 +49,10 @@ class Programs(NamedTuple):
 
     code: dict[str, list[Instruction]]
     maps: dict[int, Map]
+    called: dict[int, list[Instruction]]
+    """Programs that others call by tail call, by the number of the map that has them."""
+    wanted: dict[int, list[bytes]]
+    """The keys in a hash, by its number."""
     keeps: bool
     """They send a record of each request."""
     at: dict[str, int]
@@ -60,14 +68,27 @@ def compiled(worker: int, settings: dict[str, Any]) -> Programs:
         os.environ["BCC_KERNEL_SOURCE"] = str(headers)
         program = import_bcc().BPF(text=request["text"], cflags=["-g0"])
     names = [*request["tracepoints"], *(probe["handler"] for probe in request["probes"])]
+    headers = request["captured_headers"]
+    names += ["capture_headers"] if headers else []
     code = {name: parse(program.dump_func(name.encode())) for name in names}
     maps = {
         each.number: _map(each.number) for one in code.values() for each in one if each.code == 0x18 and each.source
     }
     maps[program["live"].map_fd].content = b"\x01"
+    called, wanted = {}, {}
+    if headers:
+        called[program["capturing"].map_fd] = code.pop("capture_headers")
+        keys = [each["name"].encode().ljust(63, b"\0") + bytes([each["kind"]]) for each in headers]
+        wanted[program["captured_names"].map_fd] = keys
     program.cleanup()
+    keeps = "sampler" not in settings
     return Programs(
-        code, maps, not settings, {probe["handler"]: _address(worker, probe["file_offset"]) for probe in probes}
+        code,
+        maps,
+        called,
+        wanted,
+        keeps,
+        {probe["handler"]: _address(worker, probe["file_offset"]) for probe in probes},
     )
 
 
@@ -92,6 +113,10 @@ def of_a_request(site: Site, name: str, programs: Programs) -> Counts:
     Of a few requests the one with the fewest instructions counts: a peer's response may come in two parts.
     """
     machine = Machine(programs.maps, site.worker)
+    machine.tails |= programs.called
+    for number, keys in programs.wanted.items():
+        for key in keys:
+            machine.insert(number, key, bytes(8))
     counts: Counts = {}
     looks: list[Counts] = []
 
@@ -119,17 +144,17 @@ def of_a_request(site: Site, name: str, programs: Programs) -> Counts:
     machine.close()
     if len(looks) != 1 + _WARM_UP + _LOOKS:
         raise RuntimeError(f"{name}: only {len(looks)} requests were answered")
-    _examine(machine.records, SCENARIOS[name].path, len(looks) - 1 if programs.keeps else 0)
+    _examine(machine.records, SCENARIOS[name].path, len(looks) - 1 if programs.keeps else 0, bool(programs.wanted))
     return min(looks[-_LOOKS:], key=total)
 
 
-def _examine(records: Sequence[bytes], path: str, expected: int) -> None:
+def _examine(records: Sequence[bytes], path: str, expected: int, has_headers: bool) -> None:
     """Raise RuntimeError unless the interpreted programs have sent what the kernel's would have sent.
 
     The first request is older than the programs know the process, so it has no record.
     """
-    sent = Counter((each.uri, each.status) for each in map(decode, records))
-    if sent != Counter({(path, 200): expected} if expected else {}):
+    sent = Counter((each.uri, each.status, each.captured_headers != b"") for each in map(decode, records))
+    if sent != Counter({(path, 200, has_headers): expected} if expected else {}):
         raise RuntimeError(f"{path}: the programs sent {sent}")
 
 

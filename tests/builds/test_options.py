@@ -53,3 +53,19 @@ def test_a_variant_is_laid_out_as_the_compiler_does(sources: Path) -> None:
         assert signature.tells_layout
         for struct, members in signature.layout(layout).items():
             assert {member: measured[struct][member] for member in members} == members, (struct, lacks)
+
+
+def test_members_beside_those_of_a_layout(sources: Path) -> None:
+    """The kernel program reads members of ngx_http_headers_out_t at a distance from members that a layout has."""
+    (measured, _) = measure(sources, ["ngx_http_headers_out_t", "ngx_table_elt_t"])
+    headers_out = measured["ngx_http_headers_out_t"]
+    text = (Path(__file__).parents[2] / "probes" / "captured_headers.c").read_text()
+    told = re.findall(r"^#define OUT_(\w+) \(OFFSET_ngx_http_headers_out_t__(\w+) ([+-]) (\d+)\)$", text, re.MULTILINE)
+    found: dict[str, list[int]] = {}
+    for name, member, sign, distance in told:
+        found.setdefault(name.lower(), []).append(headers_out[member] + int(sign + distance))
+    has_next = "next" in measured["ngx_table_elt_t"]
+    assert {name: offsets[0 if has_next else -1] for name, offsets in found.items()} == {
+        name: headers_out[name]
+        for name in ("content_length", "location", "last_modified", "content_type", "last_modified_time")
+    }

@@ -27,12 +27,15 @@ GUEST_S = 3600.0
 
 # Each line is another program to the verifier; it takes half a minute. --propagate shows if the kernel allows writes.
 _METRICS = "--metrics-listen 127.0.0.1:9464"
+_HEADERS = "--capture-request-headers x-a --capture-response-headers content-type,content-length,last-modified"
 OPTIONS = [
     "",
     _METRICS,
     "--propagate --keep-errors",
     f"--adopt-upstream-context {_METRICS}",
     f"--propagate --adopt-upstream-context --keep-errors {_METRICS}",
+    f"--propagate --adopt-upstream-context --keep-errors {_HEADERS} {_METRICS}",
+    f"--detail request {_HEADERS}",
     "--detail request",
     f"--detail request --keep-errors {_METRICS}",
 ]

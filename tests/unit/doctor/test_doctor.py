@@ -173,6 +173,15 @@ def test_a_process_of_another_program() -> None:
     assert report.system["kernel"].found == f"Linux {os.uname().release}"
 
 
+def test_which_headers_would_be_captured() -> None:
+    named = {"pid": [os.getpid()], "capture_request_headers": ["x-a,cookie,x-b"], "sanitize_headers": ["x-b"]}
+    found = examine(load(named)).system["captured_headers"]
+    assert (found.state, found.found) == (
+        "ok",
+        "of requests: x-a, cookie (redacted), x-b (redacted); of responses: none",
+    )
+
+
 def test_what_was_named_and_is_not_there(tmp_path: Path) -> None:
     report = examine(load({"binary": [tmp_path / "one", tmp_path / "two"]}))
     assert not report.ok
