@@ -180,7 +180,7 @@ struct client_key {
     struct client_series series;
     u8 peer[PEER_BYTES_MAX];
 #if EXPONENTIAL_HISTOGRAMS
-    struct duration_place place;
+    struct place place;
 #endif
 };
 #endif

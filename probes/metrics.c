@@ -7,33 +7,16 @@
  */
 
 #if REQUEST_METRICS
-#define DURATION_BUCKETS 15
-
-#if EXPONENTIAL_HISTOGRAMS
-#define DURATIONS_MAX PLACES_MAX
-struct durations {
-    u64 sum_ns;
-    u64 count;
-};
-#else
-#define DURATIONS_MAX SERIES_MAX
-struct durations {
-    u64 sum_ns;
-    u64 counts[DURATION_BUCKETS];
-};
-#endif
-
 struct server_key {
     struct server_series series;
 #if EXPONENTIAL_HISTOGRAMS
-    struct duration_place place;
+    struct place place;
 #endif
 };
 
-/* The additions are not atomic, and there is no copy for each processor: an entry has one writer, the thread of its
- * worker. */
-BPF_TABLE("hash", struct server_key, struct durations, server_durations, DURATIONS_MAX);
-BPF_TABLE("hash", struct client_key, struct durations, client_durations, DURATIONS_MAX);
+BPF_TABLE("hash", struct server_key, struct histogram, server_durations, HISTOGRAMS_MAX);
+BPF_TABLE("hash", struct client_key, struct histogram, client_durations, HISTOGRAMS_MAX);
+BPF_TABLE("hash", struct server_key, struct histogram, response_sizes, HISTOGRAMS_MAX);
 BPF_TABLE("hash", struct duration_name_key, struct duration_name, duration_names, NAMES_MAX);
 BPF_PROG_ARRAY(measuring, 1);
 
@@ -41,19 +24,6 @@ BPF_PROG_ARRAY(measuring, 1);
 static __always_inline void measure(struct pt_regs *ctx)
 {
     measuring.call(ctx, 0);
-}
-
-static __always_inline void add_duration(struct durations *durations, u64 ns)
-{
-#if EXPONENTIAL_HISTOGRAMS
-    durations->count++;
-#else
-    u64 bucket = bucket_of(ns);
-    if (bucket >= DURATION_BUCKETS)
-        return;
-    durations->counts[bucket]++;
-#endif
-    durations->sum_ns += ns;
 }
 
 /* Stores the name of a configuration for user space, unless it is stored already. It stays as long as the worker's
@@ -75,12 +45,12 @@ static __always_inline bool keep_name(struct process *process, u32 tgid, u64 con
     return duration_names.update(&key, name) == 0;
 }
 
-static __always_inline struct durations *server_durations_of(struct process *process, struct server_key *key)
+static __always_inline struct histogram *server_durations_of(struct process *process, struct server_key *key)
 {
-    struct durations *found = server_durations.lookup(key);
+    struct histogram *found = server_durations.lookup(key);
     if (found)
         return found;
-    struct durations none = {};
+    struct histogram none = {};
     u32 tgid = key->series.tgid;
     struct server_series overflow = {.tgid = tgid, .overflow = 1};
 #if !EXPONENTIAL_HISTOGRAMS
@@ -100,12 +70,12 @@ static __always_inline struct durations *server_durations_of(struct process *pro
     return server_durations.lookup(key);
 }
 
-static __always_inline struct durations *client_durations_of(struct process *process, struct client_key *key)
+static __always_inline struct histogram *client_durations_of(struct process *process, struct client_key *key)
 {
-    struct durations *found = client_durations.lookup(key);
+    struct histogram *found = client_durations.lookup(key);
     if (found)
         return found;
-    struct durations none = {};
+    struct histogram none = {};
     u32 tgid = key->series.tgid;
     if (keep_name(process, tgid, key->series.upstream, OFFSET_ngx_http_upstream_srv_conf_s__host)) {
         client_durations.insert(key, &none);
@@ -157,8 +127,9 @@ static __always_inline void measure_exchange(
     key->series.connect_errno = attempt->connect_errno;
     key->series.outcome = attempt->outcome;
     key->series.no_header = attempt->header_msec >> 63; /* all ones: not set */
+    struct place place = place_of_duration(ns);
 #if EXPONENTIAL_HISTOGRAMS
-    key->place = place_of(ns);
+    key->place = place;
 #endif
     choose_client_series(&key->series);
 #if SERIES_BY_PEER
@@ -171,9 +142,31 @@ static __always_inline void measure_exchange(
     if (bytes <= PEER_BYTES_MAX && bpf_probe_read_user(key->peer, bytes, (void *)peer.data) == 0)
         key->series.peer_bytes = bytes;
 #endif
-    struct durations *durations = client_durations_of(process, key);
+    struct histogram *durations = client_durations_of(process, key);
     if (durations)
-        add_duration(durations, ns);
+        add(durations, ns, place);
+    else
+        count_loss(NOT_MEASURED);
+}
+
+/* Counts the bytes of the response's body as $body_bytes_sent has them. In the series that count the request's duration: their names are
+ * known already. */
+static __always_inline void measure_response(
+    struct process *process, const struct request_record *record, struct server_key *key, u32 overflow)
+{
+    s64 header_bytes = *(s64 *)(process->request + HEADER_SIZE), bytes = record->bytes_sent - header_bytes;
+    struct histogram none = {};
+    if (bytes < 0)
+        bytes = 0;
+    if (overflow)
+        key->series = (struct server_series){.tgid = key->series.tgid, .overflow = 1};
+    struct place place = place_of_size(bytes);
+#if EXPONENTIAL_HISTOGRAMS
+    key->place = place;
+#endif
+    struct histogram *sizes = response_sizes.lookup_or_try_init(key, &none);
+    if (sizes)
+        add(sizes, bytes, place);
     else
         count_loss(NOT_MEASURED);
 }
@@ -201,9 +194,6 @@ int measure_request(struct pt_regs *ctx)
     }
 
     struct server_key key = {};
-#if EXPONENTIAL_HISTOGRAMS
-    key.place = place_of(process->request_ns);
-#endif
     key.series = (struct server_series){
         .tgid = tgid,
         .method = method,
@@ -216,11 +206,18 @@ int measure_request(struct pt_regs *ctx)
         .tls = record->tls,
     };
     choose_server_series(&key.series);
-    struct durations *durations = server_durations_of(process, &key);
+    struct server_key sized = key;
+    struct place place = place_of_duration(process->request_ns);
+#if EXPONENTIAL_HISTOGRAMS
+    key.place = place;
+#endif
+    struct histogram *durations = server_durations_of(process, &key);
     if (durations)
-        add_duration(durations, process->request_ns);
+        add(durations, process->request_ns, place);
     else
         count_loss(NOT_MEASURED);
+    if (record->bytes_sent >= 0 && !process->acted && status != SWITCHING_PROTOCOLS)
+        measure_response(process, record, &sized, key.series.overflow);
     return 0;
 }
 #endif

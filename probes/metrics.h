@@ -1,13 +1,13 @@
 /*
- * How long a request, its exchanges and its failed connects took. Also the keys and values of the maps of metrics.c. These maps count the
- * durations of all requests in the kernel, sampled or not.
+ * How long a request, its exchanges and its failed connects took. Also the keys and values of the maps of histograms.c and metrics.c.
+ * These maps count amounts in the kernel: durations in nanoseconds, sizes in bytes; of all requests, sampled or not.
  *
  * This file is the maps' only declaration: otel_nginx_ebpf/metrics/series.py parses it, as traces/abi.py parses
- * record.h. A value is the sum of the durations in nanoseconds (u64), then a count (u64) for each bucket of
- * `duration_bound_ms`, then a count for durations above all bounds.
+ * record.h. A value is the sum of the amounts (u64), then a count (u64) for each bucket of the metric's bounds, then a count for
+ * amounts above all bounds.
  *
- * With EXPONENTIAL_HISTOGRAMS a key ends with a struct duration_place, and a value is the sum and the count (u64 both) of the
- * durations in that place. So only places that durations fell into take room.
+ * With EXPONENTIAL_HISTOGRAMS a key ends with a struct place, and a value is the sum and the count (u64 both) of the amounts in that
+ * place. So only places that amounts fell into take room.
  */
 
 /* The semantic conventions' buckets of http.server.request.duration and http.client.request.duration. Each number is the upper
@@ -29,16 +29,52 @@ enum duration_bound_ms {
     BOUND_13 = 10000,
 };
 
-/* OpenTelemetry's exponential histograms (Metrics Data Model, "ExponentialHistogram"): a bucket's upper bound is the 2^(1/4) of
- * its lower bound, and belongs to it. Bucket 0 begins above 1 s. */
-enum exponential_histogram {
-    EXPONENTIAL_SCALE = 2,
-    EXPONENTIAL_ZERO = 2147483647, /* duration_place.index of durations of 0 */
+/* http.server.response.body.size. The conventions name no buckets. */
+enum size_bound_bytes {
+    SIZE_0 = 0,
+    SIZE_1 = 256,
+    SIZE_2 = 1024,
+    SIZE_3 = 4096,
+    SIZE_4 = 16384,
+    SIZE_5 = 65536,
+    SIZE_6 = 262144,
+    SIZE_7 = 1048576,
+    SIZE_8 = 4194304,
+    SIZE_9 = 16777216,
+    SIZE_10 = 67108864,
+    SIZE_11 = 268435456,
+    SIZE_12 = 1073741824,
+    SIZE_13 = 4294967296,
 };
 
-struct duration_place {
+/* nginx.worker.loop */
+enum loop_bound_us {
+    LOOP_0 = 100,
+    LOOP_1 = 250,
+    LOOP_2 = 500,
+    LOOP_3 = 1000,
+    LOOP_4 = 2500,
+    LOOP_5 = 5000,
+    LOOP_6 = 10000,
+    LOOP_7 = 25000,
+    LOOP_8 = 50000,
+    LOOP_9 = 100000,
+    LOOP_10 = 250000,
+    LOOP_11 = 500000,
+    LOOP_12 = 1000000,
+    LOOP_13 = 5000000,
+};
+
+/* OpenTelemetry's exponential histograms (Metrics Data Model, "ExponentialHistogram"): a bucket's upper bound is the 2^(1/4) of
+ * its lower bound, and belongs to it. Bucket 0 begins above 1 s, or 1 byte. */
+enum exponential_histogram {
+    EXPONENTIAL_SCALE = 2,
+    EXPONENTIAL_ZERO = 2147483647, /* place.index of amounts of 0 */
+};
+
+struct place {
     __s32 index;              /* of the exponential bucket */
-    __u32 bucket;             /* by `duration_bound_ms` */
+    __u32 bucket;             /* by the metric's bounds */
 };
 
 enum metrics_limit {
@@ -75,6 +111,12 @@ struct client_series {
     __u8 outcome;             /* as in the record's attempt */
 };
 
+/* The turns of a worker's event loop. */
+struct worker_loop {
+    __u32 tgid;
+    __u32 reserved;
+};
+
 /* The key of a configuration's name. The value is the name's length in bytes (u64), then NAME_BYTES_MAX bytes. */
 struct duration_name_key {
     __u32 tgid;
@@ -82,38 +124,41 @@ struct duration_name_key {
     __u64 configuration;      /* one of the pointers above */
 };
 
-/* 1: the duration is above the bound. Computed from the sign of a difference. A comparison would be a branch, and 14
+/* 1: the amount is above the bound. Computed from the sign of a difference. A comparison would be a branch, and 14
  * branches are 15 paths to verify. */
-#define ABOVE_NS(ns, bound_ns) (((bound_ns) - (ns)) >> 63)
-#define ABOVE(ns, bound_ms) ABOVE_NS(ns, (bound_ms) * 1000000ULL)
+#define ABOVE(amount, bound) (((bound) - (amount)) >> 63)
 
-static __always_inline u32 bucket_of(u64 ns)
-{
-    return ABOVE(ns, BOUND_0) + ABOVE(ns, BOUND_1) + ABOVE(ns, BOUND_2) + ABOVE(ns, BOUND_3) + ABOVE(ns, BOUND_4)
-        + ABOVE(ns, BOUND_5) + ABOVE(ns, BOUND_6) + ABOVE(ns, BOUND_7) + ABOVE(ns, BOUND_8) + ABOVE(ns, BOUND_9)
-        + ABOVE(ns, BOUND_10) + ABOVE(ns, BOUND_11) + ABOVE(ns, BOUND_12) + ABOVE(ns, BOUND_13);
-}
+#define BUCKET_OF(amount, unit, bound)                                                                                 \
+    (ABOVE(amount, bound##_0 * (unit)) + ABOVE(amount, bound##_1 * (unit)) + ABOVE(amount, bound##_2 * (unit))         \
+     + ABOVE(amount, bound##_3 * (unit)) + ABOVE(amount, bound##_4 * (unit)) + ABOVE(amount, bound##_5 * (unit))       \
+     + ABOVE(amount, bound##_6 * (unit)) + ABOVE(amount, bound##_7 * (unit)) + ABOVE(amount, bound##_8 * (unit))       \
+     + ABOVE(amount, bound##_9 * (unit)) + ABOVE(amount, bound##_10 * (unit)) + ABOVE(amount, bound##_11 * (unit))     \
+     + ABOVE(amount, bound##_12 * (unit)) + ABOVE(amount, bound##_13 * (unit)))
 
-/* The bounds in the highest octave, from 2^32 to 2^33 s, in nanoseconds. Those within it are irrational: rounded down. */
-#define OCTAVE 32
-#define OCTAVE_END (1000000000ULL << (OCTAVE + 1))
-#define OCTAVE_BOUND_1 5107605667107197932ULL /* 10^9 · 2^(32 + 1/4) */
-#define OCTAVE_BOUND_2 6074000999952099384ULL
-#define OCTAVE_BOUND_3 7223245205676679009ULL
+/* The highest octave that 63 bits can hold: from 2^32 to 2^33 s, in nanoseconds, or from 2^61 to 2^62 bytes. The bounds within it are
+ * irrational: rounded down. */
+struct octave {
+    u64 exponent;
+    u64 end;
+    u64 bounds[3];
+};
 
-/* Shifts a duration into the highest octave: exact, as every octave has the same bounds but for a power of two. */
+#define OCTAVE_OF_NS {32, 1000000000ULL << 33, {5107605667107197932ULL, 6074000999952099384ULL, 7223245205676679009ULL}}
+#define OCTAVE_OF_BYTES {61, 1ULL << 62, {2742124912636209755ULL, 3260954456333195553ULL, 3877950241171266237ULL}}
+
+/* Shifts an amount towards the highest octave. That is exact: the bounds of octaves differ by a power of two. */
 #define SHIFT_IF_IT_FITS(bits)                                                                                         \
     do {                                                                                                               \
-        u64 fits = 1 - ABOVE_NS(ns, OCTAVE_END >> (bits));                                                             \
-        ns <<= (bits) * fits;                                                                                          \
+        u64 fits = 1 - ABOVE(amount, octave.end >> (bits));                                                            \
+        amount <<= (bits) * fits;                                                                                      \
         shift += (bits) * fits;                                                                                        \
     } while (0)
 
-/* Returns the index of the exponential bucket of a duration below OCTAVE_END, which is 272 years. */
-static __always_inline s32 exponential_index(u64 ns)
+/* Returns the index of the exponential bucket of an amount up to the octave's end. */
+static __always_inline s32 exponential_index(u64 amount, const struct octave octave)
 {
     u64 shift = 0;
-    if (!ns)
+    if (!amount)
         return EXPONENTIAL_ZERO;
     SHIFT_IF_IT_FITS(32);
     SHIFT_IF_IT_FITS(16);
@@ -121,13 +166,23 @@ static __always_inline s32 exponential_index(u64 ns)
     SHIFT_IF_IT_FITS(4);
     SHIFT_IF_IT_FITS(2);
     SHIFT_IF_IT_FITS(1);
-    return (s32)(OCTAVE - (s64)shift) * (1 << EXPONENTIAL_SCALE) + ABOVE_NS(ns, OCTAVE_BOUND_1) + ABOVE_NS(ns, OCTAVE_BOUND_2)
-        + ABOVE_NS(ns, OCTAVE_BOUND_3);
+    return (s32)(octave.exponent - shift) * (1 << EXPONENTIAL_SCALE) + ABOVE(amount, octave.bounds[0])
+        + ABOVE(amount, octave.bounds[1]) + ABOVE(amount, octave.bounds[2]);
 }
 
-static __always_inline struct duration_place place_of(u64 ns)
+static __always_inline struct place place_of_duration(u64 ns)
 {
-    return (struct duration_place){.index = exponential_index(ns), .bucket = bucket_of(ns)};
+    return (struct place){exponential_index(ns, (struct octave)OCTAVE_OF_NS), BUCKET_OF(ns, 1000000ULL, BOUND)};
+}
+
+static __always_inline struct place place_of_turn(u64 ns)
+{
+    return (struct place){exponential_index(ns, (struct octave)OCTAVE_OF_NS), BUCKET_OF(ns, 1000ULL, LOOP)};
+}
+
+static __always_inline struct place place_of_size(u64 bytes)
+{
+    return (struct place){exponential_index(bytes, (struct octave)OCTAVE_OF_BYTES), BUCKET_OF(bytes, 1ULL, SIZE)};
 }
 
 #if REQUEST_METRICS

@@ -416,6 +416,10 @@ static __always_inline int system_call_ended(
         break;
     case SYS_epoll_wait:
     case SYS_epoll_pwait: /* musl */
+#if REQUEST_METRICS
+        if (worker)
+            count_turn(caller, began_ns);
+#endif
         if (worker)
             turn_began(caller, tgid, entry.argument2, result, now);
         break;

@@ -31,7 +31,7 @@ HANDED_OVER_MAPS = (
     "beginnings",
 )
 
-DURATION_MAPS = ("server_durations", "client_durations", "duration_names")
+DURATION_MAPS = ("server_durations", "client_durations", "response_sizes", "worker_loops", "duration_names")
 
 HELD_MAPS = ("measuring", "capturing")
 """Also sent if durations are counted, headers captured. The kernel empties a map of programs that no process holds."""

@@ -13,16 +13,17 @@ _ZERO = EXPONENTIAL["EXPONENTIAL_ZERO"]
 
 @dataclass(slots=True)
 class Histogram:
-    """The durations of one series."""
+    """The amounts of one series."""
 
     resource: Resource
     series: Series
     """Without a place."""
-    sum_ns: int = 0
+    total: int = 0
+    """The sum of the amounts, in the kernel's unit."""
     buckets: list[int] = field(default_factory=lambda: [0] * BUCKETS)
-    """A count for each bucket of the conventions."""
+    """A count for each bucket of the metric's bounds."""
     exponential: Counter[int] | None = None
-    """Counts by the index of the exponential bucket, without durations of 0. `None`: the kernel did not count so."""
+    """Counts by the index of the exponential bucket, without amounts of 0. `None`: the kernel did not count so."""
     zero_count: int = 0
 
     def dense(self) -> tuple[int, list[int]]:
@@ -35,12 +36,12 @@ class Histogram:
 
 def histograms_of(measured: Iterable[Measured]) -> list[Histogram]:
     made: dict[tuple[int, Series], Histogram] = {}
-    for resource, series, (sum_ns, *counts) in measured:
+    for resource, series, (total, *counts) in measured:
         place, series = series.place, series._replace(place=None)
         found = made.get((id(resource), series))
         if found is None:
             found = made[id(resource), series] = Histogram(resource, series)
-        found.sum_ns += sum_ns
+        found.total += total
         if place is None:
             found.buckets = counts
             continue

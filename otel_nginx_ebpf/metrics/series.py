@@ -9,7 +9,9 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable
 from importlib.resources import files
+from typing import NamedTuple
 
+from opentelemetry.semconv._incubating.metrics.http_metrics import HTTP_SERVER_RESPONSE_BODY_SIZE
 from opentelemetry.semconv.attributes import (
     error_attributes,
     http_attributes,
@@ -49,17 +51,46 @@ _HEADER_TEXT = (files("otel_nginx_ebpf.probes") / "metrics.h").read_text(encodin
 
 SERVER_KEY = CStruct("server_series", _HEADER_TEXT)
 CLIENT_KEY = CStruct("client_series", _HEADER_TEXT)
+LOOP_KEY = CStruct("worker_loop", _HEADER_TEXT)
 NAME_KEY = CStruct("duration_name_key", _HEADER_TEXT)
 LIMITS = c_enum("metrics_limit", _HEADER_TEXT)
 
-_BOUNDS_NS = [bound * 1_000_000 for bound in c_enum("duration_bound_ms", _HEADER_TEXT).values()]
-BOUNDS_S = tuple(bound / 1e9 for bound in _BOUNDS_NS)
-"""Upper bounds of all buckets except the last, in seconds."""
-BUCKETS = len(_BOUNDS_NS) + 1
+BUCKETS = 15
 COUNTS = struct.Struct(f"<{1 + BUCKETS}Q")
-PLACE = CStruct("duration_place", _HEADER_TEXT)
+PLACE = CStruct("place", _HEADER_TEXT)
 PLACE_COUNTS = struct.Struct("<2Q")
 EXPONENTIAL = c_enum("exponential_histogram", _HEADER_TEXT)
+
+NGINX_WORKER_LOOP = "nginx.worker.loop"
+
+
+class Metric(NamedTuple):
+    """A histogram of amounts that the kernel counts."""
+
+    description: str
+    unit: str
+    bounds: tuple[float, ...]
+    """Upper bounds of all buckets except the last."""
+    in_unit: int = 1_000_000_000
+    """How many of the kernel's units are one of the metric's."""
+
+
+def _bounds(enum: str, of_second: int) -> tuple[float, ...]:
+    return tuple(bound / of_second for bound in c_enum(enum, _HEADER_TEXT).values())
+
+
+_BOUNDS_NS = [bound * 1_000_000 for bound in c_enum("duration_bound_ms", _HEADER_TEXT).values()]
+BOUNDS_S = _bounds("duration_bound_ms", 1000)
+METRICS = {
+    HTTP_SERVER_REQUEST_DURATION: Metric("Duration of HTTP server requests.", "s", BOUNDS_S),
+    HTTP_CLIENT_REQUEST_DURATION: Metric("Duration of HTTP client requests.", "s", BOUNDS_S),
+    HTTP_SERVER_RESPONSE_BODY_SIZE: Metric(
+        "Size of HTTP server response bodies.", "By", _bounds("size_bound_bytes", 1), in_unit=1
+    ),
+    NGINX_WORKER_LOOP: Metric(
+        "Duration of the turns of the workers' event loops.", "s", _bounds("loop_bound_us", 1_000_000)
+    ),
+}
 
 NameOf = Callable[[int, int], str | None]
 """Returns the name of a worker's configuration, by the pid and the configuration's address. `None`: no name."""

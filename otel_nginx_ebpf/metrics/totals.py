@@ -15,7 +15,7 @@ Resource = Mapping[str, Any]
 
 
 class Place(NamedTuple):
-    """Where durations fell: into which exponential bucket, and into which bucket of the conventions."""
+    """Where amounts fell: into which exponential bucket, and into which bucket of the metric's bounds."""
 
     exponential: int
     bucket: int
@@ -41,7 +41,7 @@ _SERIES_MAX = 2000
 _TOLD_S = 300.0
 
 Counts = tuple[int, ...]
-"""The sum in nanoseconds, then a count for each bucket, or the count of the series' place."""
+"""The sum, then a count for each bucket, or the count of the series' place."""
 
 
 class Maps(Protocol):

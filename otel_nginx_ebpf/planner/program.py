@@ -19,6 +19,7 @@ _OF_THE_SOCKET = ("telling.h", "tellings.c", "upstream_connections.c", "socket_p
 """Only with --propagate on the socket."""
 _SOURCES = (
     "maps.c",
+    "histograms.c",
     "tellings.c",
     "processes.c",
     "layout.c",

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -45,9 +47,11 @@ service:
 LOCATIONS = 8_500
 """More than the kernel program keeps names of, and more than the series of a metric."""
 SERIES_MAX = 2_000
+BODY_SIZE = "http.server.response.body.size"
 
 NGINX_HTTP = """
 keepalive_requests 100000;
+log_format sizes "$status $body_bytes_sent";
 proxy_cache_path @PREFIX@/temp/cache keys_zone=cache:1m;
 upstream app { server @UP@; keepalive 4; }
 upstream retried { server @DEAD1@ max_fails=0; server @UP@ backup; }
@@ -57,8 +61,10 @@ server {
     listen 127.0.0.1:@H2@ http2;
     server_name edge.example *.example;
     access_log logs/all.log json;
+    access_log logs/sizes.log sizes;
     location / { return 204; }
     location /missing { return 404; }
+    location /blocking { access_log @PREFIX@/pipe; return 204; }
     location /broken { return 503; }
     location /app/ { proxy_pass http://app; proxy_http_version 1.1; proxy_set_header Connection ""; }
     location /cached/ { proxy_pass http://app; proxy_cache cache; proxy_cache_valid 1h; proxy_cache_bypass $arg_pass; }
@@ -75,6 +81,7 @@ server {
     listen 127.0.0.1:@PORT@;
     server_name many.example;
     access_log logs/many.log json;
+    access_log logs/sizes.log sizes;
     @MANY@
 }
 """
@@ -93,6 +100,8 @@ class Stand:
     many: AccessLog
     output: Path
     """The collector's."""
+    pipe: int
+    """A log of nginx."""
 
     def agent(self, service: str, *arguments: str, **variables: str) -> AgentProcess:
         output = self.directory / "traces.jsonl"
@@ -105,11 +114,21 @@ class Stand:
         }
         return AgentProcess(self.nginx.pid, self.directory, ["run", *options, *arguments], environment)
 
-    def metrics(self, service: str) -> list[Metric]:
+    def metrics(self, service: str, names: Collection[str] = METRICS.values()) -> list[Metric]:
         """What the collector was told of requests at last, perhaps in several messages."""
-        all_told = [metric for metric in collected_metrics(self.output, service) if metric.name in METRICS.values()]
+        all_told = [metric for metric in collected_metrics(self.output, service) if metric.name in names]
         last_unix_ns = max((points_of(metric)[0].time_unix_nano for metric in all_told), default=0)
         return [metric for metric in all_told if points_of(metric)[0].time_unix_nano == last_unix_ns]
+
+    def logged_sizes(self) -> Counter[tuple[int, str]]:
+        """As `told_sizes`, from nginx's own log."""
+        sizes: Counter[tuple[int, str]] = Counter()
+        for line in (self.directory / "logs" / "sizes.log").read_text().splitlines():
+            status, size = map(int, line.split())
+            sizes[status, "count"] += 1
+            sizes[status, "bytes"] += size
+            sizes[status, "small"] += size <= 256
+        return sizes
 
     def send(self, requests: Sequence[bytes]) -> None:
         """On one connection, a hundred at a time without waiting for answers."""
@@ -146,13 +165,16 @@ def stand(public_directory: Path, upstream_addresses: dict[str, str]) -> Iterato
     http, config = NGINX_HTTP, COLLECTOR
     for word, value in words.items():
         http, config = http.replace(f"@{word}@", value), config.replace(f"@{word}@", value)
+    os.mkfifo(directory / "pipe")
+    pipe = os.open(directory / "pipe", os.O_RDWR)
     nginx = NginxServer(directory, http, workers=2)
     nginx.start([("127.0.0.1", ports["PORT"])])
     collector = official(config, [ports["GRPC"], ports["HTTP"]], directory)
     logs = (AccessLog(directory / "logs" / f"{name}.log") for name in ("all", "many"))
-    yield Stand(directory, nginx, ports, *logs, output)
+    yield Stand(directory, nginx, ports, *logs, output, pipe)
     collector.stop()
     nginx.stop()
+    os.close(pipe)
 
 
 def get(target: str, method: str = "GET", **headers: str) -> bytes:
@@ -216,12 +238,16 @@ def test_they_are_the_spans_durations(stand: Stand, detail: str, protocol: str) 
         OTEL_EXPORTER_OTLP_PROTOCOL=protocol,
         OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}",
     )
-    before = len(stand.log.poll())
+    before, sizes_before = len(stand.log.poll()), stand.logged_sizes()
     try:
         sent = send_all_kinds(stand)
     finally:
         agent.stop()
     metrics = stand.metrics(detail)
+    sizes = stand.logged_sizes()
+    sizes.subtract(sizes_before)
+    assert told_sizes(stand.metrics(detail, {BODY_SIZE})) == +sizes
+    assert sizes[200, "bytes"] > 300_000
     histograms = told(metrics, attributes)
     assert differences(histograms, expected(agent.traces)) == []
     cached: Counter[str] = Counter()
@@ -238,6 +264,58 @@ def test_they_are_the_spans_durations(stand: Stand, detail: str, protocol: str) 
             AggregationTemporality.AGGREGATION_TEMPORALITY_CUMULATIVE,
         )
     assert check_exemplars(metrics, agent.traces) >= len(told(metrics, attributes))
+
+
+def told_sizes(metrics: list[Metric]) -> Counter[tuple[int, str]]:
+    """By status: how many responses, how many bytes, and how many with no more than 256 bytes."""
+    sizes: Counter[tuple[int, str]] = Counter()
+    for metric in metrics:
+        assert metric.unit == "By"
+        for point in metric.histogram.data_points:
+            status = int(attributes(point.attributes)["http.response.status_code"])
+            assert list(point.explicit_bounds[:2]) == [0, 256]
+            sizes[status, "count"] += point.count
+            sizes[status, "bytes"] += int(point.sum)
+            sizes[status, "small"] += sum(point.bucket_counts[:2])
+    return +sizes
+
+
+def test_a_blocked_worker(stand: Stand) -> None:
+    """A worker that waits for somebody to read its log serves nobody else. The histogram of turns shows how long."""
+    agent = stand.agent("blocked", "--metrics")
+    try:
+        stand.send([get("/")] * 20)
+        os.set_blocking(stand.pipe, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(stand.pipe, bytes(4096))
+        began_s = time.monotonic()
+        stand.send([get("/blocking")])  # nginx logs it after it has answered
+        wait_until(lambda: any(is_in_a_write(pid) for pid in stand.nginx.worker_pids()), "a blocked worker")
+        blocked_s = time.monotonic()
+        time.sleep(0.3)
+        least_s = time.monotonic() - blocked_s
+        os.read(stand.pipe, 1 << 20)
+        wait_until(lambda: not any(is_in_a_write(pid) for pid in stand.nginx.worker_pids()), "no blocked worker")
+        most_s = time.monotonic() - began_s
+        for _ in range(20):
+            stand.send([get("/")])  # both workers' turns end
+    finally:
+        agent.stop()
+    (metric,) = stand.metrics("blocked", {"nginx.worker.loop"})
+    (point,) = metric.histogram.data_points
+    bounds, counts = list(point.explicit_bounds), list(point.bucket_counts)
+    longest = max(index for index, count in enumerate(counts) if count)
+    assert counts[longest] == 1
+    assert bounds[longest - 1] < most_s
+    assert bounds[longest] >= least_s
+    assert point.sum > least_s
+    assert sum(counts[:-6]) >= 20
+
+
+def is_in_a_write(pid: int) -> bool:
+    """Tells whether a worker waits in write(2)."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == "1"
 
 
 def check_exemplars(metrics: list[Metric], traces: list[Trace], chosen: Collection[str] = ALL) -> int:

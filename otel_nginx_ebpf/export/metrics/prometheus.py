@@ -7,12 +7,13 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as PrometheusExemplar
 
-from otel_nginx_ebpf.export.metrics.requests import DESCRIPTIONS
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
 from otel_nginx_ebpf.metrics.histograms import Histogram, histograms_of
-from otel_nginx_ebpf.metrics.series import BOUNDS_S
+from otel_nginx_ebpf.metrics.series import METRICS, Metric
 from otel_nginx_ebpf.metrics.totals import RequestDurations
+
+_UNITS = {"s": "seconds", "By": "bytes"}
 
 # The resource attributes that identify an nginx. Every series has them.
 _INSTANCE = (SERVICE_NAME, SERVICE_INSTANCE_ID)
@@ -28,14 +29,18 @@ class PrometheusRequestMetrics(Collector):
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         measured = histograms_of(self._durations.collect())
-        for metric, description in DESCRIPTIONS.items():
-            rows = [(self._labels(each), each) for each in measured if each.series.metric == metric]
-            names = list(dict.fromkeys(name for labels, _ in rows for name in labels))
+        for name, metric in METRICS.items():
+            rows = [(self._labels(each), each) for each in measured if each.series.metric == name]
+            keys = list(dict.fromkeys(key for labels, _ in rows for key in labels))
             family = HistogramMetricFamily(
-                metric.replace(".", "_"), description, labels=[name.replace(".", "_") for name in names], unit="seconds"
+                name.replace(".", "_"),
+                metric.description,
+                labels=[key.replace(".", "_") for key in keys],
+                unit=_UNITS[metric.unit],
             )
             for labels, each in rows:
-                family.add_metric([labels.get(name, "") for name in names], self._buckets(each), each.sum_ns / 1e9)
+                values = [labels.get(key, "") for key in keys]
+                family.add_metric(values, self._buckets(each, metric), each.total / metric.in_unit)
             yield family
 
     def _labels(self, histogram: Histogram) -> dict[str, str]:
@@ -46,11 +51,13 @@ class PrometheusRequestMetrics(Collector):
             for name, value in histogram.series.attributes
         }
 
-    def _buckets(self, histogram: Histogram) -> list[tuple[str, float] | tuple[str, float, PrometheusExemplar]]:
+    def _buckets(
+        self, histogram: Histogram, metric: Metric
+    ) -> list[tuple[str, float] | tuple[str, float, PrometheusExemplar]]:
         examples = self._exemplars.of(histogram)
         buckets: list[tuple[str, float] | tuple[str, float, PrometheusExemplar]] = []
         count = 0
-        for index, bound in enumerate([*map(str, BOUNDS_S), "+Inf"]):
+        for index, bound in enumerate([*map(str, metric.bounds), "+Inf"]):
             count += histogram.buckets[index]
             example = examples.get(index)
             buckets.append((bound, count, _exemplar(example)) if example else (bound, count))

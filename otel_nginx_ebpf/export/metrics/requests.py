@@ -16,19 +16,14 @@ from opentelemetry.sdk.metrics.export import (
     ScopeMetrics,
 )
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
-from opentelemetry.semconv.metrics.http_metrics import HTTP_CLIENT_REQUEST_DURATION, HTTP_SERVER_REQUEST_DURATION
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
 from otel_nginx_ebpf.metrics import histograms
 from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
-from otel_nginx_ebpf.metrics.series import BOUNDS_S
+from otel_nginx_ebpf.metrics.series import METRICS
 from otel_nginx_ebpf.metrics.totals import RequestDurations
 
-DESCRIPTIONS = {
-    HTTP_SERVER_REQUEST_DURATION: "Duration of HTTP server requests.",
-    HTTP_CLIENT_REQUEST_DURATION: "Duration of HTTP client requests.",
-}
 _Point = HistogramDataPoint | ExponentialHistogramDataPoint
 _SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__, SCHEMA_URL)
 
@@ -75,22 +70,23 @@ class OtlpRequestMetrics:
 
 def _metric(name: str, points: list[_Point]) -> Metric:
     kind: Any = Histogram if isinstance(points[0], HistogramDataPoint) else ExponentialHistogram
-    return Metric(name, DESCRIPTIONS[name], "s", kind(points, AggregationTemporality.CUMULATIVE))
+    return Metric(name, METRICS[name].description, METRICS[name].unit, kind(points, AggregationTemporality.CUMULATIVE))
 
 
 def _point(histogram: histograms.Histogram, exemplars: list[Exemplar], start_unix_ns: int, now_unix_ns: int) -> _Point:
+    metric = METRICS[histogram.series.metric]
     common: dict[str, Any] = {
         "attributes": dict(histogram.series.attributes),
         "start_time_unix_nano": start_unix_ns,
         "time_unix_nano": now_unix_ns,
         "count": sum(histogram.buckets),
-        "sum": histogram.sum_ns / 1e9,
+        "sum": histogram.total / metric.in_unit,
         "min": None,  # not known; optional in the protocol and for the encoder
         "max": None,
         "exemplars": exemplars,
     }
     if histogram.exponential is None:
-        return HistogramDataPoint(bucket_counts=histogram.buckets, explicit_bounds=BOUNDS_S, **common)
+        return HistogramDataPoint(bucket_counts=histogram.buckets, explicit_bounds=metric.bounds, **common)
     return ExponentialHistogramDataPoint(
         scale=histograms.SCALE,
         zero_count=histogram.zero_count,

@@ -32,7 +32,7 @@ from registry.reader import (
 )
 
 from otel_nginx_ebpf.export.metrics import own as own_metrics
-from otel_nginx_ebpf.export.metrics.requests import DESCRIPTIONS
+from otel_nginx_ebpf.metrics.series import METRICS, NGINX_WORKER_LOOP
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.abi import c_enum
 from otel_nginx_ebpf.traces.attributes import NGINX_CACHE_STATUS
@@ -46,8 +46,8 @@ from unit.sample_traces import RETRIED, STATIC, UNIX_OFFSET_NS
 SOURCES = sorted((ROOT / "otel_nginx_ebpf").rglob("*.py"))
 _NAMESPACES = ("opentelemetry.semconv.attributes", "opentelemetry.semconv._incubating.attributes")
 _CONSTANTS = (*_NAMESPACES, "opentelemetry.sdk.resources")
-# Names of files and events, which look like attributes.
-_NO_ATTRIBUTES = {"nginx.conf", "nginx.pid", *(str(group.name) for group in own().of_type("event"))}
+# Names of files, metrics and events, which look like attributes.
+_NO_ATTRIBUTES = {"nginx.conf", "nginx.pid", *METRICS, *(str(group.name) for group in own().of_type("event"))}
 
 
 def _constants(path: Path) -> Iterator[str]:
@@ -198,11 +198,12 @@ def test_the_program_s_own_metrics() -> None:
         points = [dict(point.attributes or {}) for point in metric.data.data_points]
         assert points
         assert check_metric(metric.name, _instrument(metric), metric.unit or "", points) == []
-    for name, text in DESCRIPTIONS.items():
-        assert conventions().groups[f"metric.{name}"].brief == text
+    for name in METRICS.keys() - {NGINX_WORKER_LOOP}:
+        assert conventions().groups[f"metric.{name}"].brief == METRICS[name].description
+        assert conventions().groups[f"metric.{name}"].unit == METRICS[name].unit
     declared = {group.name for group in own().of_type("metric")}
-    assert {metric.name for metric in told} == declared - DESCRIPTIONS.keys()
-    assert declared >= DESCRIPTIONS.keys()
+    assert {metric.name for metric in told} == declared - METRICS.keys()
+    assert declared >= METRICS.keys()
 
 
 @pytest.mark.parametrize("raw", [STATIC, RETRIED])
