@@ -105,7 +105,7 @@ def status(pid: int, thread: int | None = None) -> dict[str, str]:
 
 def counts(agent: AgentProcess) -> tuple[int, int, int, dict[str, int]]:
     """Received, exported, lost, and what was lost by cause."""
-    match = re.search(r"received (\d+), exported (\d+), lost (\d+)(?: \((.*)\))?", agent.stderr())
+    match = re.search(r"received (\d+), exported (\d+), lost (\d+)(?: \((.*?)\))?", agent.stderr())
     assert match, agent.stderr()
     causes = dict(each.rsplit(" ", 1) for each in (match[4] or "").split(", ") if each)
     return int(match[1]), int(match[2]), int(match[3]), {cause: int(count) for cause, count in causes.items()}
@@ -199,6 +199,7 @@ def test_a_killed_emitter(site: Site, start_agent: StartAgent, tmp_path: Path) -
     with GrpcReceiver() as receiver:
         environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}"}
         arguments = ["run", "--pid", str(site.nginx.pid), "--batch-delay-ms", "60000", "--batch-size", "200"]
+        arguments += ["--logs", "access"]
         agent = start_agent(site, tmp_path, arguments, environment)
         site.load(150)
         wait_until(lambda: len(receiver.trace_ids) >= 100, "some of the traces")
@@ -218,12 +219,14 @@ def test_a_killed_emitter(site: Site, start_agent: StartAgent, tmp_path: Path) -
     assert len(receiver.trace_ids) == exported == sent + 50
     assert causes == {"lost_emitter_killed": 150 - sent + 30}
     assert (received, lost) == (200, 180 - sent)
+    assert len(receiver.log_records) == 50
+    assert "; log records: received 200, exported 50, lost 150 (lost_emitter_killed 150)" in agent.stderr()
 
 
 def kept_counts(agent: AgentProcess) -> list[Any]:
-    """What outlives an emitter: received, exported, ...."""
+    """What of the traces outlives an emitter: received, exported, ...."""
     (file,) = (path for path in Path(f"/proc/{agent.pid}/fd").iterdir() if "memfd:counts" in os.readlink(path))
-    return list(json.loads(file.read_bytes()))
+    return list(json.loads(file.read_bytes())[0])
 
 
 def probes(pid: int) -> list[Path]:
