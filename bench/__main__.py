@@ -202,7 +202,11 @@ def counts_command(json_file: Output = OUTPUT) -> None:
     """Count instructions: figures that do not depend on the machine's load."""
     load = os.getloadavg()
     with _site() as site:
-        figures = {"programs": paths.measure(site), "emitter_instructions": counts.instructions_a_request(site)}
+        figures = {
+            "programs": paths.measure(site),
+            "emitter_instructions": counts.instructions_a_request(site),
+            "emitter_instructions_with_access": counts.instructions_a_request(site, "access"),
+        }
     console.print(tables.counts(figures))
     _write(json_file, "counts", figures, load)
 

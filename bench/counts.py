@@ -14,9 +14,10 @@ from otel_nginx_ebpf.traces.capture import read_capture
 RECORDS = 400
 
 
-def instructions_a_request(site: Site) -> float:
+def instructions_a_request(site: Site, *more: str) -> float:
     """Return how many processor instructions a request takes from its record's bytes to OTLP bytes, by callgrind.
 
+    `more` has more arguments of bench.replay.
     Counts only the second half of the recorded requests. By then the caches of names and attributes are full.
     """
     with tempfile.TemporaryDirectory(prefix="otel-bench-") as directory:
@@ -25,7 +26,7 @@ def instructions_a_request(site: Site) -> float:
         # bench.replay calls getppid at the start and at the end of that half, so the second dump has that half.
         valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-before=getppid"]
         subprocess.run(
-            [*valgrind, sys.executable, "-m", "bench.replay", capture, str(RECORDS // 2)],
+            [*valgrind, sys.executable, "-m", "bench.replay", capture, str(RECORDS // 2), *more],
             env={**os.environ, "PYTHONHASHSEED": "0"},
             check=True,
             capture_output=True,

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.bpf import Instruction, Machine, Map, parse
-from bench.site import SCENARIOS, Site
+from bench.site import BROKEN, SCENARIOS, Scenario, Site
 from bench.stopped_worker import StoppedWorker
 from otel_nginx_ebpf.kernel.loader import import_bcc
 from otel_nginx_ebpf.nginx.processes import instance_of
 from otel_nginx_ebpf.planner.client import make_target
 from otel_nginx_ebpf.settings.sources import load
+from otel_nginx_ebpf.traces.error_log import is_log_line
 from otel_nginx_ebpf.traces.record import decode
 
 PATHS: dict[str, dict[str, Any]] = {
@@ -35,7 +36,13 @@ PATHS: dict[str, dict[str, Any]] = {
     "left out at the end": {"sampler": "always_off", "keep_errors": True},
 }
 """Settings for each path. With --keep-errors a request that the sampler leaves out may be kept until it has ended."""
-_SCENARIOS = "static", "proxied"
+LOGGED: dict[str, dict[str, Any]] = {"with a line of the error log": {}, "without it": {"log_level": "none"}}
+"""Settings for a request for which nginx logs an error."""
+_SCENARIOS = {
+    "static": (SCENARIOS["static"], PATHS),
+    "proxied": (SCENARIOS["proxied"], PATHS),
+    "broken": (BROKEN, LOGGED),
+}
 _WARM_UP = 110
 """Requests after which the programs know all names and trust the layout (LAYOUT_LOOKS)."""
 _LOOKS = 7
@@ -107,7 +114,7 @@ def _address(worker: int, file_offset: int) -> int:
     raise ValueError(f"no code at offset {file_offset:#x}")
 
 
-def of_a_request(site: Site, name: str, programs: Programs) -> Counts:
+def of_a_request(site: Site, scenario: Scenario, programs: Programs) -> Counts:
     """Return what each program does for a request of a scenario, on a connection that has served others.
 
     Of a few requests the one with the fewest instructions counts: a peer's response may come in two parts.
@@ -137,25 +144,26 @@ def of_a_request(site: Site, name: str, programs: Programs) -> Counts:
 
     at = {address: at_probe(program) for program, address in programs.at.items()}
     with StoppedWorker(site.worker, at, at_system_call) as stopped:
-        client = threading.Thread(target=_ask, args=(site, name, stopped.waits, end))
+        client = threading.Thread(target=_ask, args=(site, scenario, stopped.waits, end))
         client.start()
         stopped.run()
         client.join()
     machine.close()
     if len(looks) != 1 + _WARM_UP + _LOOKS:
-        raise RuntimeError(f"{name}: only {len(looks)} requests were answered")
-    _examine(machine.records, SCENARIOS[name].path, len(looks) - 1 if programs.keeps else 0, bool(programs.wanted))
+        raise RuntimeError(f"{scenario.path}: only {len(looks)} requests were answered")
+    _examine(machine.records, scenario, len(looks) - 1 if programs.keeps else 0, bool(programs.wanted))
     return min(looks[-_LOOKS:], key=total)
 
 
-def _examine(records: Sequence[bytes], path: str, expected: int, has_headers: bool) -> None:
+def _examine(records: Sequence[bytes], scenario: Scenario, expected: int, has_headers: bool) -> None:
     """Raise RuntimeError unless the interpreted programs have sent what the kernel's would have sent.
 
     The first request is older than the programs know the process, so it has no record.
     """
-    sent = Counter((each.uri, each.status, each.captured_headers != b"") for each in map(decode, records))
-    if sent != Counter({(path, 200, has_headers): expected} if expected else {}):
-        raise RuntimeError(f"{path}: the programs sent {sent}")
+    requests = [decode(each) for each in records if not is_log_line(each)]
+    sent = Counter((each.uri, f"{each.status // 100}xx", each.captured_headers != b"") for each in requests)
+    if sent != Counter({(scenario.path, scenario.answer, has_headers): expected} if expected else {}):
+        raise RuntimeError(f"{scenario.path}: the programs sent {sent}")
 
 
 def total(counts: Counts) -> int:
@@ -163,37 +171,36 @@ def total(counts: Counts) -> int:
     return sum(each["instructions"] for each in counts.values())
 
 
-def _ask(site: Site, name: str, waits: threading.Event, end: Callable[[], None]) -> None:
+def _ask(site: Site, scenario: Scenario, waits: threading.Event, end: Callable[[], None]) -> None:
     """Make the requests, call `end` after each, and at last stop the worker."""
-    path = SCENARIOS[name].path
     try:
         for requests in (1, _WARM_UP + _LOOKS):  # the programs know no connection of before their first request
             connection = http.client.HTTPConnection("127.0.0.1", site.plain_port)
             for _ in range(requests):
-                _answered(connection, path, waits)
+                _answered(connection, scenario, waits)
                 end()
             connection.close()
     finally:
         os.kill(site.worker, signal.SIGSTOP)
 
 
-def _answered(connection: http.client.HTTPConnection, path: str, waits: threading.Event) -> None:
-    connection.request("GET", path, headers={"User-Agent": "bench"})
+def _answered(connection: http.client.HTTPConnection, scenario: Scenario, waits: threading.Event) -> None:
+    connection.request("GET", scenario.path, headers={"User-Agent": "bench"})
     response = connection.getresponse()
     response.read()
-    if response.status != 200:
-        raise RuntimeError(f"{path} was answered with {response.status}")
+    if f"{response.status // 100}xx" != scenario.answer:
+        raise RuntimeError(f"{scenario.path} was answered with {response.status}")
     if not waits.wait(10):
         raise TimeoutError("the worker does not wait for events")
 
 
 def measure(site: Site) -> dict[str, Any]:
     """Return the programs' sizes in instructions, and what each does for a request, by scenario and path."""
-    by_path = {path: compiled(site.worker, settings) for path, settings in PATHS.items()}
+    by_path = {path: compiled(site.worker, settings) for path, settings in {**PATHS, **LOGGED}.items()}
     return {
         "sizes": {program: len(code) for program, code in by_path["kept"].code.items()},
         "requests": {
-            name: {path: of_a_request(site, name, programs) for path, programs in by_path.items()}
-            for name in _SCENARIOS
+            name: {path: of_a_request(site, scenario, by_path[path]) for path in paths}
+            for name, (scenario, paths) in _SCENARIOS.items()
         },
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 from e2e.agent_process import AgentProcess
 
 from bench.load import at_most_speed
-from bench.site import SCENARIOS, Scenario, Site
+from bench.site import BROKEN, SCENARIOS, Scenario, Site
 
 # How many of every twenty requests. The last three have problems: 404, 502 with no live peer, a retry that succeeds.
 _MIX: tuple[tuple[Scenario, int], ...] = (
@@ -15,7 +15,7 @@ _MIX: tuple[tuple[Scenario, int], ...] = (
     (SCENARIOS["static-h2"], 2),
     (SCENARIOS["proxied-h2"], 3),
     (Scenario("/missing/page", False, False, 0, "4xx"), 1),
-    (Scenario("/broken/page", False, False, 0, "5xx"), 1),
+    (BROKEN, 1),
     (Scenario("/retried/page", False, False, 0), 1),
 )
 _PARTS = sum(share for _, share in _MIX)

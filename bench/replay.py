@@ -1,6 +1,6 @@
 """Encodes the traces of a capture's records, and does nothing else, so that callgrind counts only this.
 
-    python -m bench.replay FILE RECORDS
+    python -m bench.replay FILE RECORDS [access]
 
 Calls getppid after RECORDS records and at the end, as a mark for callgrind.
 """
@@ -21,5 +21,5 @@ if __name__ == "__main__":
     first = int(sys.argv[2])
     encoder = RecordEncoder(Encoder(RandomIds(random.Random(1)).generate_span_id))
     for part in (frames[:first], frames[first:]):
-        taken(part, encoder)
+        taken(part, encoder, access=sys.argv[3:] == ["access"])
         os.getppid()

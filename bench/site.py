@@ -71,6 +71,9 @@ class Scenario(NamedTuple):
     answer: str = "2xx"
 
 
+BROKEN = Scenario("/broken/page", False, False, 0, "5xx")
+"""The peer refuses the connection, and nginx logs that."""
+
 SCENARIOS = {
     "static": Scenario("/static/page.html", False, False, 60_000),
     "proxied": Scenario("/proxied/page", False, False, 40_000),

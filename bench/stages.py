@@ -9,8 +9,8 @@ from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import Status, StatusCode, Tracer, set_span_in_context
 
-from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_for_resource
-from otel_nginx_ebpf.export.otlp.records import RecordEncoder
+from otel_nginx_ebpf.export.otlp.encoding import Encoder, encode_access_record, encode_for_resource
+from otel_nginx_ebpf.export.otlp.records import RecordEncoder, ids_of
 from otel_nginx_ebpf.traces.capture import Frame
 from otel_nginx_ebpf.traces.model import AttributeValue, Trace
 from otel_nginx_ebpf.traces.record import RecordError, Request, decode
@@ -26,13 +26,16 @@ def decoded(frames: Sequence[Frame]) -> list[tuple[Request, int]]:
     return [(decode(frame.raw), frame.unix_offset_ns) for frame in frames]
 
 
-def taken(frames: Sequence[Frame], encoder: RecordEncoder) -> list[bytes]:
-    """Return finished messages, as the emitter makes them."""
+def taken(frames: Sequence[Frame], encoder: RecordEncoder, *, access: bool = False) -> list[bytes]:
+    """Return finished messages, as the emitter makes them. `access`: also of log records, for `--logs access`."""
     messages = []
     for start in range(0, len(frames), _BATCH):
         records = [(frame.raw, frame.unix_offset_ns, _NO_ATTRIBUTES) for frame in frames[start : start + _BATCH]]
-        spans = [each[0] for _, each in encoder.encode(records) if not isinstance(each, RecordError)]
-        messages.append(encode_for_resource(RESOURCE, spans))
+        both = [(record, each) for record, each in encoder.encode(records) if not isinstance(each, RecordError)]
+        messages.append(encode_for_resource(RESOURCE, [each[0] for _, each in both]))
+        if access:
+            made = [encode_access_record(spans[0], ids_of(raw), offset) for (raw, offset, _), (_, spans, _) in both]
+            messages.append(encode_for_resource(RESOURCE, made))
     return messages
 
 

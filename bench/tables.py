@@ -191,5 +191,8 @@ def counts(figures: dict[str, Any]) -> Table:
     table.add_row("all", "", *(str(paths.total(each)) for each in ways.values()))
     for helper, what in (("probe_read_user", "reads of nginx"), ("map_lookup", "look-ups in maps"), ("clock", "clock")):
         table.add_row(what, "", *(str(sum(found[helper] for found in each.values())) for each in ways.values()))
-    table.caption = f"record → OTLP bytes: {figures['emitter_instructions']:,.0f} processor instructions a request"
+    table.caption = (
+        f"record → OTLP bytes: {figures['emitter_instructions']:,.0f} processor instructions a request; "
+        f"with its log record (--logs access) {figures['emitter_instructions_with_access']:,.0f}"
+    )
     return table
