@@ -51,10 +51,10 @@ class _Readable:
             if self._logs:
                 self._logs.export_trace(trace)
             if self._exemplars:
-                spans = zip(phases_of(request), trace.spans, strict=True)
-                self._exemplars.offer(
-                    request, unix_offset_ns, resource, [(phase, span.span_id, ()) for phase, span in spans]
-                )
+                phases = zip(phases_of(request), trace.spans, strict=True)
+                spans = [(phase, span.span_id, ()) for phase, span in phases]
+                if self._exemplars.wants(request, resource, spans):
+                    self._exemplars.add(request, unix_offset_ns, resource, spans)
 
     def shutdown(self, timeout_s: float) -> None:
         for exporter in self._exporters:

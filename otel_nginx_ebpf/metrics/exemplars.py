@@ -37,12 +37,13 @@ class Exemplars:
         self._choices = choices
         self._examples: dict[tuple[int, Series], dict[int, Example]] = {}
         self._seen: set[tuple[object, ...]] = set()
-        self._since_s = 0.0
+        self._since_s = time.monotonic()
 
-    def offer(
-        self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue], spans: Spans
-    ) -> None:
-        """Makes examples of a trace that is on its way to the collector, unless its kind had one recently."""
+    def wants(self, request: Request, resource: Mapping[str, AttributeValue], spans: Spans) -> bool:
+        """Tells whether a trace should become an example: its kind had none recently.
+
+        Of `request`, only what names its series is read: location, status, method, cache status and peer.
+        """
         start_mono_ns, end_mono_ns, *_ = spans[0][0]
         peer = request.attempts[-1].peer if request.attempts else None
         kind = (
@@ -57,10 +58,14 @@ class Exemplars:
         if kind in self._seen or len(self._seen) > _KEPT:
             now_s = time.monotonic()
             if now_s - self._since_s < _EVERY_S:
-                return
+                return False
             self._seen.clear()
             self._since_s = now_s
         self._seen.add(kind)
+        return True
+
+    def add(self, request: Request, unix_offset_ns: int, resource: Mapping[str, AttributeValue], spans: Spans) -> None:
+        """Makes examples of a trace that is on its way to the collector."""
         if len(self._examples) > _KEPT:
             self._examples = {}
         for phase, span_id, _ in spans:

@@ -54,11 +54,11 @@ class OtlpExporter(Delivery):
                 if isinstance(each, RecordError):
                     self._stats.lose_damaged(each)
                     continue
-                data, spans, impossible = each
+                data, spans, impossible, alike = each
                 if impossible:
                     self._stats.lose("partial_impossible_value", impossible)
                 if self._add(record[2], data, len(spans)):
-                    kept.append((record, spans))
+                    kept.append((record, spans, alike))
         lines = self._record_encoder.log_lines
         self._stats.lose_log_lines(lines.take_lost())
         if self._logs:
@@ -69,8 +69,9 @@ class OtlpExporter(Delivery):
             self._record_encoder.log_records.clear()
             self._logs.take_untraced(lines)
         if self._exemplars:
-            for (raw, unix_offset_ns, resource), spans in kept:
-                self._exemplars.offer(decode(raw), unix_offset_ns, resource, spans)
+            for (raw, unix_offset_ns, resource), spans, alike in kept:
+                if self._exemplars.wants(alike, resource, spans):
+                    self._exemplars.add(decode(raw), unix_offset_ns, resource, spans)
 
     def shutdown(self, timeout_s: float) -> None:
         lines = self._record_encoder.log_lines

@@ -159,14 +159,18 @@ class _Shape:
     """What requests of one shape share. `request` is the first of them; only what all share is read from it."""
 
     def __init__(self, request: Request, builder: SpanBuilder[bytes]) -> None:
+        self.request = request
         self.ends_with_write = request.ends_with_write
         self.error = request_error(request.status, request.ending)
         self.server = builder.server_fields(request, self.error)
         self.attempts = [_AttemptShape(request, number, builder) for number in range(1, len(request.attempts) + 1)]
 
 
-Encoded = tuple[bytes, list[BuiltSpan[bytes]], int]
-"""The spans of a record, encoded and as they were built, and how many of nginx's numbers are impossible."""
+Encoded = tuple[bytes, list[BuiltSpan[bytes]], int, Request]
+"""The spans of a record, encoded and as they were built, and how many of nginx's numbers are impossible.
+
+The last element is a request of the record's shape: read from it only what all requests of a shape share.
+"""
 
 _Shaped = tuple[
     _Shape,
@@ -237,7 +241,12 @@ class RecordEncoder:
         raw, unix_offset_ns, resource = record
         try:
             if shaped and spans:
-                return join_spans(trace_id_field(*shaped[2]), shaped[3], spans, unix_offset_ns), spans, 0
+                return (
+                    join_spans(trace_id_field(*shaped[2]), shaped[3], spans, unix_offset_ns),
+                    spans,
+                    0,
+                    shaped[0].request,
+                )
             request = decode(raw)
             request.log_lines = log_lines
             data, spans = self._encoder.encode(request, unix_offset_ns)
@@ -247,7 +256,7 @@ class RecordEncoder:
         if log_lines and self._keeps_log_records:
             ids = [(phase, span_id) for phase, span_id, _ in spans]
             self.log_records += of_request(request, ids, unix_offset_ns, resource, self._encoder.query)
-        return data, spans, request.impossible
+        return data, spans, request.impossible, request
 
     def _read(self, raw: bytes) -> _Shaped | None:
         """Reads what a record does not share with others of its shape. `None`: the record must be decoded.

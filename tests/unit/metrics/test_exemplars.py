@@ -48,7 +48,7 @@ def found(exemplars: Exemplars, request: Request) -> dict[str, tuple[int, int]]:
 def test_exchanges_of_the_same_times_are_told_apart() -> None:
     exemplars, request, ids = Exemplars(), with_two_attempts_at_once(), iter(range(1, 100))
     _, spans = Encoder(ids.__next__).encode(request, UNIX_OFFSET_NS)
-    exemplars.offer(request, UNIX_OFFSET_NS, RESOURCE, spans)
+    exemplars.add(request, UNIX_OFFSET_NS, RESOURCE, spans)
     expected = {
         request.attempts[phase[3] - 1].peer if phase[3] else REQUEST: (span_id, phase[1] + UNIX_OFFSET_NS)
         for phase, span_id, _ in spans
@@ -56,6 +56,13 @@ def test_exchanges_of_the_same_times_are_told_apart() -> None:
     }
     assert found(exemplars, request) == expected
     assert len(expected) == 3
+
+
+def test_a_kind_that_had_an_example_wants_none() -> None:
+    exemplars, request, ids = Exemplars(), with_two_attempts_at_once(), iter(range(1, 100))
+    _, spans = Encoder(ids.__next__).encode(request, UNIX_OFFSET_NS)
+    assert [exemplars.wants(request, RESOURCE, spans) for _ in range(2)] == [True, False]
+    assert exemplars.wants(replace(request, location="/other"), RESOURCE, spans)
 
 
 def test_readable_traces_offer_the_same() -> None:
@@ -102,5 +109,5 @@ def test_each_is_sent_once_however_late_its_record_comes() -> None:
 
     assert sent() == []
     # The request ended years ago.
-    exemplars.offer(request, UNIX_OFFSET_NS, RESOURCE, spans)
+    exemplars.add(request, UNIX_OFFSET_NS, RESOURCE, spans)
     assert [sent(), sent()] == [[request.trace_id], []]

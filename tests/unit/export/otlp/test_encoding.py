@@ -259,18 +259,27 @@ def others_of_its_shape(draw: st.DrawFn, raw: bytes) -> bytes:
     return bytes(changed)
 
 
-def by_requests(raws: list[bytes], choices: SpanChoices = DEFAULT_CHOICES) -> list[tuple[bytes, int]]:
+def names_of_series(request: Request) -> list[object]:
+    """What `Exemplars.wants` reads."""
+    peer = request.attempts[-1].peer if request.attempts else None
+    return [request.location, request.status, request.method, request.cache_status, peer]
+
+
+def by_requests(raws: list[bytes], choices: SpanChoices = DEFAULT_CHOICES) -> list[tuple[Any, ...]]:
     encoder = Encoder(CountingIds().generate_span_id, choices)
     requests = [decode(raw) for raw in raws]
-    return [(encoder.encode(request, UNIX_OFFSET_NS)[0], request.impossible) for request in requests]
+    return [
+        (encoder.encode(request, UNIX_OFFSET_NS)[0], request.impossible, names_of_series(request))
+        for request in requests
+    ]
 
 
-def by_records(raws: list[bytes], encoder: RecordEncoder) -> list[tuple[bytes, int]]:
+def by_records(raws: list[bytes], encoder: RecordEncoder) -> list[tuple[Any, ...]]:
     found = []
     for raw in raws:
         ((_, encoded),) = encoder.encode([(raw, UNIX_OFFSET_NS, {})])
         assert not isinstance(encoded, RecordError)
-        found.append((encoded[0], encoded[2]))
+        found.append((encoded[0], encoded[2], names_of_series(encoded[3])))
     return found
 
 
