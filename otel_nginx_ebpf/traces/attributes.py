@@ -14,7 +14,6 @@ from opentelemetry.semconv.attributes import (
 )
 from opentelemetry.trace import SpanKind
 
-from otel_nginx_ebpf.traces import captured_headers
 from otel_nginx_ebpf.traces.authority import DEFAULT_PORTS, split
 from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.forwarded import Origin
@@ -214,9 +213,9 @@ def user_agent_fields(user_agent: str) -> SpanFields:
     return SpanFields({user_agent_attributes.USER_AGENT_ORIGINAL: user_agent})
 
 
-def header_fields(section: bytes) -> SpanFields:
-    """Makes the captured headers, which a record has in `section`."""
-    return SpanFields(captured_headers.parse(section)[0])
+def header_fields(name: str, values: tuple[str, ...]) -> SpanFields:
+    """Makes a captured header. `name`: of the attribute."""
+    return SpanFields({name: values})
 
 
 def cut_fields(

@@ -16,7 +16,7 @@ _PREFIXES = {
 }
 _VALUE = STRING_KINDS["STRING_HEADER_VALUE"]
 _HOW = c_enum("captured")
-_REDACTED, _NOT = _HOW["CAPTURED_REDACTED"], _HOW["CAPTURED_NOT"]
+_VALUE_ITSELF, _REDACTED, _NOT = _HOW["CAPTURED_VALUE"], _HOW["CAPTURED_REDACTED"], _HOW["CAPTURED_NOT"]
 _NUMBER, _TIME = _HOW["CAPTURED_NUMBER"], _HOW["CAPTURED_TIME"]
 _NUMBER_FORMAT = struct.Struct("<q")
 _unpack_string_header = STRING_HEADER.struct.unpack_from
@@ -26,8 +26,7 @@ _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 _KEPT_SECTIONS = 256
-KEPT_SECTION_BYTES_MAX = 1024
-"""Longer sections are not worth a place in a cache."""
+_KEPT_SECTION_BYTES_MAX = 1024
 
 CapturedHeaders = tuple[dict[str, tuple[str, ...]], tuple[str, ...]]
 """The attributes, and the names of those that are incomplete."""
@@ -39,44 +38,48 @@ def parse(section: bytes) -> CapturedHeaders:
     Raises:
         ValueError: The bytes are cut short, or contradict themselves.
     """
-    return (_kept_parse if len(section) <= KEPT_SECTION_BYTES_MAX else _parse)(section)
+    return (_kept_parse if len(section) <= _KEPT_SECTION_BYTES_MAX else _parse)(section)
 
 
 def _parse(section: bytes) -> CapturedHeaders:
     values: dict[str, tuple[str, ...]] = {}
     cut: dict[str, None] = {}
     offset, end = 0, len(section)
-    while offset < end:
-        kind, how, text, whole, offset = _string(section, offset)
-        if kind not in _PREFIXES:
-            raise ValueError(f"a string of the kind {kind} among captured headers")
-        name = f"{_PREFIXES[kind]}.{str(text, 'ascii', 'backslashreplace')}"
-        value = b""
-        if offset < end and section[offset] == _VALUE:
-            _, _, value, whole, offset = _string(section, offset)
-            if whole > len(value):
+    try:
+        while offset < end:
+            kind, how, length, _ = _unpack_string_header(section, offset)
+            start = offset + _STRING_HEADER_BYTES
+            offset = start + length + -length % 8
+            name = _name(kind, section[start : start + length])
+            value = b""
+            if offset < end and section[offset] == _VALUE:
+                _, _, length, whole = _unpack_string_header(section, offset)
+                start = offset + _STRING_HEADER_BYTES
+                offset = start + length + -length % 8
+                value = section[start : start + length]
+                if whole > length:
+                    cut[name] = None
+            if how == _NOT:
                 cut[name] = None
-        if how == _NOT:
-            cut[name] = None
-        else:
-            values[name] = (*values.get(name, ()), _text(how, value))
+                continue
+            text = str(value, "utf-8", "backslashreplace") if how == _VALUE_ITSELF else _text(how, value)
+            values[name] = (*values[name], text) if name in values else (text,)
+    except struct.error as error:
+        raise ValueError("a captured header is cut short") from error
+    if offset != end:
+        raise ValueError("a captured header passes the record's end")
     return values, tuple(cut)
 
 
+@lru_cache(_KEPT_SECTIONS)
+def _name(kind: int, name: bytes) -> str:
+    """Returns the name of the attribute."""
+    if kind not in _PREFIXES:
+        raise ValueError(f"a string of the kind {kind} among captured headers")
+    return f"{_PREFIXES[kind]}.{str(name, 'ascii', 'backslashreplace')}"
+
+
 _kept_parse = lru_cache(_KEPT_SECTIONS)(_parse)
-
-
-def _string(section: bytes, offset: int) -> tuple[int, int, bytes, int, int]:
-    """Returns kind, attempt, content and whole length of a string, and the offset behind it."""
-    try:
-        kind, attempt, length, whole = _unpack_string_header(section, offset)
-    except struct.error as error:
-        raise ValueError("a captured header is cut short") from error
-    start = offset + _STRING_HEADER_BYTES
-    end = start + length
-    if end > len(section):
-        raise ValueError("a captured header passes the record's end")
-    return kind, attempt, section[start:end], whole, end + -length % 8
 
 
 def _text(how: int, value: bytes) -> str:
@@ -87,7 +90,7 @@ def _text(how: int, value: bytes) -> str:
             raise ValueError(f"a number of {len(value)} bytes among captured headers")
         (number,) = _NUMBER_FORMAT.unpack(value)
         return str(number) if how == _NUMBER else _http_date(number)
-    return str(value, "utf-8", "backslashreplace")
+    raise ValueError(f"a captured header of the kind {how}")
 
 
 def _http_date(unix_s: int) -> str:

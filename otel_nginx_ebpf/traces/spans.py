@@ -98,8 +98,7 @@ class SpanBuilder(Generic[F]):
         self._url_query = text(url_attributes.URL_QUERY)
         self._client = kept(partial(attributes.client_fields, choices), _KEPT_OWN_FIELDS)
         self._user_agent = kept(attributes.user_agent_fields, _KEPT_OWN_FIELDS)
-        self._headers = kept(attributes.header_fields, _KEPT_OWN_FIELDS)
-        self._long_headers: Callable[[bytes], F] = lambda headers: make(attributes.header_fields(headers))
+        self._header = kept(attributes.header_fields, _KEPT_OWN_FIELDS)
         self._cut = kept(attributes.cut_fields)
         chosen = choices.opt_in
         self._request_size = _number_if(incubating_http.HTTP_REQUEST_SIZE, chosen, number)
@@ -208,8 +207,7 @@ class SpanBuilder(Generic[F]):
         if user_agent is not None:
             fields.append(self._user_agent(user_agent))
         if headers:
-            is_long = len(headers) > captured_headers.KEPT_SECTION_BYTES_MAX
-            fields.append((self._long_headers if is_long else self._headers)(headers))
+            fields += [self._header(*header) for header in captured_headers.parse(headers)[0].items()]
         return fields
 
     def trusts(self, peer_sockaddr: bytes | None) -> bool:

@@ -2,15 +2,18 @@
 
 import json
 import re
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from e2e.agent_process import PROGRAM, Trace
 from e2e.http1_client import request_bytes
 from e2e.http2_client import Http2Connection, Http2Request
 from e2e.nginx_server import BUILD, nginx_version, parse_log_line
+from e2e.recorded_requests import RecordedNginx
 from e2e.stage import FILES, Exchange, Site, Stage
 from e2e.timing import ONE_TURN, Slack
 
@@ -289,24 +292,23 @@ def test_http_0_9_and_a_bad_request(stage: Stage) -> None:
     assert bad[RESPONSE + "content-type"] == ["text/html"]
 
 
-@debians
-@pytest.mark.nginx(
-    **server(
-        """
-        more_set_input_headers 'X-Tenant: replaced' 'X-Session-Token: made up';
-        more_set_headers 'X-Answer: set' 'Content-Type: text/x-b';
-        location / {
-            header_filter_by_lua_block {
-                ngx.header["Cache-Control"] = "no-store"
-                ngx.header["Cache-Control"] = nil
-                ngx.header["ETag"] = {"a", "b"}
-            }
-            access_by_lua_block { ngx.req.set_header("Accept-Language", "replaced") }
-            return 200 text;
+BY_MODULES = """
+    more_set_input_headers 'X-Tenant: replaced' 'X-Session-Token: made up';
+    more_set_headers 'X-Answer: set' 'Content-Type: text/x-b';
+    location / {
+        header_filter_by_lua_block {
+            ngx.header["Cache-Control"] = "no-store"
+            ngx.header["Cache-Control"] = nil
+            ngx.header["ETag"] = {"a", "b"}
         }
-        """
-    )
-)
+        access_by_lua_block { ngx.req.set_header("Accept-Language", "replaced") }
+        return 200 text;
+    }
+"""
+
+
+@debians
+@pytest.mark.nginx(**server(BY_MODULES if HAS_MODULES else ""))
 def test_headers_that_modules_replaced(stage: Stage) -> None:
     """Of the request what the client sent; of the response what nginx sent."""
     headers = {"X-Tenant": "sent", "Accept-Language": "de"}
@@ -367,6 +369,25 @@ def test_http2_with_many_streams(stage: Stage) -> None:
         assert each.headers[RESPONSE + "x-answer"][0].startswith(f"tenant {index}")
         assert each.headers[RESPONSE + "content-length"] == ["5"]
         assert SECRET not in repr(each.exchange.trace)
+
+
+def test_a_capture_file_has_no_secrets_and_replays(public_directory: Path) -> None:
+    http = "server { listen @0@; location / { add_header Set-Cookie 'cookie=secret'; return 200 text; } }"
+    options = ["--capture-request-headers", "X-Tenant,Authorization,cookie", "--capture-response-headers=set-cookie"]
+    nginx = RecordedNginx(public_directory / "recorded", http, {}, options=options)
+    try:
+        nginx.get("/a", headers={"X-Tenant": "one"})
+        nginx.request("/a")  # looks for the secrets, too
+    finally:
+        nginx.stop()
+    replay = [PROGRAM, "replay", nginx.capture, "--exporter", "json"]
+    (trace,) = map(Trace.parse, subprocess.run(replay, capture_output=True, check=True).stdout.splitlines())
+    assert {name: value for name, value in trace.server.attributes.items() if ".header." in name} == {
+        REQUEST + "x-tenant": ["one"],
+        REQUEST + "authorization": ["REDACTED"],
+        REQUEST + "cookie": ["REDACTED"],
+        RESPONSE + "set-cookie": ["REDACTED"],
+    }
 
 
 def test_what_is_missing_is_counted(site: Site) -> None:

@@ -15,7 +15,11 @@ if "--with-http_v3_module" not in nginx_build():
 from e2e.http3_client import Http3Request, fetch
 
 # Traces are wanted of the requests too whose incoming context does not want one.
-AGENT_ENVIRONMENT = {"OTEL_TRACES_SAMPLER": "always_on"}
+AGENT_ENVIRONMENT = {
+    "OTEL_TRACES_SAMPLER": "always_on",
+    "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_REQUEST": "x-tenant,cookie",
+    "OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_RESPONSE": "x-answer,content-type,content-length",
+}
 
 QUIC = {
     "listen": "listen @LISTEN@ quic reuseport; listen @LISTEN@ ssl;"
@@ -124,3 +128,20 @@ def test_incoming_context(stage: Stage) -> None:
     requests = [Http3Request(f"/?{number}", headers=tuple(headers)) for number, headers in enumerate(lower)]
     assert {each.status for each in fetch(stage.addresses["ipv4"], requests)} == {200}
     check_cases(stage.exchanges(len(CASES), ONE_TURN))
+
+
+@pytest.mark.nginx(**QUIC, server="location / { return 200 text; default_type text/x-a; add_header X-Answer $arg_a; }")
+def test_captured_headers(stage: Stage) -> None:
+    sent = [(("x-tenant", f"{index}"), ("x-tenant", "again"), ("cookie", "secret")) for index in range(24)]
+    requests = [Http3Request(f"/?a={index}", headers=headers) for index, headers in enumerate(sent)]
+    fetch(stage.addresses["ipv4"], requests)
+    for each in stage.exchanges(24, ONE_TURN):
+        attributes = each.trace.server.attributes
+        index = attributes["url.query"].removeprefix("a=")
+        assert {name: value for name, value in attributes.items() if ".header." in name} == {
+            "http.request.header.x-tenant": [index, "again"],
+            "http.request.header.cookie": ["REDACTED"],
+            "http.response.header.x-answer": [index],
+            "http.response.header.content-type": ["text/x-a"],
+            "http.response.header.content-length": ["4"],
+        }
