@@ -32,6 +32,7 @@ PATHS: dict[str, dict[str, Any]] = {
         "capture_request_headers": ["host", "accept-encoding"],
         "capture_response_headers": ["content-type", "content-length"],
     },
+    "kept, with metrics": {"metrics": True},
     "left out by the sampler": {"sampler": "always_off"},
     "left out at the end": {"sampler": "always_off", "keep_errors": True},
 }
@@ -77,6 +78,7 @@ def compiled(worker: int, settings: dict[str, Any]) -> Programs:
     names = [*request["tracepoints"], *(probe["handler"] for probe in request["probes"])]
     headers = request["captured_headers"]
     names += ["capture_headers"] if headers else []
+    names += ["measure_request"] if request["request_metrics"] else []
     code = {name: parse(program.dump_func(name.encode())) for name in names}
     maps = {
         each.number: _map(each.number) for one in code.values() for each in one if each.code == 0x18 and each.source
@@ -87,6 +89,8 @@ def compiled(worker: int, settings: dict[str, Any]) -> Programs:
         called[program["capturing"].map_fd] = code.pop("capture_headers")
         keys = [each["name"].encode().ljust(63, b"\0") + bytes([each["kind"]]) for each in headers]
         wanted[program["captured_names"].map_fd] = keys
+    if request["request_metrics"]:
+        called[program["measuring"].map_fd] = code.pop("measure_request")
     program.cleanup()
     keeps = "sampler" not in settings
     return Programs(
