@@ -229,6 +229,7 @@ def top(
         adopt_upstream_context=False,
         metrics=False,
         metrics_listen=None,
+        rules=(),
     )
     if file is None:
         entry.become(commands.top, settings)

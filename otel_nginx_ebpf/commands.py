@@ -44,17 +44,18 @@ def replay(settings: Settings, path: Path) -> int:
     from otel_nginx_ebpf.emitter import pipeline
     from otel_nginx_ebpf.emitter.deliver import deliver
     from otel_nginx_ebpf.traces.capture import read_capture
+    from otel_nginx_ebpf.traces.rules import CapturedRules
 
     stats = Stats(logs=settings.sends_logs)
     lines = stats.logs if settings.sends_error_log else None
-
+    rules = CapturedRules(settings)
     frames = read_capture(path)
     if settings.top or not (set(settings.exporter) - {"otlp"} and settings.output is None and sys.stdout.isatty()):
         frames = with_progress(frames, path)
     # A file can wait until there is room in the queue; a running nginx cannot.
     output = handover.open_output(settings)
     return deliver(
-        settings, stats, lambda exporter: pipeline.replay(frames, exporter, stats, lines), output, live=False
+        settings, stats, lambda exporter: pipeline.replay(frames, exporter, stats, rules, lines), output, live=False
     )
 
 
@@ -65,6 +66,8 @@ def report(settings: Settings, capture: Path, output: Path) -> int:
     from otel_nginx_ebpf.emitter import pipeline
     from otel_nginx_ebpf.traces.capture import CaptureError, read_capture, read_header
     from otel_nginx_ebpf.traces.choices import choices_of
+    from otel_nginx_ebpf.traces.losses import INCOMPLETE, LOST, of_kind
+    from otel_nginx_ebpf.traces.rules import CapturedRules
 
     stats = Stats()
     notes: list[str] = []
@@ -74,11 +77,14 @@ def report(settings: Settings, capture: Path, output: Path) -> int:
             contents = Report(stats, choices_of(settings))
             try:
                 pipeline.replay(
-                    with_progress(read_capture(capture), capture), pipeline.Decoding(contents, stats), stats
+                    with_progress(read_capture(capture), capture),
+                    pipeline.Decoding(contents, stats),
+                    stats,
+                    CapturedRules(settings),
                 )
             except CaptureError as error:
                 notes.append(str(error))
-            if stats.lost:
+            if of_kind(stats.lost, LOST + INCOMPLETE):
                 notes.append(stats.summary())
             page.write(contents.page(capture.name, notes))
     except CaptureError as error:

@@ -12,6 +12,7 @@
  *     FOLLOW_ALL    1: trace every process that hits a probe; 0: only the processes that user space named, and their children
  *     FOLLOW_FORKS    1: the result of fork is the child's pid in user space too; 0: nginx has another pid namespace
  *     PID_NAMESPACE_DEVICE, PID_NAMESPACE_INODE    the pid namespace of user space, unless it is the host's
+ *     RULES, RULES_…    the rules (planner/rules.py)
  *     REQUEST_METRICS    1: the durations of all requests are counted (metrics.c)
  *     EXPONENTIAL_HISTOGRAMS    1: they are counted in exponential buckets
  *     SERIES_BY_…    1: the metrics' series differ by this (metrics/choices.py)
@@ -35,8 +36,8 @@
 /* Whether a request can be left out when its first attempt begins: nothing that is known later can keep it. */
 #define LEAVES_OUT_EARLY                                                                                               \
     (!SAMPLE_ALWAYS && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS && !REQUEST_METRICS && !ADOPT_UPSTREAM_CONTEXT && !TELLS   \
-     && !DETAIL_REQUEST)
-#define TIMES_REQUESTS (REQUEST_METRICS || KEEP_SLOWER_THAN_NS) /* whether the kernel program computes how long requests took */
+     && !DETAIL_REQUEST && !RULES_KEEP)
+#define TIMES_REQUESTS (REQUEST_METRICS || KEEP_SLOWER_THAN_NS || RULES_KEEP_SLOWER) /* whether the kernel program computes how long requests took */
 
 /* Room for a read of the whole struct. The largest of nginx 1.14-1.31 has 1,560 bytes. */
 #define REQUEST_BYTES_MAX 2048
@@ -90,7 +91,7 @@ struct request_trace {
     u8 sampled;
     u8 parent_said_no;
     u8 has_tracestate;        /* the context is a valid W3C context */
-    u32 reserved;
+    u32 dropped;              /* a rule leaves the request out */
 };
 
 #define KNOWN_NAMES_MAX 64 /* a power of two */
@@ -266,6 +267,41 @@ struct request_key {
     u64 connection;           /* the client's ngx_connection_t *; each stream of HTTP/2 has its own */
 };
 
+#if RULES
+#define RULE_TEXT_BYTES 128   /* how much of a text before and after a * is compared. planner/rules.py has the limits, too */
+#define RULE_PATH_BYTES 512   /* longer paths match only by their beginning; so do other texts */
+#define RULE_TEXT_TOO_LONG (1ULL << 32)
+
+#define RULE_TEXT(name)                                                                                                \
+    u64 name##_bytes; /* 0: there is none; RULE_TEXT_TOO_LONG */                                                       \
+    u8 name##_head[RULE_TEXT_BYTES];                                                                                   \
+    u8 name##_tail[RULE_TEXT_BYTES] /* ends with the text's end */
+
+/* What rules compare of a request. */
+struct rule_facts {
+    u64 status;               /* 0: not known yet */
+    RULE_TEXT(server_name);
+    RULE_TEXT(location);
+    RULE_TEXT(method);
+    RULE_TEXT(user_agent);
+    u64 path_bytes;           /* without the query */
+    u8 path_head[RULE_PATH_BYTES];
+    u8 path_tail[RULE_TEXT_BYTES];
+    u8 guard[RULE_TEXT_BYTES]; /* the verifier adds the largest offset and the largest length */
+};
+
+/* What holds for the request: what its rule says, else the settings. */
+struct rule {
+    u64 keep_slower_than_ns;
+    u64 sample_ratio_bound;
+    u32 number;               /* 0: no rule matches */
+    u8 drops;
+    u8 samples_by_parent;
+    u8 samples_always;
+    u8 unmeasured;
+};
+#endif
+
 struct process {
     u64 known_since_ns;       /* system calls are seen since then. Must be first: kernel/attachment.py writes it */
     u64 turn_began_ns;        /* of its caller, as the running probe found it */
@@ -338,6 +374,11 @@ struct process {
                                                   next two need TIMES_REQUESTS */
     u64 last_end_ns;
     u64 request_ns;
+#if RULES
+    struct rule rule;
+    struct rule_facts rule_facts;
+    u64 rule_path_end;
+#endif
 #if REQUEST_METRICS
     u64 attempt_states[ATTEMPTS_MAX];
     struct duration_name name;

@@ -121,6 +121,9 @@ int enter_ngx_http_process_request(struct pt_regs *ctx)
     }
     find_context_headers(process);
     read_incoming_context(process);
+#if RULES
+    find_rule_for_upstream(process, 0);
+#endif
     decide_trace(process);
     active->trace = process->trace;
     active->decided = 1;

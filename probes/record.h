@@ -147,7 +147,8 @@ enum loss {
     PARTIAL_LOG_LINES_UNATTACHED = 21,  /* a line that nginx logged for a request after its end, or in another thread */
     PARTIAL_LOG_LINES_UNSENT = 22,      /* no trace lacks it: a line for no running request (--logs); the ring buffer was full */
     PARTIAL_CAPTURED_HEADERS = 23,      /* a header to be captured is missing: too many headers, no room, or nginx's memory could not be read */
-    LOSS_CAUSES = 24,
+    NOT_TRACED_BY_RULE = 24,  /* not a loss: a rule leaves the request out */
+    LOSS_CAUSES = 25,
 };
 
 /* Index into the `beginnings` map, which tells whether requests need the probe that marks their beginning. */
@@ -227,7 +228,8 @@ struct request_record {
     __u8 peer_known;          /* 1: the socket's peer is STRING_PEER_SOCKADDR, or STRING_CLIENT_SOCKADDR if there is none */
     __u8 cache_status;
     __u16 headers_at;         /* where the captured headers begin, which come after all other strings; 0: there are none */
-    __u16 headers_missing;    /* 1: more headers may have been there that were to be captured */
+    __u8 headers_missing;     /* 1: more headers may have been there that were to be captured */
+    __u8 rule;                /* the number of the rule that matched, from 1; 0: none */
     __u64 trace_id_high;      /* from the incoming context, from what nginx sent upstream, or random; never all 0 */
     __u64 trace_id_low;
     __u64 parent_span_id;     /* from the incoming context; 0: the trace begins here */

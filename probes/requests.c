@@ -43,7 +43,8 @@ static __always_inline u8 keep(const struct process *process, const struct reque
     if (KEEP_ERRORS && process->worst_level && process->worst_level <= LOG_LEVEL_ERROR)
         return KEPT_ERROR;
 #endif
-    return KEEP_SLOWER_THAN_NS && process->request_ns >= KEEP_SLOWER_THAN_NS ? KEPT_SLOW : KEPT_SAMPLED;
+    u64 slow_ns = keep_slower_than_ns(process);
+    return slow_ns && process->request_ns >= slow_ns ? KEPT_SLOW : KEPT_SAMPLED;
 }
 
 /* Returns what nginx's cache said about the request: $upstream_cache_status. ngx_http_upstream_s: cleanup, then the bits store,
@@ -103,6 +104,42 @@ static __always_inline u64 asked_version(struct process *process, u64 http_versi
         return http_version;
     return ((text >> 40 & 0xff) - '0') * 1000 + ((text >> 56) - '0');
 }
+
+/* Reads the method that the client sent, and what decides $status. */
+static __always_inline void read_method_and_status(struct process *process, struct request_record *record, u64 rc, u64 http_version)
+{
+    record->rc = rc;
+    record->bytes_sent = MEMBER(process->connection, u64, ngx_connection_s, sent);
+    record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
+    record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
+    process->version_lost = record->http_version != http_version;
+    find_method(process, record);
+}
+
+#if RULES
+/* Finds the rule of a request that has ended. `count`: the number of its attempts. */
+static __always_inline void find_rule_at_end(
+    struct process *process, struct request_record *record, struct attempt_key *key, u32 count)
+{
+#if RULES_BY_LOCATION
+#if !DETAIL_REQUEST
+    EACH(i, count, ATTEMPTS_MAX) {
+        key->index = i;
+        struct attempt_state *attempt = attempts.lookup(key);
+        if (attempt && !attempt->request) { /* the main request's first attempt; take_attempt() finds the same */
+            process->location = attempt->location;
+            process->location_method = attempt->method_name;
+            break;
+        }
+    }
+#endif
+    find_location(process, record);
+#endif
+    /* After a post_action nginx has another status. */
+    find_rule(process, &process->method_name, process->location, process->version_lost ? 0 : final_status(record));
+    record->rule = process->rule.number;
+}
+#endif
 
 /* Tells whether nginx made the request for itself during a TLS handshake, for a certificate whose name has variables
  * (ngx_http_ssl_certificate). nginx counts a client's request when it creates the request. It does not count its own
@@ -167,6 +204,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->peer_known = 0;
     record->headers_at = 0;
     record->headers_missing = 0;
+    record->rule = 0;
     read_header_in(process);
     struct attempt_key attempt_key = {.connection = key.connection, .tgid = tgid};
     struct socket *socket = NULL;
@@ -209,6 +247,20 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     asm volatile("" : "+r"(told)); /* a flag of its own: older verifiers cannot follow what clang would derive it from */
 #endif
+#if RULES
+    read_method_and_status(process, record, PT_REGS_PARM2(ctx), http_version);
+    find_rule_at_end(process, record, &attempt_key, active.progress.attempts);
+    bool dropped = process->rule.drops;
+#if TELLS
+    if (told)
+        dropped = process->trace.dropped;
+#endif
+    if (dropped && !is_measured(process)) {
+        forget_attempts(&attempt_key, active.progress.attempts);
+        count_loss(NOT_TRACED_BY_RULE);
+        return 0;
+    }
+#endif
     bool reads_headers = HEADERS_ARE_READ;
 #if TELLS && !ADOPT_UPSTREAM_CONTEXT && !TRUSTED_PROXIES
     reads_headers = !told || process->trace.has_tracestate;
@@ -225,7 +277,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
         decide_trace(process);
     }
 #if !ADOPT_UPSTREAM_CONTEXT && !KEEP_ERRORS && !KEEP_SLOWER_THAN_NS && !REQUEST_METRICS
-    if (!trace->sampled) {
+    if (!trace->sampled && !keep_slower_than_ns(process)) {
         forget_attempts(&attempt_key, active.progress.attempts);
         count_loss(NOT_SAMPLED);
         return 0;
@@ -236,21 +288,18 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     record->created_ns = active.created_ns;
     record->ended_ns = now;
-    record->rc = PT_REGS_PARM2(ctx);
+#if !RULES
+    read_method_and_status(process, record, PT_REGS_PARM2(ctx), http_version);
+#endif
     record->connection = MEMBER(process->connection, u64, ngx_connection_s, number);
     record->connection_requests = MEMBER(process->connection, u64, ngx_connection_s, requests);
     record->request_length = MEMBER(process->request, u64, ngx_http_request_s, request_length);
-    record->bytes_sent = MEMBER(process->connection, u64, ngx_connection_s, sent);
     record->nginx_start_sec = MEMBER(process->request, u64, ngx_http_request_s, start_sec);
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
-    record->err_status = MEMBER(process->request, u64, ngx_http_request_s, err_status);
-    record->out_status = MEMBER(process->request + OFFSET_ngx_http_request_s__headers_out, u64, ngx_http_headers_out_t, status);
     record->cache_status = cache_status(process);
-    process->version_lost = record->http_version != http_version;
     process->answer = process->version_lost ? active.progress.answer : 0;
     process->last_location = 0;
     record->worker_pid = tgid;
-    find_method(process, record);
 
 #if ADOPT_UPSTREAM_CONTEXT
     __builtin_memset(&process->told, 0, sizeof(process->told));
@@ -299,12 +348,13 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->trace_flags = trace->flags;
     record->kept = KEPT_SAMPLED;
     if (!trace->sampled) {
-        record->kept = trace->parent_said_no ? KEPT_SAMPLED : keep(process, record);
+        record->kept = trace->parent_said_no || is_dropped(process) ? KEPT_SAMPLED : keep(process, record);
         if (record->kept == KEPT_SAMPLED) {
             forget_attempts(&attempt_key, taken);
-            count_loss(NOT_SAMPLED);
+            count_loss(is_dropped(process) ? NOT_TRACED_BY_RULE : NOT_SAMPLED);
 #if REQUEST_METRICS
-            measure(ctx);
+            if (is_measured(process))
+                measure(ctx);
 #endif
             return 0;
         }
@@ -328,7 +378,8 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     send_record(process);
 #if REQUEST_METRICS
-    measure(ctx);
+    if (is_measured(process))
+        measure(ctx);
 #endif
     return 0;
 }

@@ -452,7 +452,12 @@ static __always_inline bool decide_at_attempt(struct process *process, struct re
         process->trace = active->trace;
     else
 #endif
+    {
+#if RULES
+        find_rule_for_upstream(process, MEMBER(process->request, u64, ngx_http_request_s, loc_conf));
+#endif
         decide_trace(process);
+    }
     first->trace = process->trace;
     first->decided = 1;
     return true;

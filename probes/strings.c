@@ -82,23 +82,12 @@ static __always_inline void append_str_at(struct process *process, u8 kind, u8 a
     append_string(process, kind, attempt, str.data, str.len, limit);
 }
 
-
-#define KNOWN_NAMES_FACTOR 0x9e3779b97f4a7c15ULL
-
-/* Appends the name in the http core module's configuration. `confs` is r->srv_conf or r->loc_conf. A worker's configuration does
- * not change, so the name's place is looked up once; only with `master_process off` a reload changes it. */
+/* Appends the name in the http core module's configuration. */
 static __always_inline void append_core_conf_name(struct process *process, u8 kind, u64 confs, u64 name_offset)
 {
-    u64 key = confs + kind, conf = 0; /* the address is a multiple of 8, and the two kinds differ in these bits */
-    struct known_name *known = &process->known_names[(key * KNOWN_NAMES_FACTOR) >> 58];
-    if (known->key != key || !process->keeps_configuration) {
-        known->key = 0;
-        if (bpf_probe_read_user(&conf, sizeof(conf), (void *)(confs + process->core_module_index * 8)) != 0 || !conf
-            || bpf_probe_read_user(&known->name, sizeof(known->name), (void *)(conf + name_offset)) != 0)
-            return;
-        known->key = key;
-    }
-    append_string(process, kind, 0, known->name.data, known->name.len, SHORT_STRING_BYTES_MAX);
+    struct known_name *known = core_conf_name(process, kind, confs, name_offset);
+    if (known)
+        append_string(process, kind, 0, known->name.data, known->name.len, SHORT_STRING_BYTES_MAX);
 }
 
 /* Appends the tracestate lines. A line is never cut, because a part of its list of vendors would be a different list. */

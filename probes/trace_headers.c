@@ -268,7 +268,10 @@ static __always_inline void decide_trace(struct process *process)
     trace->trace_id_low = incoming->valid ? incoming->trace_id_low : process->root_id ? process->root_id : random_id();
     trace->parent_span_id = incoming->valid ? incoming->parent_span_id : 0;
     trace->parent_said_no = incoming->decision == DECISION_NO;
-    trace->sampled = is_sampled(incoming, trace->trace_id_low);
+    trace->sampled = is_wanted(process, trace->trace_id_low);
+#if RULES
+    trace->dropped = process->rule.drops;
+#endif
     trace->flags = (incoming->flags & FLAG_RANDOM) | trace->sampled;
 }
 
@@ -285,7 +288,7 @@ static __always_inline void adopt_trace(struct process *process)
     trace->parent_span_id = 0;
     trace->has_tracestate = 0;
 #if !TELLS
-    trace->sampled = is_sampled(&process->incoming, told->trace_id_low);
+    trace->sampled = is_wanted(process, told->trace_id_low);
 #endif
     trace->flags = trace->sampled; /* without FLAG_RANDOM: it is not known whether the id is random */
 }

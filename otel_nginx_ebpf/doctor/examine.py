@@ -87,6 +87,15 @@ class NginxReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RuleReport:
+    """A rule of `--exclude` or of the TOML file."""
+
+    place: str
+    rule: str
+    """Its requests, and what it says about them."""
+
+
+@dataclass(frozen=True, slots=True)
 class Examination:
     """The result of `examine`. `ok`: nothing prevents tracing."""
 
@@ -96,6 +105,8 @@ class Examination:
     nginx: tuple[NginxReport, ...]
     problems: tuple[str, ...]
     """Why nginx was not found, each with the next step."""
+    rules: tuple[RuleReport, ...] = ()
+    """In the order in which they are tried."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values for JSON."""
@@ -111,7 +122,9 @@ def examine(settings: Settings) -> Examination:
     nginx = tuple(_examine_nginx(group) for group in by_binary(instances))
     states = [check.state for check in checks] + [each.state for each in nginx]
     ok = not problems and "fail" not in states
-    return Examination(__version__, ok, {check.name.replace(" ", "_"): check for check in checks}, nginx, problems)
+    system = {check.name.replace(" ", "_"): check for check in checks}
+    rules = tuple(RuleReport(rule.place, str(rule)) for rule in settings.rules)
+    return Examination(__version__, ok, system, nginx, problems, rules)
 
 
 def _pid_namespace() -> Check:

@@ -26,6 +26,11 @@ def render(report: Examination) -> RenderableType:
     for nginx in report.nginx:
         name = f"{nginx.product} {nginx.version} {nginx.path}" if nginx.version else "nginx"
         parts += [Text(), Text(printable(name), style="bold", overflow="fold"), _nginx_table(nginx)]
+    if report.rules:
+        rules = _table()
+        for number, rule in enumerate(report.rules, 1):
+            _row(rules, None, f"rule {number}", rule.rule, f"({rule.place})")
+        parts += [Text(), Text("The first rule that matches a request decides", style="bold"), rules]
     if report.problems:
         nowhere = _table()
         for problem in report.problems:

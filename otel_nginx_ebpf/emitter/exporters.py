@@ -14,6 +14,7 @@ from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.settings.model import ExporterName, Settings
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices, choices_of
 from otel_nginx_ebpf.traces.phases import phases_of
+from otel_nginx_ebpf.traces.rules import service_names_of
 from otel_nginx_ebpf.traces.spans import RandomIds, build_trace
 
 if TYPE_CHECKING:
@@ -42,10 +43,18 @@ class _Readable:
         self._logs = logs
         self._ids = RandomIds()
         self._choices = choices
+        self._service_names = service_names_of(choices.rules)
 
     def take(self, completed: Sequence[Completed]) -> None:
+        names = self._service_names
         for request, unix_offset_ns, resource in completed:
-            trace = build_trace(request, unix_offset_ns, self._ids, choices=self._choices, resource=resource)
+            trace = build_trace(
+                request,
+                unix_offset_ns,
+                self._ids,
+                choices=self._choices,
+                resource=names.resource(request.rule, resource) if names else resource,
+            )
             for exporter in self._exporters:
                 exporter.export(trace)
             if self._logs:

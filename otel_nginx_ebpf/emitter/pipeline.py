@@ -1,7 +1,7 @@
 """The way of a record in the emitter: bytes → exporter, or into a capture file."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from otel_nginx_ebpf.errors import UserError
@@ -11,6 +11,7 @@ from otel_nginx_ebpf.traces.capture import CaptureWriter, Frame
 from otel_nginx_ebpf.traces.error_log import LogLines, has_text, is_log_line
 from otel_nginx_ebpf.traces.model import AttributeValue
 from otel_nginx_ebpf.traces.record import RecordError, decode
+from otel_nginx_ebpf.traces.rules import CapturedRules
 
 if TYPE_CHECKING:
     from otel_nginx_ebpf.export.otlp.logs import OtlpLogExporter
@@ -85,8 +86,16 @@ def writing(writer: CaptureWriter, stats: Stats) -> Take:
     return take
 
 
-def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats, counts_lines: Deliveries | None = None) -> None:
-    """Exports the requests in a capture file. `counts_lines` counts the lines of the error log.
+def replay(
+    frames: Iterable[Frame],
+    exporter: Exporter,
+    stats: Stats,
+    rules: CapturedRules,
+    counts_lines: Deliveries | None = None,
+) -> None:
+    """Exports the requests in a capture file, as far as the rules do not leave them out.
+
+    `counts_lines` counts the lines of the error log.
 
     Raises:
         UserError: The file is not a capture file of this version.
@@ -96,9 +105,16 @@ def replay(frames: Iterable[Frame], exporter: Exporter, stats: Stats, counts_lin
 
     def records() -> Iterator[Record]:
         for frame in frames:
-            stats.received += not is_log_line(frame.raw)
-            if counts_lines and has_text(frame.raw):
+            raw, left_out = frame.raw, None
+            if not is_log_line(raw):
+                stats.received += 1
+                with suppress(RecordError):  # the exporter counts it
+                    raw, left_out = rules.apply(raw)
+            elif counts_lines and has_text(raw):
                 counts_lines.received += 1
-            yield frame.raw, frame.unix_offset_ns, resource
+            if left_out is None:
+                yield raw, frame.unix_offset_ns, resource
+            else:
+                stats.lose(left_out)
 
     in_batches(records(), exporter.at_once, exporter.take)

@@ -39,7 +39,10 @@ def _named(name: str, value: object) -> bool:
 
 
 class Resources:
-    """Builds the resource of each nginx. The user's attributes override the detected attributes."""
+    """Builds the resource of each nginx. The user's attributes override the detected attributes.
+
+    The name of a service, which only a rule gives, overrides the user's for all services.
+    """
 
     _KEPT = 1024
 
@@ -55,6 +58,10 @@ class Resources:
         if found is None or found[0] is not attributes:
             if len(self._merged) >= self._KEPT:
                 self._merged.clear()
-            found = attributes, Resource(attributes).merge(self._base)
+            found = attributes, Resource(attributes).merge(self._base).merge(_service_of_rule(attributes))
             self._merged[id(attributes)] = found
         return found[1]
+
+
+def _service_of_rule(attributes: Mapping[str, AttributeValue]) -> Resource:
+    return Resource({name: attributes[name] for name in (SERVICE_NAME,) if name in attributes})

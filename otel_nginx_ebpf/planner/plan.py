@@ -16,7 +16,7 @@ from otel_nginx_ebpf.metrics import choices as metric_choices
 from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, pid_namespace
-from otel_nginx_ebpf.planner import captured_headers, client, sampling, sites
+from otel_nginx_ebpf.planner import captured_headers, client, rules, sampling, sites
 from otel_nginx_ebpf.planner.program import program_text
 from otel_nginx_ebpf.planner.tracepoints import handlers
 from otel_nginx_ebpf.process import stdio
@@ -93,7 +93,9 @@ class Plan:
                 **metric_choices.constants(settings),
                 **sampling.constants(settings),
                 **captured_headers.constants(settings, is_fork=self.binary.is_fork),
+                **rules.constants(settings.rules),
             },
+            rules_text=rules.text(settings.rules),
             follow_all=not settings.pid,
             follow_forks=all(instance.shares_our_pid_namespace for instance in self.instances),
             pid_namespace=None if namespace[1] == HOST_PID_NAMESPACE_INODE else namespace,

@@ -23,6 +23,7 @@ _SOURCES = (
     "tellings.c",
     "processes.c",
     "layout.c",
+    "names.c",
     "beginnings.c",
     "answers.c",
     "sent_request.c",
@@ -30,6 +31,7 @@ _SOURCES = (
     "upstream_connections.c",
     "error_log.c",
     "sockets.c",
+    "rules.c",
     "trace_headers.c",
     "propagation.c",
     "socket_propagation.c",
@@ -74,6 +76,7 @@ def program_text(
     layout: Mapping[str, Mapping[str, int]],
     constants: Mapping[str, int],
     *,
+    rules_text: str,
     follow_all: bool,
     follow_forks: bool,
     pid_namespace: tuple[int, int] | None,
@@ -85,6 +88,7 @@ def program_text(
     Args:
         layout: Member offsets in bytes, by struct and member; `sizeof` is the struct's size.
         constants: More constants by name: addresses in the binary (`SITE_…`, `ADDRESS_…`) and settings.
+        rules_text: The function that matches rules.
         follow_all: Trace every process that hits a probe. Otherwise trace the loader's pids and their children.
         follow_forks: nginx shares this process's pid namespace, so the result of fork is the child's pid here too.
         pid_namespace: Device and inode of this process's pid namespace; None if it is the host's own.
@@ -121,7 +125,8 @@ def program_text(
             # Hexadecimal, because C then takes a number that needs all 64 bits as unsigned.
             *(f"#define {name} {value:#x}" for name, value in defined.items()),
             *(
-                (probes / name).read_text(encoding="utf-8")
+                (rules_text if name == "rules.c" and defined["RULES"] else "")
+                + (probes / name).read_text(encoding="utf-8")
                 for name in _HEADERS + _SOURCES
                 if defined.get("PROPAGATE_SOCKET") or name not in _OF_THE_SOCKET
             ),

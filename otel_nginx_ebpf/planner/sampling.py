@@ -1,8 +1,15 @@
 """Turns the settings for context and sampling into constants of the kernel program, which decides for each request."""
 
-from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.settings.model import Sampler, Settings
 
 _PARENT_BASED = "parentbased_"
+
+
+def ratio_constants(name: Sampler, argument: float) -> tuple[int, int, int]:
+    """Returns SAMPLE_BY_PARENT, SAMPLE_ALWAYS and SAMPLE_RATIO_BOUND of a sampler, as `constants` explains them."""
+    ratio = {"always_on": 1.0, "always_off": 0.0}.get(name.removeprefix(_PARENT_BASED), argument)
+    bound = round(ratio * 2**64)
+    return int(name.startswith(_PARENT_BASED)), bound >> 64, bound % 2**64
 
 
 def constants(settings: Settings) -> dict[str, int]:
@@ -20,15 +27,13 @@ def constants(settings: Settings) -> dict[str, int]:
     PROPAGATE, PROPAGATE_SOCKET: Upstreams are told the context in nginx's memory, on the socket.
     TRUSTED_PROXIES: Some peers are trusted, so the headers Forwarded and X-Forwarded-… are read.
     """
-    sampler = settings.sampler.removeprefix(_PARENT_BASED)
-    ratio = {"always_on": 1.0, "always_off": 0.0}.get(sampler, settings.sampler_arg)
-    bound = round(ratio * 2**64)
+    by_parent, always, bound = ratio_constants(settings.sampler, settings.sampler_arg)
     slower = settings.keep_slower_than
     propagators = () if "none" in settings.propagators else settings.propagators
     return {
-        "SAMPLE_BY_PARENT": int(settings.sampler.startswith(_PARENT_BASED)),
-        "SAMPLE_ALWAYS": bound >> 64,
-        "SAMPLE_RATIO_BOUND": bound % 2**64,
+        "SAMPLE_BY_PARENT": by_parent,
+        "SAMPLE_ALWAYS": always,
+        "SAMPLE_RATIO_BOUND": bound,
         "KEEP_ERRORS": int(settings.keep_errors),
         "KEEP_SLOWER_THAN_NS": 0 if slower is None else slower,
         "PROPAGATOR_TRACECONTEXT": int("tracecontext" in propagators),

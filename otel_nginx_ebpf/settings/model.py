@@ -15,6 +15,7 @@ from otel_nginx_ebpf.settings.declaration import (
     power_of_two,
     setting,
 )
+from otel_nginx_ebpf.settings.rules import Rule, compared_path
 
 ExporterName = Literal["otlp", "console", "line", "json"]
 Color = Literal["auto", "always", "never"]
@@ -254,6 +255,16 @@ class Settings:
         limits={"gt": 0},
     )
     """Nanoseconds."""
+    exclude: tuple[str, ...] = setting(
+        (),
+        "Do not trace requests to this path (/healthz, /static/*). One * stands for any characters. A rule of the TOML "
+        "file can say more.",
+        commands=("run", "record", "replay", "report", "doctor"),
+        allowed="paths without query, such as /healthz, /static/*, *.css or /static/*.css",
+        metavar="PATH",
+        remark="none",
+        check=compared_path,
+    )
     propagators: tuple[Propagator, ...] = setting(
         ("tracecontext",),
         "The request headers that carry the trace context: tracecontext (W3C), b3, b3multi, xrequestid (X-Request-ID "
@@ -485,6 +496,8 @@ class Settings:
         commands=(),
         standard=("OTEL_SDK_DISABLED",),
     )
+    rules: tuple[Rule, ...] = ()
+    """The paths of `exclude`, then `[[rules]]` of the TOML file. Neither an option nor a variable has all of a rule."""
     top: TopView | None = None
     """How to show requests instead of exporting them; `None`: export them."""
 

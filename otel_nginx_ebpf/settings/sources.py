@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.settings.model import DECLARATIONS, Settings
+from otel_nginx_ebpf.settings.rules_file import check_told, read_rules
 
 PREFIX = "OTEL_NGINX_EBPF_"
 CONFIG_VARIABLE = PREFIX + "CONFIG"
@@ -87,6 +88,15 @@ def _field(name: str) -> Any:
     )
 
 
+_RULES = "rules"
+"""The key of the file that is not a setting: `rules_file` reads it."""
+
+
+class _FileSource(TomlConfigSettingsSource):
+    def __call__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__call__().items() if name != _RULES}
+
+
 class _Sources(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -106,7 +116,7 @@ class _Sources(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, _FileSource(settings_cls)
 
 
 def _make_source(path: Path | None) -> type[BaseSettings]:
@@ -133,7 +143,7 @@ def _explain(error: ErrorDetails, config: Path | None) -> str:
     location = str(error["loc"][0]) if error["loc"] else ""
     name = _setting(location)
     if name not in DECLARATIONS:
-        known = ", ".join(name for name, declaration in DECLARATIONS.items() if declaration.commands)
+        known = ", ".join([*(name for name, declaration in DECLARATIONS.items() if declaration.commands), _RULES])
         return f"{config}: unknown setting {location!r}; known are {known}"
     variable = next((v for v in variables(name) if os.environ.get(v)), variables(name)[0])
     return (
@@ -157,11 +167,13 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
         raise UserError(f"--config ({CONFIG_VARIABLE}): {path} is not a file")
     given = {name: value for name, value in flags.items() if value is not None}
     try:
-        settings = Settings(**_make_source(path)(**given).model_dump())
+        values = _make_source(path)(**given).model_dump()
+        tables = tomllib.loads(path.read_text()).get(_RULES) if path else None
     except ValidationError as error:
         raise UserError(_explain(error.errors(include_url=False)[0], path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError, RecursionError) as error:
         raise UserError(f"--config ({CONFIG_VARIABLE}): {path}: {error}") from error
+    settings = Settings(**values, rules=read_rules(tables, path, values["exclude"]))
     for name in _NEED_PHASES:
         if settings.detail == "request" and getattr(settings, name) != DECLARATIONS[name].default:
             raise UserError(f"{flag(name)} needs --detail phases: what it reads or writes, it does during the request")
@@ -169,4 +181,5 @@ def load(flags: Mapping[str, Any], config: Path | None = None) -> Settings:
         raise UserError(
             f"--logs {settings.logs} needs nginx's error log, which --detail request and --log-level none do not read"
         )
+    check_told(settings)
     return settings

@@ -113,6 +113,7 @@ def server_fields(
     no_live_peers: int,
     cache_status: str | None,
     kept: str | None,
+    rule_number: int,
     error: str | None,
 ) -> SpanFields:
     """Makes the fields that the SERVER spans of many requests share.
@@ -163,6 +164,10 @@ def server_fields(
         attributes[NGINX_ATTEMPTS_LOST] = attempts_lost
     if no_live_peers > 0:
         attributes[NGINX_NO_LIVE_PEERS] = no_live_peers
+    if (rule := choices.rule(rule_number)) is not None:
+        attributes |= dict(rule.attributes)
+        if rule.span_name is not None:
+            name = rule.span_name.replace("{method}", method_name(known))
     return SpanFields(attributes, name, SpanKind.SERVER, error)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from otel_nginx_ebpf.settings.model import Settings
+from otel_nginx_ebpf.settings.rules import Rule
 from otel_nginx_ebpf.traces.methods import KNOWN_METHODS
 
 
@@ -20,6 +21,12 @@ class SpanChoices:
     """The networks of proxies whose `Forwarded` and `X-Forwarded-*` headers count."""
     clients_by_method: bool = False
     """Whether CLIENT spans have the names of the semantic conventions instead of their phases' names."""
+    rules: tuple[Rule, ...] = ()
+    """The rules, of which a request names one by its number."""
+
+    def rule(self, number: int) -> Rule | None:
+        """Returns the rule with this number. 0, and numbers that no rule has: none."""
+        return self.rules[number - 1] if 0 < number <= len(self.rules) else None
 
 
 DEFAULT_CHOICES = SpanChoices()
@@ -32,4 +39,5 @@ def choices_of(settings: Settings) -> SpanChoices:
         opt_in=frozenset(settings.opt_in_attributes),
         trusted_proxies=settings.trusted_proxy,
         clients_by_method=settings.span_names == "semconv",
+        rules=settings.rules,
     )

@@ -228,6 +228,8 @@ class Request:
     """The captured headers as they are in the record (`traces.captured_headers`)."""
     headers_missing: bool = False
     """Whether headers to be captured may be missing in `captured_headers`."""
+    rule: int = 0
+    """The number of the rule that matched, from 1; 0: none."""
     log_lines: tuple[LogLine, ...] = ()
     """What nginx logged for the request. The record does not have it: the emitter adds it (`traces.error_log`)."""
 
@@ -433,6 +435,7 @@ def decode(raw: bytes) -> Request:
             cache_status,
             headers_at,
             headers_missing,
+            rule,
             trace_id_high,
             trace_id_low,
             parent_span_id,
@@ -511,4 +514,5 @@ def decode(raw: bytes) -> Request:
         cache_status=CACHE_STATUSES.get(cache_status),
         captured_headers=headers,
         headers_missing=headers_missing != 0,
+        rule=rule,
     )

@@ -176,6 +176,7 @@ class SpanBuilder(Generic[F]):
             no_live_peers,
             request.cache_status,
             request.kept,
+            request.rule,
             error,
         )
 

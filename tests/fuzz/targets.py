@@ -53,15 +53,28 @@ from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
 from otel_nginx_ebpf.nginx.layouts import _measured
 from otel_nginx_ebpf.planner.sites import BOUNDARIES
 from otel_nginx_ebpf.settings import sources
-from otel_nginx_ebpf.settings.model import OptInAttribute
+from otel_nginx_ebpf.settings.model import OptInAttribute, Settings
+from otel_nginx_ebpf.settings.rules import Rule
 from otel_nginx_ebpf.traces import capture
 from otel_nginx_ebpf.traces.abi import STRING_KINDS
 from otel_nginx_ebpf.traces.capture import CaptureError
 from otel_nginx_ebpf.traces.choices import SpanChoices
 from otel_nginx_ebpf.traces.plausibility import doubt
 from otel_nginx_ebpf.traces.record import RecordError, decode
+from otel_nginx_ebpf.traces.rules import CapturedRules
 from otel_nginx_ebpf.traces.spans import build_trace
 from otel_nginx_ebpf.traces.trace_state import canonical
+
+_RULES = CapturedRules(
+    Settings(
+        keep_errors=True,
+        rules=(
+            Rule("", path=("/static/*.css", "*\u00e9"), drop=True),
+            Rule("", status=("5xx",), sampler="parentbased_traceidratio", sampler_arg=0.5, keep_slower_than=1),
+            Rule("", user_agent=("*",), span_name="{method} x", service_name="x", attributes=(("a", 1),)),
+        ),
+    )
+)
 
 SCRATCH = Path("/dev/shm") / f"otel-nginx-ebpf-fuzz-{os.getpid()}"
 """A file for the targets that read files."""
@@ -161,11 +174,11 @@ def check_capture(data: bytes) -> None:
             capture.read_header(SCRATCH)
         with suppress(UserError, CaptureError):
             readable = _Readable(exporters, choices=SpanChoices(query=False))
-            pipeline.replay(capture.read_capture(SCRATCH), pipeline.Decoding(readable, stats), stats)
+            pipeline.replay(capture.read_capture(SCRATCH), pipeline.Decoding(readable, stats), stats, _RULES)
         report = Report(Stats(), SpanChoices())
         if data[:1] >= b"\xf0":
             with suppress(UserError, CaptureError):
-                pipeline.replay(capture.read_capture(SCRATCH), pipeline.Decoding(report, Stats()), Stats())
+                pipeline.replay(capture.read_capture(SCRATCH), pipeline.Decoding(report, Stats()), Stats(), _RULES)
     lost = sum(count for cause, count in stats.lost.items() if not cause.startswith("partial_"))
     assert stats.exported + len(renders) * lost == len(renders) * stats.received
     assert output.getvalue().replace("\n", "").isprintable()

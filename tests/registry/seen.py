@@ -19,8 +19,8 @@ from registry.checker import (
 )
 from registry.reader import declaration, own
 
-# Resource attributes that tests, or the collectors of tests, add: users may name any.
-_SAID = frozenset({"deployment.environment.name", "relay", "tier"})
+# Attributes that tests, or the collectors of tests, add to resources, or rules to spans: users may name any.
+_SAID = frozenset({"deployment.environment.name", "relay", "rule", "tier"})
 
 _ACCESS_LOG = own().groups["event.nginx.access_log"].attributes
 
@@ -66,8 +66,9 @@ def trace(resource: Mapping[str, Any], spans: Iterable[Span]) -> None:
     excused: list[str] = []
     for span in spans:
         group = span_group(span.kind, span.name) or ""
-        _told.update((group, name) for name in span.attributes)
-        found = check_span(span.kind, span.name, span.status, span.attributes, excused)
+        facts = {name: value for name, value in span.attributes.items() if name not in _SAID}
+        _told.update((group, name) for name in facts)
+        found = check_span(span.kind, span.name, span.status, facts, excused)
         for each in found:
             text = f"{span.kind} {span.name!r}: {each}" if span.kind != "SERVER" else f"SERVER: {each}"
             _findings[text] += 1

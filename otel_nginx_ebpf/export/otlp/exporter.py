@@ -15,6 +15,7 @@ from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.choices import DEFAULT_CHOICES, SpanChoices
 from otel_nginx_ebpf.traces.model import Trace
 from otel_nginx_ebpf.traces.record import RecordError, decode
+from otel_nginx_ebpf.traces.rules import service_names_of
 from otel_nginx_ebpf.traces.spans import RandomIds
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class OtlpExporter(Delivery):
         self._encoder = Encoder(RandomIds().generate_span_id, choices)
         self._record_encoder = RecordEncoder(self._encoder, keeps_log_records=logs is not None and logs.errors)
         self._logs = logs
+        self._service_names = service_names_of(choices.rules)
         self._stats = stats
         self._exemplars = exemplars
         super().__init__(sender, resource, stats, **delivery)
@@ -49,6 +51,7 @@ class OtlpExporter(Delivery):
     def take(self, records: Sequence[Record]) -> None:
         encoded = self._record_encoder.encode(records)
         kept = []
+        names = self._service_names
         with self._lock:
             for record, each in encoded:
                 if isinstance(each, RecordError):
@@ -57,13 +60,16 @@ class OtlpExporter(Delivery):
                 data, spans, impossible, alike = each
                 if impossible:
                     self._stats.lose("partial_impossible_value", impossible)
-                if self._add(record[2], data, len(spans)):
+                resource = names.resource_of_record(record[0], record[2]) if names else record[2]
+                if self._add(resource, data, len(spans)):
                     kept.append((record, spans, alike))
         lines = self._record_encoder.log_lines
         self._stats.lose_log_lines(lines.take_lost())
         if self._logs:
             self._logs.export_requests(
-                (record, each[1]) for record, each in encoded if not isinstance(each, RecordError)
+                ((record[0], record[1], names.resource_of_record(record[0], record[2])) if names else record, each[1])
+                for record, each in encoded
+                if not isinstance(each, RecordError)
             )
             self._logs.export(self._record_encoder.log_records)
             self._record_encoder.log_records.clear()

@@ -59,6 +59,7 @@ _REQUEST = REQUEST_RECORD.picking(
         "bytes_sent",
         "headers_at",
         "headers_missing",
+        "rule",
         "trace_id_high",
         "trace_id_low",
         "parent_span_id",
@@ -280,6 +281,7 @@ class RecordEncoder:
                 more_facts,
                 headers_at,
                 headers_missing,
+                rule,
                 trace_id_high,
                 trace_id_low,
                 parent_span_id,
@@ -303,7 +305,8 @@ class RecordEncoder:
             string = own.get
             client = string(_CLIENT_SOCKADDR)
             peer = (string(_PEER_SOCKADDR) or client) if raw[_PEER_KNOWN] else None
-            key: tuple[object, ...] = facts, more_facts, rc, bytes_sent == 0, self._builder.trusts(peer), section, *own
+            trusts = self._builder.trusts(peer)
+            key: tuple[object, ...] = facts, more_facts, rc, bytes_sent == 0, trusts, rule, section, *own
             if attempts:
                 states = _states(attempts)
                 if states is None:

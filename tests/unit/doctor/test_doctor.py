@@ -18,6 +18,7 @@ from otel_nginx_ebpf.doctor.examine import (
     InstanceReport,
     LayoutReport,
     NginxReport,
+    RuleReport,
     examine,
 )
 from otel_nginx_ebpf.doctor.render import text
@@ -138,7 +139,7 @@ def test_colour_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_keys_of_json() -> None:
     told = json.loads(json.dumps(BAD.to_dict()))
-    assert list(told) == ["program_version", "ok", "system", "nginx", "problems"]
+    assert list(told) == ["program_version", "ok", "system", "nginx", "problems", "rules"]
     assert list(told["system"]["uprobes"]) == ["name", "state", "found", "advice"]
     (nginx,) = told["nginx"]
     assert list(nginx) == [
@@ -193,3 +194,28 @@ def test_what_was_named_and_is_not_there(tmp_path: Path) -> None:
 
 def test_the_columns_hold_every_boundary() -> None:
     assert max(len(boundary.name) for boundary in sites.BOUNDARIES) <= 22
+
+
+def test_rules_in_their_order(tmp_path: Path) -> None:
+    """With their places, in text and in JSON."""
+    path = tmp_path / "a.toml"
+    path.write_text('[[rules]]\nlocation = "/api/"\nstatus = "5xx"\nservice_name = "api"')
+    found = examine(load({"exclude": ["/healthz"]}, path)).rules
+    assert found == (
+        RuleReport("--exclude /healthz", "path /healthz: drop true"),
+        RuleReport(f"{path}: rule 1", "location /api/, status 5xx: service_name api"),
+    )
+    lines = shown(replace(FINE, rules=(found[0], RuleReport("a.toml: rule 1", found[1].rule)))).splitlines()
+    assert lines[lines.index("The first rule that matches a request decides") :] == [
+        "The first rule that matches a request decides",
+        "     rule 1                 path /healthz: drop true",
+        "                            (--exclude /healthz)",
+        "     rule 2                 location /api/, status 5xx: service_name api",
+        "                            (a.toml: rule 1)",
+        "",
+        "Nothing is in the way of tracing.",
+    ]
+    assert json.loads(json.dumps(replace(FINE, rules=found).to_dict()))["rules"][0] == {
+        "place": "--exclude /healthz",
+        "rule": "path /healthz: drop true",
+    }
