@@ -15,6 +15,8 @@ PACKAGES_test += libnginx-mod-http-echo libnginx-mod-http-headers-more-filter li
 PACKAGES_test += libnginx-mod-http-subs-filter libnginx-mod-http-upstream-fair libnginx-mod-nchan
 # nginx's sources and a compiler, for tests that compare our struct layouts with the compiler's.
 PACKAGES_test += binutils dwz gcc libc6-dev libpcre2-dev libssl-dev nginx-dev zlib1g-dev
+# A compiler for arm64, for tests of what differs there.
+PACKAGES_test += gcc-aarch64-linux-gnu libc6-dev-arm64-cross
 # A terminal, its shells and a browser. Tests read their screens.
 PACKAGES_test += chromium fonts-dejavu-core tmux zsh
 PACKAGES_bench := $(PACKAGES_test) valgrind
@@ -26,6 +28,9 @@ BENCH ?= all
 SECONDS ?= 60
 MINUTES ?= 5
 REQUESTS ?= 100000
+ARCH ?= amd64
+EMULATOR_amd64 := qemu-system-x86
+EMULATOR_arm64 := qemu-system-arm
 SUITE ?= bookworm
 SUITES ?= bookworm trixie
 RUN ?= make demo "&&" make test
@@ -86,9 +91,9 @@ fleet: setup-test ## trace 20 nginx into Kafka, samplers, Jaeger, Prometheus and
 	@set -e; for engine in kafka $(ENGINES); do tests/fleet/build $$engine; done
 	@PYTHONPATH=tests $(BIN)/python -m fleet.run $(FLEET)
 
-vm: setup-test ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; default: all
-	@.ci/install-packages busybox-static e2fsprogs qemu-system-x86
-	@PYTHONPATH=tests $(BIN)/python -m vm.table $(KERNEL)
+vm: setup-test ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; ARCH=arm64
+	@.ci/install-packages busybox-static e2fsprogs $(EMULATOR_$(ARCH))
+	@PYTHONPATH=tests $(BIN)/python -m vm.table --arch $(ARCH) $(KERNEL)
 
 fuzz: setup-test ## give hostile input to each reader for SECONDS=60; TARGETS="record capture" for some readers
 	@PYTHONPATH=tests:. $(BIN)/python -m fuzz --seconds $(SECONDS) $(TARGETS)

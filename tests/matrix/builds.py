@@ -253,14 +253,14 @@ def unpack_source(directory: Path) -> Path:
     raise BuildError("\n".join(problems))
 
 
-def download(suite: str, directory: Path, *command: str) -> None:
+def download(suite: str, directory: Path, *command: str, architecture: str = "amd64") -> None:
     """Download into `directory` what apt fetches for `command` on a machine of that release without packages.
 
     Raises:
         BuildError: apt failed.
     """
     (directory / "partial").mkdir()
-    flags = apt_flags(suite)
+    flags = apt_flags(suite, architecture)
     fetch = [*flags, f"--option=Dir::Cache::archives={directory}", "--download-only", *command]
     try:
         run_apt(fetch, directory)
@@ -270,9 +270,9 @@ def download(suite: str, directory: Path, *command: str) -> None:
 
 
 @functools.cache
-def apt_flags(suite: str) -> tuple[str, ...]:
+def apt_flags(suite: str, architecture: str) -> tuple[str, ...]:
     """Return options for an apt with its own sources, lists and state, up to date. The machine's stay as they are."""
-    apt = CACHE / "apt" / suite
+    apt = CACHE / "apt" / (suite if architecture == "amd64" else f"{suite}-{architecture}")
     (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
     (apt / "nothing-installed").touch()
     sources = "\n".join(f"{kind} [signed-by={KEYRING}] {mirror()} {suite} main" for kind in ("deb", "deb-src"))
@@ -284,6 +284,7 @@ def apt_flags(suite: str) -> tuple[str, ...]:
         "Dir::Etc::sourcelist": apt / "sources.list",
         "Dir::Etc::sourceparts": "-",
         "Acquire::Languages": "none",
+        "APT::Architecture": architecture,
         "APT::Install-Recommends": "false",
         "APT::Sandbox::User": "root",  # the sandbox's user may not reach these directories
     }

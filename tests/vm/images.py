@@ -3,7 +3,9 @@
 Installs nothing on this machine and runs no maintainer script. Makes both once, in `.cache/vm/`.
 """
 
+import importlib.metadata
 import lzma
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matrix.builds import download
+
+from vm.architectures import NATIVE, Architecture
 
 CACHE = Path(__file__).parents[2] / ".cache" / "vm"
 
@@ -42,6 +46,12 @@ class Kernel:
         return self.directory / "vmlinuz"
 
     @property
+    def busybox(self) -> Path:
+        """A static busybox for the kernel's machine."""
+        own = self.directory / "busybox"
+        return own if own.exists() else Path("/bin/busybox")
+
+    @property
     def modules(self) -> list[Path]:
         """The modules, in the order of loading."""
         return [path for name in MODULES if (path := self.directory / f"{name}.ko").exists()]
@@ -52,21 +62,28 @@ class Kernel:
         return (self.directory / "release").read_text().strip()
 
 
-def kernel(name: str) -> Kernel:
+def named(name: str, architecture: Architecture) -> str:
+    return name if architecture.name == NATIVE else f"{name}-{architecture.name}"
+
+
+def kernel(name: str, architecture: Architecture) -> Kernel:
     """Return the kernel. Raise `matrix.builds.BuildError` if its package is not available."""
-    directory = CACHE / f"linux-{name}"
+    directory = CACHE / named(f"linux-{name}", architecture)
     if not directory.exists():
         with _made_whole(directory) as partial:
-            _unpack_kernel(KERNELS[name], partial.path)
+            _unpack_kernel(KERNELS[name], architecture.name, partial.path)
     return Kernel(directory)
 
 
-def _unpack_kernel(suite: str, directory: Path) -> None:
+def _unpack_kernel(suite: str, architecture: str, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         tree = Path(name, "tree")
-        download(suite, Path(name), "install", "linux-image-cloud-amd64")
-        for package in Path(name).glob("linux-*.deb"):
+        wanted = [f"linux-image-cloud-{architecture}", *(["busybox-static"] if architecture != NATIVE else [])]
+        download(suite, Path(name), "install", *wanted, architecture=architecture)
+        for package in (*Path(name).glob("linux-*.deb"), *Path(name).glob("busybox-*.deb")):
             subprocess.run(["dpkg-deb", "--extract", package, tree], check=True)
+        for busybox in tree.glob("**/bin/busybox"):
+            shutil.copy(busybox, directory / "busybox")
         (image,) = tree.rglob("vmlinuz*")
         shutil.copy(image, directory / "vmlinuz")
         (modules,) = (path for path in tree.rglob("lib/modules/*") if (path / "kernel").is_dir())
@@ -77,25 +94,25 @@ def _unpack_kernel(suite: str, directory: Path) -> None:
                 (directory / f"{module}.ko").write_bytes(lzma.decompress(content) if path.suffix == ".xz" else content)
 
 
-def root_image() -> Path:
+def root_image(architecture: Architecture) -> Path:
     """Return an image of Debian with nginx and all that the tests need. Raise `BuildError` if a package is missing."""
-    image = CACHE / "root.ext4"
-    recipe = CACHE / "root.packages"
+    image = CACHE / f"{named('root', architecture)}.ext4"
+    recipe = image.with_suffix(".packages")
     wanted = " ".join((ROOT_SUITE, *ROOT_PACKAGES)) + "\n"
     if not image.exists() or not recipe.exists() or recipe.read_text() != wanted:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as name:
             tree = Path(name, "tree")
-            _unpack_root(Path(name), tree)
+            _unpack_root(Path(name), tree, architecture.name)
             image.unlink(missing_ok=True)
             make_image(tree, image, ROOT_BYTES)
         recipe.write_text(wanted)
     return image
 
 
-def _unpack_root(packages: Path, tree: Path) -> None:
+def _unpack_root(packages: Path, tree: Path, architecture: str) -> None:
     print("vm: making the root file system", file=sys.stderr)
-    download(ROOT_SUITE, packages, "install", *ROOT_PACKAGES)
+    download(ROOT_SUITE, packages, "install", *ROOT_PACKAGES, architecture=architecture)
     for merged in ("bin", "lib", "lib64", "sbin"):
         (tree / "usr" / merged).mkdir(parents=True)
         (tree / merged).symlink_to(f"usr/{merged}")
@@ -121,6 +138,36 @@ def make_image(tree: Path, image: Path, size: int) -> None:
     run = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-d", tree, partial, str(size // 1024)]
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
     partial.rename(image)
+
+
+def exchange_native_packages(site_packages: Path, architecture: Architecture) -> None:
+    """Put the wheels of another architecture into a copy of this virtual environment's packages.
+
+    Packages without such a wheel are missing then.
+    """
+    for each in importlib.metadata.distributions():
+        tags = re.findall(r"^Tag: .*-(\S+)$", each.read_text("WHEEL") or "", re.MULTILINE)
+        if all(tag == "any" for tag in tags):
+            continue
+        for file in each.files or ():
+            (site_packages / file).unlink(missing_ok=True)
+        unpacked = CACHE / named("wheels", architecture) / f"{each.name}-{each.version}"
+        if not unpacked.exists():
+            with _made_whole(unpacked) as partial:
+                install = [
+                    sys.executable,
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--disable-pip-version-check",
+                    "--no-deps",
+                ]
+                install += ["--only-binary=:all:", f"--target={partial.path}", f"{each.name}=={each.version}"]
+                install += [f"--platform={name}" for name in architecture.wheels]
+                if subprocess.run(install, stderr=subprocess.DEVNULL).returncode:
+                    print(f"vm: no {each.name} {each.version} for {architecture.name}", file=sys.stderr)
+        shutil.copytree(unpacked, site_packages, dirs_exist_ok=True)
 
 
 class _made_whole:

@@ -16,7 +16,8 @@ from xml.etree import ElementTree
 from matrix.builds import BuildError
 from matrix.run import Result, result_of
 
-from vm.images import CACHE, KERNELS, kernel
+from vm.architectures import ARCHITECTURES, NATIVE, Architecture
+from vm.images import CACHE, KERNELS, kernel, named
 from vm.machine import RESULTS, MachineError, run
 
 # An emulated machine takes a minute to trace another nginx. So only these run: upstreams, HTTP/2, subrequests, TLS.
@@ -97,16 +98,16 @@ class Row:
         )
 
 
-def try_kernel(name: str, selection: Sequence[str]) -> Row:
-    directory = CACHE / f"results-{name}"
+def try_kernel(name: str, selection: Sequence[str], architecture: Architecture) -> Row:
+    directory = CACHE / named(f"results-{name}", architecture)
     (directory / "report.xml").unlink(missing_ok=True)
     script = GUEST.format(
         results=RESULTS, options=shlex.join(OPTIONS), patience=PATIENCE, selection=shlex.join(selection)
     )
     release = name
     try:
-        release = kernel(name).release
-        run(name, ["bash", "-c", script], directory, GUEST_S)
+        release = kernel(name, architecture).release
+        run(name, ["bash", "-c", script], directory, GUEST_S, architecture=architecture)
         results = tuple(result_of(case) for case in ElementTree.parse(directory / "report.xml").iter("testcase"))
     except (BuildError, MachineError, OSError) as error:
         return Row(release, problem=str(error))
@@ -117,13 +118,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make vm", description=__doc__)
     parser.add_argument("kernels", nargs="*", metavar="KERNEL", help=f"any of {', '.join(KERNELS)}; default: all")
     parser.add_argument("--tests", nargs="+", metavar="PATH", type=Path, help="tests to run instead of the default")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=NATIVE, help=f"the machine (default: {NATIVE})")
     arguments = parser.parse_args()
     names = arguments.kernels or list(KERNELS)
     if unknown := set(names) - set(KERNELS):
         parser.error(f"no kernel is called {', '.join(sorted(unknown))}")
     selection = [str(path) for path in arguments.tests or []]
     selection = selection or [*(f"tests/e2e/{module}.py" for module in SCENARIOS), *PROPAGATION]
-    rows = [try_kernel(name, selection) for name in names]
+    rows = [try_kernel(name, selection, ARCHITECTURES[arguments.arch]) for name in names]
     print("\n| kernel | attached | scenarios passed | `--propagate` | notes |\n| --- | --- | ---: | --- | --- |")
     for row in rows:
         print(f"| {' | '.join(row.cells)} |")
