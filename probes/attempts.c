@@ -17,12 +17,6 @@
 #define WANTED_NS (60 * 1000000000ULL)
 #define EVENTS_MAX 16
 
-/* struct epoll_event is packed on x86-64. */
-struct event {
-    u32 events;
-    u64 data;
-} __attribute__((packed));
-
 /* The request for which an attempt begins, and its upstream. */
 struct owner {
     u64 request;

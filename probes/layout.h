@@ -20,7 +20,11 @@
 
 /* The address range of a process. No pointer is below it, and no number that nginx counts is above it. */
 #define MEMORY_BEGINS 0x100000ULL
+#ifdef __aarch64__
+#define MEMORY_ENDS 0x1000000000000ULL /* 48 bits; Linux gives more only to a process that asks for an address above */
+#else
 #define MEMORY_ENDS 0x800000000000ULL
+#endif
 #define TEXT_BYTES_MAX (1 << 20)
 #define BUFFER_BYTES_MAX (1ULL << 40)
 #define DESCRIPTORS_MAX (1 << 30)

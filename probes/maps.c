@@ -1,8 +1,8 @@
 /*
  * What the probes remember between their hits: processes, sockets, running requests, finished upstream attempts.
  *
- * planner/program.py puts in front of this text helpers.h, record.h, metrics.h, x86_64.h, trace_context.h, layout.h, layout_upstream.h,
- * text.h, and before them these constants:
+ * planner/program.py puts in front of this text x86_64.h or arm64.h, helpers.h, record.h, metrics.h, trace_context.h, layout.h,
+ * layout_upstream.h, text.h, and before them these constants:
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    the layout, in bytes
  *     SITE_ngx_http_free_request, ADDRESS_<symbol>    virtual addresses in the binary
  *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE, PROPAGATE_SOCKET, TRUSTED_PROXIES    the settings (planner/sampling.py)

@@ -174,7 +174,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     if (readable && is_of_a_handshake(process))
         return 0;
-    u64 load_address = ctx->ip - SITE_ngx_http_free_request;
+    u64 load_address = PT_REGS_IP(ctx) - SITE_ngx_http_free_request;
     if (!process->core_module_index_known)
         learn_core_module_index(process, load_address);
     if (is_doubted(process, r, readable, load_address, tgid))

@@ -344,7 +344,7 @@ static __always_inline int system_call_ended(
     s64 result = ctx->args[1];
     struct syscall_entry entry;
 
-    if (bpf_probe_read_kernel(&entry, sizeof(entry), SYSCALL_ENTRY(regs)) != 0 || tells_nothing(&entry, result))
+    if (!read_entry(&entry, regs) || tells_nothing(&entry, result))
         return 0;
     u64 now = bpf_ktime_get_ns();
     u64 began_ns = caller->last_event_ns ? caller->last_event_ns : now;
@@ -414,8 +414,10 @@ static __always_inline int system_call_ended(
             expect_connection(&key);
 #endif
         break;
+#ifdef SYS_epoll_wait
     case SYS_epoll_wait:
-    case SYS_epoll_pwait: /* musl */
+#endif
+    case SYS_epoll_pwait: /* musl; on arm64 every C library */
 #if REQUEST_METRICS
         if (worker)
             count_turn(caller, began_ns);
@@ -455,8 +457,10 @@ static __always_inline int system_call_ended(
     case SYS_clone:
         if (entry.argument1 & CLONE_THREAD)
             break;
+#ifdef SYS_fork
     /* fall through */
     case SYS_fork:
+#endif
         if (result > 0) /* a master's new worker; it is known before its first connection */
             add_process(result);
         break;

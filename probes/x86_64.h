@@ -1,5 +1,12 @@
-/* Everything specific to x86-64: the system call numbers, and the registers of a system call's arguments (for functions BCC has
- * PT_REGS_PARM1…). */
+/* Everything specific to x86-64: registers, system calls and struct epoll_event. arm64.h says the same of arm64. For the arguments
+ * of functions BCC has PT_REGS_PARM1… */
+
+/* arch/x86/include/uapi/asm/ptrace.h: the registers that a handler gets, and those of a system call. */
+struct pt_regs {
+    unsigned long r15, r14, r13, r12, bp, bx;
+    unsigned long r11, r10, r9, r8, ax, cx, dx, si, di;
+    unsigned long orig_ax, ip, cs, flags, sp, ss;
+};
 
 #define SYS_read 0
 #define SYS_write 1
@@ -28,7 +35,7 @@
 #define SYS_epoll_pwait 281
 #define SYS_accept4 288
 
-/* The end of pt_regs, from r10 on. One read gets the number and the arguments of a system call. */
+/* The number and the arguments of a system call: the part of pt_regs from r10 on, so that one read gets all. */
 struct syscall_entry {
     unsigned long argument4;  /* r10 */
     unsigned long argument6;
@@ -40,4 +47,14 @@ struct syscall_entry {
     unsigned long argument1;
     unsigned long number;     /* orig_rax */
 };
-#define SYSCALL_ENTRY(regs) (&(regs)->r10)
+
+static __always_inline bool read_entry(struct syscall_entry *entry, const struct pt_regs *regs)
+{
+    return bpf_probe_read_kernel(entry, sizeof(*entry), &regs->r10) == 0;
+}
+
+/* struct epoll_event is packed here, as it is for 32 bits. */
+struct event {
+    u32 events;
+    u64 data;
+} __attribute__((packed));

@@ -10,6 +10,7 @@ from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.kernel import preflight
 from otel_nginx_ebpf.kernel.preflight import Check, State
+from otel_nginx_ebpf.machine import Handling
 from otel_nginx_ebpf.nginx.binary import Binary, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, is_master, pid_namespace, title
@@ -17,10 +18,6 @@ from otel_nginx_ebpf.planner import captured_headers, sites
 from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site, tells_cache_status
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.tracing import by_binary, find_instances
-
-# The cost of a uprobe hit on an instruction that the kernel emulates, in microseconds: in a hot loop, and while nginx
-# proxies. The planner chooses only such instructions.
-COST_US = (0.6, 1.1)
 
 _FLAGS = ("--with-compat", "--with-debug", "--with-http_ssl_module", "--with-http_v2_module", "--with-http_v3_module")
 
@@ -38,8 +35,10 @@ class BoundaryReport:
     displacement: int | None
     """The distance from the function's entry, in bytes."""
     instruction: str | None
+    handling: Handling | None
+    """What the kernel does about the instruction."""
     cost_us: tuple[float, float] | None
-    """About what a hit costs nginx, at least and at most, in microseconds."""
+    """About what a hit costs nginx, at least and at most, in microseconds. None: not measured on this machine."""
     reason: str | None
     """Why there is no site."""
     without: str | None
@@ -214,10 +213,10 @@ def _examine_boundary(
 ) -> BoundaryReport:
     found = find_site(binary, layout, boundary)
     if isinstance(found, Site):
-        return BoundaryReport(
-            boundary.name, "ok", found.function, found.displacement, found.instruction, COST_US, None, None
-        )
+        cost_us = None if found.handling == "stepped" else binary.machine.hit_us
+        place = (found.function, found.displacement, found.instruction, found.handling)
+        return BoundaryReport(boundary.name, "ok", *place, cost_us, None, None)
     if boundary.required:
         problems.append(no_site(binary, boundary, found))
     state: State = "fail" if boundary.required else "note"
-    return BoundaryReport(boundary.name, state, None, None, None, None, found, boundary.without)
+    return BoundaryReport(boundary.name, state, None, None, None, None, None, found, boundary.without)

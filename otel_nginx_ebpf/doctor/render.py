@@ -4,7 +4,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from otel_nginx_ebpf.doctor.examine import COST_US, Examination, NginxReport
+from otel_nginx_ebpf.doctor.examine import Examination, NginxReport
 from otel_nginx_ebpf.kernel.preflight import State
 from otel_nginx_ebpf.printable import printable
 
@@ -74,11 +74,16 @@ def _nginx_table(nginx: NginxReport) -> Table:
             _row(table, "note", "cache", "no nginx.cache.status: the layout does not tell where it is")
     for each in nginx.boundaries:
         if each.reason is None:
-            _row(table, each.state, each.boundary, f"{each.function}+{each.displacement} ({each.instruction})")
+            place = f"{each.function}+{each.displacement} ({each.instruction})"
+            # Where the price is known, no instruction is stepped.
+            _row(table, each.state, each.boundary, place if each.cost_us else f"{place}, {each.handling}")
         elif each.state == "note":
             _row(table, each.state, each.boundary, f"no {each.without}: {each.reason}", _TO_HAVE_ALL)
-    if any(each.cost_us for each in nginx.boundaries):
-        _row(table, None, "", "a probe hit costs about {} to {} µs".format(*COST_US))
+    costs = [each.cost_us for each in nginx.boundaries if each.reason is None]
+    if costs and costs[0]:
+        _row(table, None, "", "a probe hit costs about {} to {} µs".format(*costs[0]))
+    elif costs:
+        _row(table, None, "", "what a probe hit costs was not measured on this kind of machine; make bench measures it")
     for problem in nginx.problems:
         _row(table, "fail", "tracing", problem)
     return table

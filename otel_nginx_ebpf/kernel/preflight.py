@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import re
 import resource
@@ -130,7 +131,7 @@ def ring_buffer() -> Check:
     if bpf().state != "ok":
         return Check("ring buffer", "note", "unknown", "cannot be tested; see bpf")
     advice = "this kernel has no BPF ring buffer, which came with 5.8; use a newer kernel"
-    return _try_map("ring buffer", _MAP_TYPE_RINGBUF, 0, 4096, Check("ring buffer", "fail", "none", advice))
+    return _try_map("ring buffer", _MAP_TYPE_RINGBUF, 0, mmap.PAGESIZE, Check("ring buffer", "fail", "none", advice))
 
 
 def jit() -> Check:

@@ -2,12 +2,20 @@
 
 The layout is the kernel's ABI (Linux kernel/bpf/ringbuf.c). First comes a writable page with the consumer's position.
 Then come read-only pages: the producer's position, and the data twice in a row, so that a record never wraps.
+
+The kernel stores a record before its length, and the length before the producer's position; and it writes over a record
+once it reads a later consumer's position. A processor such as arm64 may make reads in another order. Python has no
+instruction against this, but a lock has: a thread that gets a lock sees what others wrote before they gave it back. So
+to give a lock back and get it again separates what comes before from what comes after.
 """
 
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterator
+
+from otel_nginx_ebpf.machine import this_machine
 
 _HEADER = struct.Struct("<II")
 _BUSY = 1 << 31
@@ -30,6 +38,9 @@ class RingBuffer:
         writable = mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=0)
         self._consumed = memoryview(writable).cast("Q")
         self._produced = memoryview(mmap.mmap(descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)).cast("Q")
+        self._weakly_ordered = this_machine().weakly_ordered
+        self._held = threading.Lock()
+        self._held.acquire()
 
     def fill(self) -> float:
         """Returns the share of the buffer that waits to be read, from 0 to 1."""
@@ -42,6 +53,8 @@ class RingBuffer:
         """
         position = self._consumed[0]
         end = self._produced[0]
+        if self._weakly_ordered:
+            self._separate()
         while position < end:
             in_page = position % mmap.PAGESIZE
             with self._map(position - in_page, end) as window:
@@ -51,6 +64,8 @@ class RingBuffer:
                         length = _HEADER.unpack_from(window, at)[0]
                         if length & _BUSY:
                             return
+                        if self._weakly_ordered:
+                            self._separate()
                         start = at + _HEADER.size
                         stop = start + (length & ~_DISCARDED)
                         if stop > len(window):
@@ -60,8 +75,19 @@ class RingBuffer:
                             yield window[start:stop]
                 finally:
                     position += at - in_page
+                    if self._weakly_ordered:
+                        self._separate()
                     self._give_back_to(position)
                     given_back()
+
+    def _separate(self) -> None:
+        """Keeps the processor from moving a read or write across this call.
+
+        To release is no earlier than all that comes before, to acquire is no later than all that comes after, and a
+        processor keeps an acquire behind the release before it (Arm Architecture Reference Manual, B2.3).
+        """
+        self._held.release()
+        self._held.acquire()
 
     def _give_back_to(self, position: int) -> None:
         self._consumed[0] = position

@@ -3,9 +3,7 @@
 import ctypes
 
 from otel_nginx_ebpf.linux import checked, libc
-
-# x86-64's system call number.
-_SYS_BPF = 321
+from otel_nginx_ebpf.machine import this_machine
 
 
 def bpf(command: int, attribute: ctypes.Structure) -> int:
@@ -15,4 +13,4 @@ def bpf(command: int, attribute: ctypes.Structure) -> int:
         command: A member of enum bpf_cmd (linux/bpf.h).
         attribute: The command's part of union bpf_attr.
     """
-    return checked(int(libc.syscall(_SYS_BPF, command, ctypes.byref(attribute), ctypes.sizeof(attribute))))
+    return checked(int(libc.syscall(this_machine().bpf, command, ctypes.byref(attribute), ctypes.sizeof(attribute))))

@@ -8,12 +8,12 @@ from functools import cached_property
 from pathlib import Path
 
 import capstone
-from capstone import x86_const
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import NoteSection, SymbolTableSection
 
 from otel_nginx_ebpf.errors import TemporaryError, UserError
+from otel_nginx_ebpf.machine import MACHINES, Handling, Machine
 from otel_nginx_ebpf.nginx.signature import Signature
 
 NGINX = "nginx"
@@ -28,21 +28,24 @@ _IDENTITY = re.compile(
 _SIGNATURE = re.compile(rb"\0(?:\w+,)?\d,\d,\d,([01]{34,})\0")
 _CONFIGURE = re.compile(rb"configure arguments:([^\0\n]*)")
 
-# The longest prologue seen before a usable instruction is 11 bytes. Later instructions have overwritten the arguments.
+# The longest prologue seen before a usable instruction is 11 bytes on x86-64. Later instructions have overwritten the
+# arguments.
 _PROLOGUE_BYTES = 64
+
+_FUNCTION_BYTES_MAX = 65536
 
 # Elf64_Sym.
 _SYMBOL_BYTES = 24
 
-_ARGUMENT_REGISTERS = (
-    {x86_const.X86_REG_RDI, x86_const.X86_REG_EDI, x86_const.X86_REG_DI, x86_const.X86_REG_DIL},
-    {x86_const.X86_REG_RSI, x86_const.X86_REG_ESI, x86_const.X86_REG_SI, x86_const.X86_REG_SIL},
-)
+_DISASSEMBLERS = {
+    "x86_64": (capstone.CS_ARCH_X86, capstone.CS_MODE_64),
+    "aarch64": (capstone.CS_ARCH_ARM64, capstone.CS_MODE_ARM),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """An instruction that the kernel can emulate for a uprobe, without single-stepping (arch/x86/kernel/uprobes.c)."""
+    """An instruction for a uprobe: if there is one, an instruction that the kernel need not step."""
 
     function: str
     address: int
@@ -51,6 +54,7 @@ class Site:
     displacement: int
     """The distance from the function's entry, in bytes."""
     instruction: str
+    handling: Handling
 
     def __str__(self) -> str:
         return f"{self.function}+{self.displacement} ({self.instruction})"
@@ -64,7 +68,7 @@ class Binary:
     """An nginx executable. `path` may be a /proc/PID/exe link; `name`, for people, is then the link's target.
 
     Raises:
-        UserError: The file is not an ELF executable for x86-64, or is not nginx.
+        UserError: The file is not an ELF executable for a machine of `MACHINES`, or is not nginx.
         TemporaryError: The file cannot be read.
     """
 
@@ -82,8 +86,7 @@ class Binary:
             raise UserError(f"{self.name} is not an executable this program understands: {error}") from error
 
     def _read(self, elf: ELFFile, file_bytes: int) -> None:
-        if elf.get_machine_arch() != "x64":
-            raise UserError(f"{self.name} is built for {elf.get_machine_arch()}; only x86-64 is supported so far")
+        self.machine = self._machine_of(elf.get_machine_arch())
         if elf.num_segments() * elf.structs.Elf_Phdr.sizeof() > file_bytes:
             raise ELFError("a damaged table of segments")
         self._segments: list[tuple[int, int, int, bytes]] = []
@@ -94,6 +97,7 @@ class Binary:
                 raise ELFError("a segment passes the file's end, or many overlap")
             self._segments.append((segment["p_vaddr"], segment["p_filesz"], segment["p_offset"], segment.data()))
         self.symbols: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         symbol_bytes = 0
         for section in elf.iter_sections():
             if isinstance(section, SymbolTableSection):
@@ -103,6 +107,7 @@ class Binary:
                 for symbol in section.iter_symbols():
                     if symbol["st_shndx"] != "SHN_UNDEF" and symbol.name.startswith("ngx_"):
                         self.symbols[symbol.name] = symbol["st_value"]
+                        self._sizes[symbol.name] = symbol["st_size"]
         rodata = b"\0".join(data for _, _, _, data in self._segments)
         self.product, self.version = self._identity(rodata)
         signature = _SIGNATURE.search(rodata)
@@ -110,6 +115,13 @@ class Binary:
         self.configure_arguments = configure[1].decode("utf-8", "replace").strip() if configure else ""
         self.signature = Signature(signature[1].decode() if signature else "")
         self.build_id = read_build_id(elf)
+
+    def _machine_of(self, elf_name: str) -> Machine:
+        for machine in MACHINES:
+            if machine.elf == elf_name:
+                return machine
+        known = " and ".join(machine.title for machine in MACHINES)
+        raise UserError(f"{self.name} is built for {elf_name}; only {known} are supported so far")
 
     def _identity(self, rodata: bytes) -> tuple[str, str]:
         """Returns the product, which is nginx or a fork, and its release.
@@ -160,19 +172,37 @@ class Binary:
 
     @cached_property
     def _disassembler(self) -> capstone.Cs:
-        disassembler = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
+        disassembler = capstone.Cs(*_DISASSEMBLERS[self.machine.name])
         disassembler.detail = True
         return disassembler
 
-    def _instructions(self, address: int) -> Iterator[tuple[capstone.CsInsn, int]]:
+    def _instructions(self, address: int, code_bytes: int) -> Iterator[tuple[capstone.CsInsn, int]]:
         for start, size, offset, data in self._segments:
             if start <= address < start + size:
-                code = data[address - start : address - start + _PROLOGUE_BYTES]
+                code = data[address - start : address - start + code_bytes]
                 for instruction in self._disassembler.disasm(code, address):
                     yield instruction, offset + instruction.address - start
 
+    def _is_jumped_to(self, site: Site) -> bool:
+        """Tells whether the function itself jumps behind its entry and no farther than to the site, as in a loop.
+
+        A hit there need not be a call.
+        """
+        if not site.displacement:
+            return False
+        entry = site.address - site.displacement
+        size = min(self._sizes[site.function], _FUNCTION_BYTES_MAX)
+        return any(
+            operand.type == capstone.CS_OP_IMM and entry < operand.imm <= site.address
+            for instruction, _ in self._instructions(entry, size)
+            if capstone.CS_GRP_BRANCH_RELATIVE in instruction.groups
+            for operand in instruction.operands
+        )
+
     def site(self, function: str, arguments: int) -> Site:
         """Returns the first instruction of `function` that is cheap to probe before its arguments are overwritten.
+
+        On arm64 functions may have no such instruction, so there an instruction that the kernel steps will do.
 
         Args:
             function: The function's name.
@@ -182,16 +212,27 @@ class Binary:
             NoSiteError: The function is not exported, or has no such instruction.
         """
         entry = self.address(function)
-        watched = set().union(*_ARGUMENT_REGISTERS[:arguments])
-        for instruction, file_offset in self._instructions(entry):
+        watched = set().union(*self.machine.argument_registers[:arguments])
+        stepped: Site | None = None
+        for instruction, file_offset in self._instructions(entry, _PROLOGUE_BYTES):
             text = f"{instruction.mnemonic} {instruction.op_str}".strip()
-            if _is_emulated(instruction):
-                return Site(function, instruction.address, file_offset, instruction.address - entry, text)
-            written = instruction.regs_access()[1]
+            handling = self.machine.handling(bytes(instruction.bytes))
+            if handling and (handling != "stepped" or (self.machine.may_step and not stepped)):
+                site = Site(function, instruction.address, file_offset, instruction.address - entry, text, handling)
+                if not self._is_jumped_to(site):
+                    if handling != "stepped":
+                        return site
+                    stepped = site
+            written = {instruction.reg_name(each) for each in instruction.regs_access()[1]}
             leaves = {capstone.CS_GRP_CALL, capstone.CS_GRP_JUMP, capstone.CS_GRP_RET} & set(instruction.groups)
-            if leaves or watched & set(written):
-                raise NoSiteError(f"{function} has no instruction to probe cheaply before `{text}`")
-        raise NoSiteError(f"{function} has no instruction to probe cheaply in its first {_PROLOGUE_BYTES} bytes")
+            if handling is None or leaves or watched & written:
+                where = f"before `{text}`"
+                break
+        else:
+            where = f"in its first {_PROLOGUE_BYTES} bytes"
+        if stepped is None:
+            raise NoSiteError(f"{function} has no instruction to probe cheaply {where}")
+        return stepped
 
 
 def read_build_id(elf: ELFFile) -> str:
@@ -205,16 +246,3 @@ def read_build_id(elf: ELFFile) -> str:
                 if (note["n_name"], note["n_type"]) == ("GNU", "NT_GNU_BUILD_ID"):
                     return str(note["n_desc"])
     return ""
-
-
-def _is_emulated(instruction: capstone.CsInsn) -> bool:
-    """Tells whether the kernel emulates an instruction (branch_setup_xol_ops, push_setup_xol_ops).
-
-    It emulates push %reg, jcc, jmp rel, call rel32 and the one-byte nop.
-    """
-    code = bytes(instruction.bytes)
-    if 0x50 <= code[0] <= 0x57 or (code[0] == 0x41 and 0x50 <= code[1] <= 0x57):
-        return True
-    if code[0] in (0x90, 0xE8, 0xE9, 0xEB) or 0x70 <= code[0] <= 0x7F:
-        return True
-    return code[0] == 0x0F and 0x80 <= code[1] <= 0x8F

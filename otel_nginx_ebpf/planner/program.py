@@ -4,11 +4,12 @@ import os
 from collections.abc import Mapping
 from importlib.resources import files
 
+from otel_nginx_ebpf.machine import this_machine
+
 _HEADERS = (
     "helpers.h",
     "record.h",
     "metrics.h",
-    "x86_64.h",
     "trace_context.h",
     "telling.h",
     "layout.h",
@@ -17,6 +18,8 @@ _HEADERS = (
 )
 _OF_THE_SOCKET = ("telling.h", "tellings.c", "upstream_connections.c", "socket_propagation.c")
 """Only with --propagate on the socket."""
+_BCC_PAGE_BYTES = 4096
+"""PAGE_SIZE of `probes/stub_headers`, on every machine."""
 _SOURCES = (
     "maps.c",
     "histograms.c",
@@ -104,7 +107,7 @@ def program_text(
         "FOLLOW_ALL": int(follow_all),
         "FOLLOW_FORKS": int(follow_forks),
         "ACTIVE_REQUESTS_MAX": active_requests_max,
-        "RING_BUFFER_PAGES": ring_buffer_bytes // 4096,
+        "RING_BUFFER_PAGES": ring_buffer_bytes // _BCC_PAGE_BYTES,
     }
     if pid_namespace is not None:
         device, defined["PID_NAMESPACE_INODE"] = pid_namespace
@@ -121,13 +124,12 @@ def program_text(
     return "\n".join(
         [
             "#include <linux/types.h>",
-            "#include <uapi/linux/ptrace.h>",
             # Hexadecimal, because C then takes a number that needs all 64 bits as unsigned.
             *(f"#define {name} {value:#x}" for name, value in defined.items()),
             *(
                 (rules_text if name == "rules.c" and defined["RULES"] else "")
                 + (probes / name).read_text(encoding="utf-8")
-                for name in _HEADERS + _SOURCES
+                for name in (this_machine().header, *_HEADERS, *_SOURCES)
                 if defined.get("PROPAGATE_SOCKET") or name not in _OF_THE_SOCKET
             ),
         ]

@@ -10,39 +10,12 @@ import ctypes
 import struct
 
 from otel_nginx_ebpf.linux import libc
+from otel_nginx_ebpf.machine import Machine, this_machine
 
-# x86-64's numbers.
-_REFUSED = {
-    "execve": 59,
-    "ptrace": 101,
-    "mount": 165,
-    "umount2": 166,
-    "init_module": 175,
-    "delete_module": 176,
-    "kexec_load": 246,
-    "add_key": 248,
-    "request_key": 249,
-    "keyctl": 250,
-    "unshare": 272,
-    "perf_event_open": 298,
-    "open_by_handle_at": 304,
-    "setns": 308,
-    "process_vm_readv": 310,
-    "process_vm_writev": 311,
-    "finit_module": 313,
-    "kexec_file_load": 320,
-    "execveat": 322,
-    "userfaultfd": 323,
-    "io_uring_setup": 425,
-    "io_uring_enter": 426,
-    "io_uring_register": 427,
-    "pidfd_getfd": 438,
-}
-_BPF = 321
 # linux/bpf.h: what the emitter does with the maps that it was given (`kernel.maps`): lookup, delete, next key, lookup
 # batch. It may not make maps, load programs, or find either by id.
 _BPF_ALLOWED = (1, 3, 4, 24)
-_AUDIT_ARCH_X86_64 = 0xC000003E
+# x86-64 with pointers of 32 bits. No other number is so great.
 _X32 = 0x40000000
 
 # linux/prctl.h, linux/seccomp.h
@@ -63,18 +36,18 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _filter() -> list[tuple[int, int, int, int]]:
+def filter_of(machine: Machine) -> list[tuple[int, int, int, int]]:
     """Returns the instructions: operation, jump if true, jump if false, operand."""
-    commands_at = 6 + len(_REFUSED)
+    commands_at = 6 + len(machine.refused)
     refuse_at = commands_at + len(_BPF_ALLOWED)
     allow_at = refuse_at + 1
     return [
         (_LOAD, 0, 0, _ARCHITECTURE_AT),
-        (_IF_EQUAL, 0, refuse_at - 2, _AUDIT_ARCH_X86_64),
+        (_IF_EQUAL, 0, refuse_at - 2, machine.audit_architecture),
         (_LOAD, 0, 0, _NUMBER_AT),
         (_IF_AT_LEAST, refuse_at - 4, 0, _X32),
-        *((_IF_EQUAL, refuse_at - at - 1, 0, number) for at, number in enumerate(_REFUSED.values(), 4)),
-        (_IF_EQUAL, 0, allow_at - commands_at + 1, _BPF),
+        *((_IF_EQUAL, refuse_at - at - 1, 0, number) for at, number in enumerate(machine.refused.values(), 4)),
+        (_IF_EQUAL, 0, allow_at - commands_at + 1, machine.bpf),
         (_LOAD, 0, 0, _FIRST_ARGUMENT_AT),
         *((_IF_EQUAL, allow_at - at - 1, 0, command) for at, command in enumerate(_BPF_ALLOWED, commands_at)),
         (_RETURN, 0, 0, _REFUSE),
@@ -88,6 +61,6 @@ def refuse_system_calls() -> bool:
     Returns:
         Whether the kernel supports such filters.
     """
-    instructions = _filter()
+    instructions = filter_of(this_machine())
     program = _Program(len(instructions), b"".join(_INSTRUCTION.pack(*each) for each in instructions))
     return bool(libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) == 0)

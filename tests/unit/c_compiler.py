@@ -2,6 +2,7 @@
 
 import ctypes
 import subprocess
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from io import BytesIO
@@ -10,13 +11,20 @@ from pathlib import Path
 from elftools.dwarf.die import DIE
 from elftools.elf.elffile import ELFFile
 
+CROSS = "aarch64-linux-gnu-gcc"
+"""Makes code for arm64 on any machine."""
 
-def compile_object(source: str, include: Sequence[Path] = ()) -> bytes:
+# Behind the compiler's own headers: other libraries' headers, which are the same for all machines.
+_LIBRARIES = ("/usr/include", f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}")
+CROSS_WITH_LIBRARIES = (CROSS, *(flag for folder in _LIBRARIES for flag in ("-idirafter", folder)))
+
+
+def compile_object(source: str, include: Sequence[Path] = (), compiler: Sequence[str] = ("gcc",)) -> bytes:
     """The object file of a C text, with debug information."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "object.o"
         compiled = subprocess.run(
-            ["gcc", "-g", "-c", "-x", "c", *(f"-I{path}" for path in include), "-o", target, "-"],
+            [*compiler, "-g", "-c", "-x", "c", *(f"-I{path}" for path in include), "-o", target, "-"],
             input=source.encode(),
             capture_output=True,
             check=False,

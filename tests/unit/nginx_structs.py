@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from unit.c_compiler import DebugInfo, compile_object
@@ -17,12 +17,14 @@ def configure(sources: Path) -> None:
     subprocess.run(["sh", "./configure", *options], cwd=sources, check=True, capture_output=True)
 
 
-def measure(sources: Path, structs: Iterable[str]) -> tuple[dict[str, dict[str, int]], str]:
+def measure(
+    sources: Path, structs: Iterable[str], compiler: Sequence[str] = ("gcc",)
+) -> tuple[dict[str, dict[str, int]], str]:
     """The offsets of all members of structs, with their `sizeof`, and the signature of a build of these sources."""
     include = [sources / folder for folder in (*_FOLDERS, *_HTTP_FOLDERS)]
     headers = "".join(f"#include <ngx_{name}.h>\n" for name in ("config", "core", "event", "http"))
     uses = "".join(f"{name if name.endswith('_t') else 'struct ' + name} *used_{name};\n" for name in structs)
-    compiled = compile_object(headers + uses + "char signature[] = NGX_MODULE_SIGNATURE;\n", include)
+    compiled = compile_object(headers + uses + "char signature[] = NGX_MODULE_SIGNATURE;\n", include, compiler)
     debug_info = DebugInfo(compiled)
     signature = re.search(rb"\d,\d,\d,([01]+)\0", compiled)
     assert signature

@@ -27,11 +27,13 @@ from otel_nginx_ebpf.kernel.preflight import Check
 from otel_nginx_ebpf.planner import sites
 from otel_nginx_ebpf.settings.sources import load
 
-GOOD = BoundaryReport("request begins", "ok", "ngx_http_create_request", 4, "push rbx", (0.6, 1.1), None, None)
+GOOD = BoundaryReport(
+    "request begins", "ok", "ngx_http_create_request", 4, "push rbx", "emulated", (0.6, 1.1), None, None
+)
 ABSENT = BoundaryReport(
     "HTTP/2 response begins",
     "note",
-    *(None, None, None, None),
+    *(None, None, None, None, None),
     "ngx_http_v2_send_output_queue is not exported",
     "downstream write spans on HTTP/2",
 )
@@ -152,6 +154,7 @@ def test_the_keys_of_json() -> None:
         "function": "ngx_http_create_request",
         "displacement": 4,
         "instruction": "push rbx",
+        "handling": "emulated",
         "cost_us": [0.6, 1.1],
         "reason": None,
         "without": None,

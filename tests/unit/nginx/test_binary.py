@@ -18,6 +18,7 @@ from otel_nginx_ebpf.nginx.binary import Binary, NoSiteError
 from otel_nginx_ebpf.nginx.debug_files import debug_files
 from otel_nginx_ebpf.nginx.layouts import layout_for
 from otel_nginx_ebpf.planner.sites import BOUNDARIES, Boundary
+from unit.c_compiler import CROSS_WITH_LIBRARIES
 from unit.nginx_structs import configure, measure
 
 NGINX = Path("/usr/sbin/nginx")
@@ -85,14 +86,20 @@ def test_a_function_that_is_not_exported_has_no_site(binary: Binary) -> None:
         binary.site("ngx_no_such_function", 1)
 
 
-def test_the_layout_is_what_the_compiler_makes_of_nginx_sources(
-    binary: Binary, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = tmp_path_factory.mktemp("nginx") / "src"
     shutil.copytree(NGINX_SOURCES, sources)
     configure(sources)
+    return sources
+
+
+@pytest.mark.parametrize("compiler", [("gcc",), CROSS_WITH_LIBRARIES], ids=["here", "arm64"])
+def test_the_layout_is_what_the_compiler_makes_of_nginx_sources(
+    binary: Binary, configured: Path, compiler: tuple[str, ...]
+) -> None:
     layout = layout_for(binary).structs
-    measured, _ = measure(sources, layout)
+    measured, _ = measure(configured, layout, compiler)
     for struct, members in layout.items():
         assert {member: measured[struct][member] for member in members} == members, struct
 

@@ -2,5 +2,4 @@
 #ifndef STUB_LINUX_KCONFIG_H
 #define STUB_LINUX_KCONFIG_H
 #define CONFIG_BPF_SYSCALL 1
-#define CONFIG_X86_64 1
 #endif
