@@ -34,7 +34,7 @@ def taken(frames: Sequence[Frame], encoder: RecordEncoder, *, access: bool = Fal
         both = [(record, each) for record, each in encoder.encode(records) if not isinstance(each, RecordError)]
         messages.append(encode_for_resource(RESOURCE, [each[0] for _, each in both]))
         if access:
-            made = [encode_access_record(spans[0], ids_of(raw), offset) for (raw, offset, _), (_, spans, _) in both]
+            made = [encode_access_record(spans[0], ids_of(raw), offset) for (raw, offset, _), (_, spans, *_) in both]
             messages.append(encode_for_resource(RESOURCE, made))
     return messages
 
