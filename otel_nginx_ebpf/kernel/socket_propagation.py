@@ -1,7 +1,8 @@
 """Attaches the programs that write on nginx's upstream sockets, and rehearses them on connections of our own.
 
 A kernel may have the programs and still not be usable. Since 6.6.128, 6.12.75, 6.18.14 and 6.19 a socket in a sockmap
-answers 0 to FIONREAD, and nginx then waits for bytes that it has. So nothing is concluded from the kernel's version.
+answers 0 to FIONREAD, and nginx then waits for bytes that it has. Debian's 6.12.117 and 7.2.13 are right again. So
+nothing is concluded from the kernel's version.
 """
 
 import ctypes

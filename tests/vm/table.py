@@ -49,7 +49,7 @@ for options in {options}; do
     .venv/bin/otel-nginx-ebpf run $options --dry-run 2>&1
 done | tee {results}/dry-runs
 nginx -p {results}/prefix -c nginx.conf -e error.log -s quit
-export OTEL_NGINX_EBPF_TEST_PATIENCE={patience}
+export OTEL_NGINX_EBPF_TEST_PATIENCE={patience} SOCKET_REQUESTS=5000
 .venv/bin/python -m pytest -q -p no:cacheprovider --color=no --junitxml={results}/report.xml {selection}
 true
 """
