@@ -270,7 +270,7 @@ def download(suite: str, directory: Path, *command: str, architecture: str = "am
 
 
 @functools.cache
-def apt_flags(suite: str, architecture: str) -> tuple[str, ...]:
+def apt_flags(suite: str, architecture: str = "amd64") -> tuple[str, ...]:
     """Return options for an apt with its own sources, lists and state, up to date. The machine's stay as they are."""
     apt = CACHE / "apt" / (suite if architecture == "amd64" else f"{suite}-{architecture}")
     (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
