@@ -71,6 +71,22 @@ Sort = Literal["rate", "errors", "total", "read", "connect", "wait", "transfer",
 """The columns that `top` can sort by. From the third on they are durations."""
 
 
+def _headers(whose: str, kind: str) -> tuple[str, ...]:
+    """Declares the names of headers that become attributes of a span."""
+    return setting(
+        (),
+        f"Give spans these headers of {whose}, as http.{kind}.header.<name>. Secrets are REDACTED.",
+        commands=("run", "record", "doctor"),
+        allowed=_HEADER_NAMES,
+        metavar="NAMES",
+        standard=(f"OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_{kind.upper()}",),
+        remark="none",
+        read=lower,
+        limits={"pattern": _HEADER_NAME},
+        splits=True,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class TopView:
     """How `top` shows the requests."""
@@ -176,30 +192,8 @@ class Settings:
         remark="none: the headers do not count",
         check=network,
     )
-    capture_request_headers: tuple[str, ...] = setting(
-        (),
-        "Give spans these headers of the client's request, as http.request.header.<name>. Secrets are REDACTED.",
-        commands=("run", "record", "doctor"),
-        allowed=_HEADER_NAMES,
-        metavar="NAMES",
-        standard=("OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_REQUEST",),
-        remark="none",
-        read=lower,
-        limits={"pattern": _HEADER_NAME},
-        splits=True,
-    )
-    capture_response_headers: tuple[str, ...] = setting(
-        (),
-        "Give spans these headers of the response, as http.response.header.<name>. Secrets are REDACTED.",
-        commands=("run", "record", "doctor"),
-        allowed=_HEADER_NAMES,
-        metavar="NAMES",
-        standard=("OTEL_INSTRUMENTATION_HTTP_CAPTURE_HEADERS_SERVER_RESPONSE",),
-        remark="none",
-        read=lower,
-        limits={"pattern": _HEADER_NAME},
-        splits=True,
-    )
+    capture_request_headers: tuple[str, ...] = _headers("the client's request", "request")
+    capture_response_headers: tuple[str, ...] = _headers("the response", "response")
     sanitize_headers: tuple[str, ...] = setting(
         (),
         "Captured headers whose value is REDACTED, too: regular expressions that match at the beginning of a name.",

@@ -101,7 +101,8 @@ def test_the_test_sees_a_private_stack() -> None:
     "options",
     [
         "--pid {pid}",
-        "--binary {binary} --adopt-upstream-context --keep-errors --metrics-listen 127.0.0.1:0",
+        "--binary {binary} --adopt-upstream-context --keep-errors --metrics-listen 127.0.0.1:0 "
+        "--capture-request-headers x-a --exclude /healthz",
         "--pid {pid} --propagate=socket --propagators tracecontext --propagators b3",
     ],
 )

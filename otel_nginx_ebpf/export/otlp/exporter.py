@@ -50,7 +50,7 @@ class OtlpExporter(Delivery):
 
     def take(self, records: Sequence[Record]) -> None:
         encoded = self._record_encoder.encode(records)
-        kept = []
+        kept, served = [], []
         names = self._service_names
         with self._lock:
             for record, each in encoded:
@@ -61,16 +61,14 @@ class OtlpExporter(Delivery):
                 if impossible:
                     self._stats.lose("partial_impossible_value", impossible)
                 resource = names.resource_of_record(record[0], record[2]) if names else record[2]
+                if self._logs:
+                    served.append(((record[0], record[1], resource), spans))
                 if self._add(resource, data, len(spans)):
                     kept.append((record, spans, alike))
         lines = self._record_encoder.log_lines
         self._stats.lose_log_lines(lines.take_lost())
         if self._logs:
-            self._logs.export_requests(
-                ((record[0], record[1], names.resource_of_record(record[0], record[2])) if names else record, each[1])
-                for record, each in encoded
-                if not isinstance(each, RecordError)
-            )
+            self._logs.export_requests(served)
             self._logs.export(self._record_encoder.log_records)
             self._record_encoder.log_records.clear()
             self._logs.take_untraced(lines)
