@@ -106,6 +106,9 @@ def worker_command(
     module_directives: Annotated[
         str, typer.Option(help="The module's directives in nginx.conf; {collector} is a collector's port (OTLP, gRPC).")
     ] = DIRECTIVES,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Let the program read its records meanwhile, on the load's processors.")
+    ] = False,
     json_file: Output = OUTPUT,
 ) -> None:
     """Measure processor time in the worker, and what another process pays."""
@@ -120,7 +123,7 @@ def worker_command(
             stack.enter_context(_site_with_module(module, module_directives)) if module else (None, None)
         )
         advance = stack.enter_context(_progress(steps))
-        cpu_us, rate = worker.interleave(site, names, variants, rounds, advance, with_module)
+        cpu_us, rate = worker.interleave(site, names, variants, rounds, advance, with_module, beside=beside)
         programs: dict[str, Any] = {}
         for each in variants:
             for name in requests:

@@ -23,7 +23,7 @@ def measure(
     """Return microseconds in each round, and their figures, by scenario, variant and percentile."""
     names = list(names)
     found: dict[str, dict[str, dict[str, list[float]]]] = {name: {} for name in names}
-    for number, label, name in turns(variants, names, site.nginx.pid, rounds):
+    for number, label, name, _ in turns(variants, names, site.nginx.pid, rounds):
         advance(f"round {number}, {label}: latency of {name}")
         latencies_us = at_rate(site.url(SCENARIOS[name]), SCENARIOS[name], requests_a_second, SECONDS)
         series = found[name].setdefault(label, {f"p{percent:g}": [] for percent in PERCENTS})

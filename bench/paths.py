@@ -12,14 +12,13 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.bpf import Instruction, Machine, Map, parse
+from bench.programs import compile_program
 from bench.site import BROKEN, SCENARIOS, Scenario, Site
 from bench.stopped_worker import StoppedWorker
-from otel_nginx_ebpf.kernel.loader import import_bcc
 from otel_nginx_ebpf.nginx.processes import instance_of
 from otel_nginx_ebpf.planner.client import make_target
 from otel_nginx_ebpf.settings.sources import load
@@ -72,9 +71,7 @@ def compiled(worker: int, settings: dict[str, Any]) -> Programs:
     _, planned = make_target((instance_of(worker),), load(settings))
     request = json.loads(planned)
     probes = [probe for probe in request["probes"] if not probe["spared"]]
-    with as_file(files("otel_nginx_ebpf.probes") / "stub_headers") as headers:
-        os.environ["BCC_KERNEL_SOURCE"] = str(headers)
-        program = import_bcc().BPF(text=request["text"], cflags=["-g0"])
+    program = compile_program(request["text"])
     names = [*request["tracepoints"], *(probe["handler"] for probe in request["probes"])]
     headers = request["captured_headers"]
     names += ["capture_headers"] if headers else []

@@ -1,14 +1,17 @@
-"""Reads what the kernel counts for our BPF programs, with bpftool."""
+"""Compiles BPF programs, and reads what the kernel counts for ours, with bpftool."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
+from otel_nginx_ebpf.kernel.loader import import_bcc
+from otel_nginx_ebpf.kernel.runs import Counting
 
 
 class Program(NamedTuple):
@@ -46,12 +49,15 @@ def parse_program(shown: dict[str, Any]) -> Program:
     )
 
 
+def compile_program(text: str) -> Any:
+    """Compile BPF C as the loader does, and return the `bcc.BPF`."""
+    with as_file(files("otel_nginx_ebpf.probes") / "stub_headers") as headers:
+        os.environ["BCC_KERNEL_SOURCE"] = str(headers)
+        return import_bcc().BPF(text=text, cflags=["-g0"])
+
+
 @contextmanager
 def counting() -> Iterator[None]:
     """Let the kernel count the runs of programs and their time. This costs about 50 ns a run. Ends with the block."""
-    before = _STATISTICS.read_text()
-    _STATISTICS.write_text("1")
-    try:
+    with closing(Counting()):
         yield
-    finally:
-        _STATISTICS.write_text(before)

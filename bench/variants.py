@@ -1,6 +1,9 @@
 """Names what is compared with an untraced nginx: the program with different arguments, or from another checkout."""
 
+import os
 import shlex
+import signal
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +18,13 @@ OFF = "off"
 # 1,000 requests.
 _AT_ONCE = {"OTEL_NGINX_EBPF_TEST_QUIET": "1000 0"}
 
+# For the records of a whole turn, while nobody reads them (`stopped`).
+_ROOM = ("--ring-buffer-mib", "128")
+
+
+FLOORS = {"floor": "phases", "request, floor": "request"}
+"""Variants with programs that do nothing (floor.py), and the detail whose places they have."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -24,7 +34,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """Parse `NAME`, `NAME=ARGUMENTS` or `NAME=PATH/otel-nginx-ebpf ARGUMENTS`."""
+        """Parse `NAME`, `NAME=ARGUMENTS`, `NAME=PATH/otel-nginx-ebpf ARGUMENTS`, or a name of `FLOORS`."""
         name, _, rest = text.partition("=")
         words = shlex.split(rest)
         program = Path(words.pop(0)) if words and not words[0].startswith("-") else PROGRAM
@@ -32,12 +42,14 @@ class Variant:
 
 
 SETTINGS = (
+    "floor",
     "all",
     "1 %=--sampler traceidratio --sampler-arg 0.01",
+    "request, floor",
     "request=--detail request",
     "request, 0 %=--detail request --sampler always_off",
 )
-"""What `worker` compares by default: all requests, one in a hundred, and both with less detail."""
+"""What `worker` compares by default: all requests, one in a hundred, and both with less detail; and their floors."""
 
 
 @contextmanager
@@ -47,8 +59,12 @@ def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | 
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="otel-bench-") as directory:
-        arguments = ["record", "--pid", str(nginx_pid), *variant.arguments, "-o", f"{directory}/capture"]
-        agent = AgentProcess(nginx_pid, Path(directory), arguments, _AT_ONCE, program=variant.program)
+        if variant.name in FLOORS:
+            program, arguments = Path(sys.executable), ["-m", "bench.floor", str(nginx_pid), FLOORS[variant.name]]
+        else:
+            program = variant.program
+            arguments = ["record", "--pid", str(nginx_pid), *_ROOM, *variant.arguments, "-o", f"{directory}/capture"]
+        agent = AgentProcess(nginx_pid, Path(directory), arguments, _AT_ONCE, program=program)
         try:
             yield agent
         except BaseException:
@@ -58,10 +74,23 @@ def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | 
         _say_losses(variant, agent)
 
 
+@contextmanager
+def stopped(agent: AgentProcess | None) -> Iterator[None]:
+    """Let the process that reads records stand still while the block runs. The records wait in the ring buffer."""
+    readers = agent.pids[1:] if agent else []
+    for pid in readers:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in readers:
+            os.kill(pid, signal.SIGCONT)
+
+
 def turns(
     variants: Sequence[Variant], names: Iterable[str], nginx_pid: int, rounds: int, untraced: Sequence[str] = (OFF,)
-) -> Iterator[tuple[int, str, str]]:
-    """Yield a round's number, a variant's label and a name, while the variant traces.
+) -> Iterator[tuple[int, str, str, AgentProcess | None]]:
+    """Yield a round's number, a variant's label, a name and the program, while the variant traces.
 
     Each round has every variant and each label of `untraced`, in an order that changes. Each variant has every name.
     """
@@ -69,9 +98,9 @@ def turns(
     order = [*((None, label) for label in untraced), *((variant, variant.name) for variant in variants)]
     for number in range(1, rounds + 1):
         for variant, label in reversed(order) if number % 2 else order:
-            with tracing(variant, nginx_pid):
+            with tracing(variant, nginx_pid) as agent:
                 for name in names:
-                    yield number, label, name
+                    yield number, label, name, agent
 
 
 def _say_losses(variant: Variant, agent: AgentProcess) -> None:

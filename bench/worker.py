@@ -10,7 +10,7 @@ from bench.load import at_most_speed
 from bench.machine import NGINX_CPU
 from bench.programs import counting, programs_of
 from bench.site import SCENARIOS, Site
-from bench.variants import OFF, Variant, tracing, turns
+from bench.variants import OFF, Variant, stopped, tracing, turns
 
 MODULE = "module"
 """nginx with a module that traces, instead of the program."""
@@ -60,20 +60,27 @@ def interleave(
     rounds: int,
     advance: Callable[[str], None],
     with_module: Site | None = None,
+    *,
+    beside: bool,
 ) -> tuple[dict[str, Series], dict[str, Series]]:
-    """Return processor time and throughput by scenario and variant, with the variants in turn (`turns`)."""
+    """Return processor time and throughput by scenario and variant, with the variants in turn (`turns`).
+
+    Unless `beside` is set, nobody reads records meanwhile. With few processors the emitter takes time from the load
+    generator. Then the worker waits for requests more often, and each time it begins to wait costs it time.
+    """
     names = list(names)
     cpu_us: dict[str, Series] = {name: {} for name in names}
     rate: dict[str, Series] = {name: {} for name in names}
     untraced = (OFF, MODULE) if with_module else (OFF,)
-    for number, label, name in turns(variants, names, site.nginx.pid, rounds, untraced):
+    for number, label, name, agent in turns(variants, names, site.nginx.pid, rounds, untraced):
         advance(f"round {number}, {label}: {name}")
         if name == BYSTANDER:
             if label != MODULE:
                 cpu_us[name].setdefault(label, []).append(bystander_us_a_call())
             continue
         measured = with_module if with_module and label == MODULE else site
-        cpu, main_thread_cpu, requests_a_second = cpu_us_a_request(measured, name)
+        with stopped(None if beside else agent):
+            cpu, main_thread_cpu, requests_a_second = cpu_us_a_request(measured, name)
         cpu_us[name].setdefault(label, []).append(cpu)
         if label == MODULE:
             cpu_us[name].setdefault(MODULE_MAIN_THREAD, []).append(main_thread_cpu)
