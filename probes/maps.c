@@ -216,6 +216,7 @@ struct socket {
     u64 request_read_ns;      /* the last read before the first write; client connection: it brought the request's last bytes */
     u64 first_write_ns;
     u64 last_write_ns;
+    u64 handshake_ns;         /* client over TLS: from accept() to the end of the handshake; 0: not seen */
     u64 tls_connection;       /* client over TLS: the ngx_connection_t * of its last request; 0: no request yet */
     u32 connect_errno;
     u16 client;               /* 0: upstream connection, or a client's that is older than the probes, until its first request ends */
@@ -302,6 +303,14 @@ struct rule {
 };
 #endif
 
+#define LONG_TURNS 16 /* a power of two */
+
+/* A turn of a worker's event loop: from the return of epoll_wait() to the end of the last system call before the next one. */
+struct turn {
+    u64 began_ns;
+    u64 ended_ns;
+};
+
 struct process {
     u64 known_since_ns;       /* system calls are seen since then. Must be first: kernel/attachment.py writes it */
     u64 turn_began_ns;        /* of its caller, as the running probe found it */
@@ -311,6 +320,8 @@ struct process {
     u64 core_module_index;
     u64 keeps_configuration;  /* 1: the process's configuration does not change while it lives */
     u64 plain_requests;
+    u64 long_turns_count;
+    struct turn long_turns[LONG_TURNS];        /* the latest that took at least LONG_TURN_NS */
     u8 request[REQUEST_BYTES_MAX]; /* scratch memory, per worker: a worker runs one probe at a time, but several workers share a CPU */
     u8 connection[512];
     u8 upstream_state[256];

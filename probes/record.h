@@ -182,6 +182,7 @@ enum limit {
     ATTEMPTS_MAX = 32,
     STRING_BYTES_MAX = 4096,
     RECORD_BYTES_MAX = 16384,
+    LONG_TURN_NS = 10000000,
     LOG_LINE_BYTES_MAX = 2560,  /* nginx cuts lines at 2,048; syslog's header is before them */
     LOG_LINES_MAX = 32,
     LOG_LINES_PER_SECOND_MAX = 1000,
@@ -201,6 +202,9 @@ struct request_record {
     __u64 first_write_ns;     /* the earliest time at which the write of the first response byte began */
     __u64 last_write_ns;      /* the last write of response bytes returned */
     __u64 ended_ns;           /* ngx_http_free_request entered */
+    __u64 handshake_ns;       /* from accept() to the end of the TLS handshake; 0: not the connection's first request, or not seen */
+    __u64 longest_turn_ns;    /* the longest time in the request in which the worker did not come back to epoll_wait(); 0: less than
+                                 LONG_TURN_NS */
     __s64 rc;                 /* the second argument of ngx_http_free_request: 0, or the status with which nginx closed the request */
     __u64 connection;         /* c->number: $connection */
     __u64 connection_requests; /* $connection_requests */

@@ -293,6 +293,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
 #endif
     record->connection = MEMBER(process->connection, u64, ngx_connection_s, number);
     record->connection_requests = MEMBER(process->connection, u64, ngx_connection_s, requests);
+    record->handshake_ns = socket && record->connection_requests == 1 ? socket->handshake_ns : 0;
     record->request_length = MEMBER(process->request, u64, ngx_http_request_s, request_length);
     record->nginx_start_sec = MEMBER(process->request, u64, ngx_http_request_s, start_sec);
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
@@ -329,6 +330,11 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     find_location(process, record);
     record->ending = ending_of(process, socket, record, process->main_outcome, load_address);
     record->ends_with_write = ends_with_write(process, socket, record, load_address);
+#if DETAIL_REQUEST
+    record->longest_turn_ns = 0;
+#else
+    record->longest_turn_ns = longest_turn_ns(process, record, now);
+#endif
     if (TIMES_REQUESTS)
         process->last_end_ns = read_end_ns(record);
     EACH(i, taken, ATTEMPTS_TAKEN_MAX) { /* one loop: two loops are too much for the verifier */

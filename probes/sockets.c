@@ -418,12 +418,13 @@ static __always_inline int system_call_ended(
     case SYS_epoll_wait:
 #endif
     case SYS_epoll_pwait: /* musl; on arm64 every C library */
+        if (!worker)
+            break;
 #if REQUEST_METRICS
-        if (worker)
-            count_turn(caller, began_ns);
+        count_turn(caller, began_ns);
 #endif
-        if (worker)
-            turn_began(caller, tgid, entry.argument2, result, now);
+        note_turn(caller, tgid, began_ns);
+        turn_began(caller, tgid, entry.argument2, result, now);
         break;
     case SYS_connect:
 #if PROPAGATE_SOCKET

@@ -118,6 +118,16 @@ def where_time_went(row: Row, width: int, *, bar: bool) -> list[Text]:
     return [line, legend] if bar else [legend]
 
 
+def beside_phases(tally: Tally) -> list[Text]:
+    """Returns a line for each kind of time that no phase has, if there were any."""
+    lines = []
+    for name, histogram in (("TLS handshakes", tally.handshakes), ("requests in a blocked worker", tally.blocked)):
+        if durations := histogram.percentiles(percentile / 100 for percentile in PERCENTILES):
+            shown = (f"p{each} {short_duration(ns)}" for each, ns in zip(PERCENTILES, durations, strict=True))
+            lines.append(Text(f" {name}: {histogram.count}, {', '.join(shown)}"))
+    return lines
+
+
 def screen(
     title: str, tally: Tally, seconds: float, view: View, width: int, height: int | None = None, *, bar: bool = True
 ) -> list[Text]:
@@ -138,6 +148,7 @@ def screen(
     shown = f"p{PERCENTILES[view.percentile]} of " * (not cells.all_percentiles)
     lines = [Text(f" {shown}{title}: {total.count} requests in {seconds:.1f} s", style="bold")]
     lines += where_time_went(total, width, bar=bar)
+    lines += beside_phases(tally)
     for_locations, for_upstreams = len(locations), len(upstreams)
     if height is not None:
         headers = 2 * len(cells.header("")) + 3

@@ -91,6 +91,10 @@ class Tally:
 
         The upstream is the name of the upstream block, or the host of a `proxy_pass` that uses no upstream block.
         """
+        self.handshakes = Histogram()
+        """How long the TLS handshakes before the connections' first requests took, from the accept on."""
+        self.blocked = Histogram()
+        """The longest turn of the worker's event loop in a request, for requests with one of 10 ms or more."""
 
     def add(self, request: Request, *also: Row) -> int:
         """Counts a request, also in the caller's rows. Returns how long the request took, in nanoseconds."""
@@ -105,6 +109,9 @@ class Tally:
             row = _row(self.peers, (attempt.upstream or "", attempt.peer or ""))
             status = attempt.status or (_CLIENT_CLOSED_REQUEST if request.status == _CLIENT_CLOSED_REQUEST else 502)
             row.add(400 <= status < 500, 500 <= status < 600, own[-1][1] - own[0][0] if own else None, own)
+        for histogram, ns in ((self.handshakes, request.handshake_ns), (self.blocked, request.longest_turn_ns)):
+            if ns is not None:
+                histogram.add(ns)
         return end_ns - start_ns
 
     def merge(self, other: "Tally") -> None:
@@ -112,6 +119,8 @@ class Tally:
         for mine, others in ((self.locations, other.locations), (self.peers, other.peers)):
             for key, row in others.items():
                 _row(mine, key).merge(row)
+        self.handshakes.merge(other.handshakes)
+        self.blocked.merge(other.blocked)
 
     def total(self) -> Row:
         """Returns the sums of all requests."""

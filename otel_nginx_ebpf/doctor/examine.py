@@ -15,7 +15,7 @@ from otel_nginx_ebpf.nginx.binary import Binary, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, is_master, pid_namespace, title
 from otel_nginx_ebpf.planner import captured_headers, sites
-from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, no_site, tells_cache_status
+from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, has_boundary, no_site, tells_cache_status
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.tracing import by_binary, find_instances
 
@@ -181,7 +181,11 @@ def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
     except UserError as error:
         problems.append(str(error))
     # The sites of the probes can be found without a layout too.
-    boundaries = tuple(_examine_boundary(binary, layout, boundary, problems) for boundary in sites.BOUNDARIES)
+    boundaries = tuple(
+        _examine_boundary(binary, layout, boundary, problems)
+        for boundary in sites.BOUNDARIES
+        if layout is None or has_boundary(layout, boundary)
+    )
     noted = any(boundary.state == "note" for boundary in boundaries) or (layout is not None and layout.assumed)
     return NginxReport(
         state="fail" if problems else "note" if noted else "ok",

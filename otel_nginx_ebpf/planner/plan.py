@@ -143,6 +143,8 @@ def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: froze
             continue
         if settings.detail == "request" and not boundary.at_request_detail:
             continue
+        if not has_boundary(layout, boundary):
+            continue
         found = find_site(binary, layout, boundary, silent)
         if isinstance(found, Site):
             chosen.append((boundary, found))
@@ -151,6 +153,12 @@ def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: froze
         else:
             missing.append(Missing(boundary, found))
     return Plan(binary, layout, tuple(chosen), tuple(missing), instances)
+
+
+def has_boundary(layout: Layout, boundary: sites.Boundary) -> bool:
+    """Tells whether requests of this build can have the boundary: without TLS there is no handshake."""
+    struct, member = boundary.of or ("ngx_connection_s", "fd")
+    return member in layout.structs.get(struct, {})
 
 
 def tells_cache_status(binary: Binary, layout: Layout) -> bool:

@@ -25,6 +25,8 @@ class Boundary:
     """The probe can be detached while no request needs it (`kernel.beginnings`)."""
     writes: bool = False
     """The handler writes to nginx's memory."""
+    of: tuple[str, str] | None = None
+    """The struct and its member without which nginx has no such boundary."""
 
 
 BOUNDARIES: tuple[Boundary, ...] = (
@@ -50,6 +52,14 @@ BOUNDARIES: tuple[Boundary, ...] = (
         required=True,
         without="everything",
         at_request_detail=True,
+    ),
+    Boundary(
+        name="TLS handshake ends",
+        functions=("ngx_ssl_ocsp_validate",),
+        arguments=1,
+        required=False,
+        without="nginx.tls.handshake.duration_ns",
+        of=("ngx_connection_s", "ssl"),
     ),
     Boundary(
         name="upstream attempt ends",

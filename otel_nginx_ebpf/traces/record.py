@@ -228,6 +228,10 @@ class Request:
     """The captured headers as they are in the record (`traces.captured_headers`)."""
     headers_missing: bool = False
     """Whether headers to be captured may be missing in `captured_headers`."""
+    handshake_ns: int | None = None
+    """From the accept to the end of the TLS handshake, for the connection's first request."""
+    longest_turn_ns: int | None = None
+    """The longest time in the request in which the worker did not come back to its event loop, from 10 ms on."""
     rule: int = 0
     """The number of the rule that matched, from 1; 0: none."""
     log_lines: tuple[LogLine, ...] = ()
@@ -407,6 +411,8 @@ def decode(raw: bytes) -> Request:
             first_write_ns,
             last_write_ns,
             ended_ns,
+            handshake_ns,
+            longest_turn_ns,
             rc,
             connection,
             connection_requests,
@@ -515,4 +521,6 @@ def decode(raw: bytes) -> Request:
         captured_headers=headers,
         headers_missing=headers_missing != 0,
         rule=rule,
+        handshake_ns=handshake_ns or None,
+        longest_turn_ns=longest_turn_ns or None,
     )

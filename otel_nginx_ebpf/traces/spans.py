@@ -105,6 +105,8 @@ class SpanBuilder(Generic[F]):
         self._response_size = _number_if(incubating_http.HTTP_RESPONSE_SIZE, chosen, number)
         self._connection_id = number(attributes.NGINX_CONNECTION_ID)
         self._connection_requests = number(attributes.NGINX_CONNECTION_REQUESTS)
+        self._handshake = number(attributes.NGINX_TLS_HANDSHAKE)
+        self._longest_turn = number(attributes.NGINX_WORKER_LONGEST_TURN)
         self._resend_count = number(http_attributes.HTTP_REQUEST_RESEND_COUNT)
         self._first_byte = number(attributes.NGINX_UPSTREAM_TTFB)
         self._trusts = _trust(choices.trusted_proxies)
@@ -142,6 +144,8 @@ class SpanBuilder(Generic[F]):
                 request.peer_sockaddr,
                 request.user_agent,
                 request.captured_headers,
+                request.handshake_ns,
+                request.longest_turn_ns,
             ),
         ]
         headers = request.captured_headers
@@ -191,6 +195,8 @@ class SpanBuilder(Generic[F]):
         peer_sockaddr: bytes | None,
         user_agent: str | None,
         headers: bytes,
+        handshake_ns: int | None,
+        longest_turn_ns: int | None,
     ) -> list[F]:
         """Returns the fields of a SERVER span that requests do not share."""
         fields = [self._connection_id(connection), self._connection_requests(connection_requests)]
@@ -209,6 +215,10 @@ class SpanBuilder(Generic[F]):
             fields.append(self._user_agent(user_agent))
         if headers:
             fields += [self._header(*header) for header in captured_headers.parse(headers)[0].items()]
+        if handshake_ns:
+            fields.append(self._handshake(handshake_ns))
+        if longest_turn_ns:
+            fields.append(self._longest_turn(longest_turn_ns))
         return fields
 
     def trusts(self, peer_sockaddr: bytes | None) -> bool:

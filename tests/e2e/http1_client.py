@@ -53,6 +53,8 @@ class Http1Connection:
         tls: ssl.SSLContext | None = None,
         receive_buffer_bytes: int | None = None,
         timeout: float = 20.0,
+        before_hello_s: float = 0,
+        session: ssl.SSLSession | None = None,
     ) -> None:
         family = family_of(address)
         connection = socket.socket(family)
@@ -62,7 +64,8 @@ class Http1Connection:
         connection.connect(address)
         if family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket = tls.wrap_socket(connection, server_hostname="localhost") if tls else connection
+        time.sleep(before_hello_s)
+        self.socket = tls.wrap_socket(connection, server_hostname="localhost", session=session) if tls else connection
         self._buffer = b""
 
     def __enter__(self) -> "Http1Connection":

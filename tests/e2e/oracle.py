@@ -106,6 +106,13 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     )
     yield from _differ("cache", attributes.get("nginx.cache.status"), _cache_status(log))
     yield from _differ("worker", attributes.get("nginx.worker.pid"), int(log["pid"]))
+    if "nginx.tls.handshake.duration_ns" in attributes and (
+        not log["ssl_protocol"] or log["connection_requests"] != "1"
+    ):
+        yield "a handshake, but not of a connection's first request over TLS"
+    blocked_ns = attributes.get("nginx.worker.longest_turn_ns")
+    if blocked_ns is not None and not 10_000_000 <= blocked_ns <= server.end_unix_ns - server.start_unix_ns:
+        yield f"a turn of {blocked_ns} ns in a request of {server.seconds} s"
     termination = attributes.get("nginx.termination")
     if termination not in GIVEN_UP | FAULTS | {None}:
         yield f"nginx.termination is {termination!r}"

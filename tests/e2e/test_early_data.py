@@ -60,6 +60,7 @@ def test_early_request(stage: Stage, client: EarlyClient) -> None:
         assert each.trace.outline() == READ_WRITE
         assert each.trace.server.attributes["url.scheme"] == "https"
         assert each.trace.server.seconds < 0.1
+        assert 0 < each.trace.server.attributes["nginx.tls.handshake.duration_ns"] < 1e8
 
 
 @pytest.mark.nginx(**TLS, server="location / { proxy_pass http://@UP@/?delay_ms=200; }")

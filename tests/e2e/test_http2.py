@@ -40,6 +40,7 @@ def test_one_stream_after_another(stage: Stage, tls: bool) -> None:
     for each in exchanges:
         assert each.trace.outline()[-1] == "downstream write"
         assert each.trace.server.attributes["network.protocol.version"] == "2"
+        assert ("nginx.tls.handshake.duration_ns" in each.trace.server.attributes) == (tls and each is exchanges[0])
     assert all(each.trace.named("upstream exchange")[0].seconds > 0.019 for each in exchanges[1::2])
 
 

@@ -1,13 +1,15 @@
 """TLS on either side: times come from the socket, sizes are nginx's own, of the clear text."""
 
 import ssl
+import time
 
 import pytest
 
-from e2e.http1_client import request_bytes, trusting_tls
+from e2e.http1_client import Http1Connection, request_bytes, trusting_tls
 from e2e.stage import LARGE_BYTES, Stage
 from e2e.timing import LONG_TURN_MS, Slack
 
+HANDSHAKE = "nginx.tls.handshake.duration_ns"
 READ_WRITE = ["downstream read", "downstream write"]
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
 REUSED = ["downstream read", "upstream exchange", "downstream write"]
@@ -37,6 +39,29 @@ def test_tls_handshake_belongs_to_no_request(stage: Stage, version: ssl.TLSVersi
         connection.send_slowly([b"", whole], 0.2)
         assert connection.read_response().status == 200
     assert stage.exchange().trace.server.seconds < 0.1
+
+
+@VERSIONS
+@pytest.mark.nginx(listen=LISTEN, server="location / { return 200 ok; }")
+def test_how_long_the_handshake_took(stage: Stage, version: ssl.TLSVersion) -> None:
+    """From the accept to the handshake's end: a late ClientHello counts, a late request does not."""
+    pause_s = 0.2
+    context = trusting_tls(version)
+    session = None
+    for resumed in (False, True):
+        began_s = time.monotonic()
+        with Http1Connection(stage.addresses["ipv4"], context, before_hello_s=pause_s, session=session) as connection:
+            most_s = time.monotonic() - began_s + pause_s / 2
+            time.sleep(pause_s)
+            assert isinstance(connection.socket, ssl.SSLSocket)
+            assert connection.socket.session_reused == resumed
+            for target in ("/first", "/second"):
+                assert connection.request(target).status == 200
+            session = connection.socket.session
+        first, second = stage.exchanges(4 if resumed else 2)[-2:]
+        assert pause_s < first.trace.server.attributes[HANDSHAKE] / 1e9 + 0.01
+        assert first.trace.server.attributes[HANDSHAKE] / 1e9 < most_s
+        assert HANDSHAKE not in second.trace.server.attributes
 
 
 @pytest.mark.nginx(listen=LISTEN, server="location / { return 200 ok; }")

@@ -52,6 +52,8 @@ _REQUEST = REQUEST_RECORD.picking(
         "first_write_ns",
         "last_write_ns",
         "ended_ns",
+        "handshake_ns",
+        "longest_turn_ns",
         "rc",
         "connection",
         "connection_requests",
@@ -272,6 +274,8 @@ class RecordEncoder:
                 first_write_ns,
                 last_write_ns,
                 ended_ns,
+                handshake_ns,
+                longest_turn_ns,
                 rc,
                 connection,
                 connection_requests,
@@ -383,6 +387,8 @@ class RecordEncoder:
             peer,
             string(_USER_AGENT),
             headers,
+            handshake_ns,
+            longest_turn_ns,
         )
         return shape, phases, (trace_id_high, trace_id_low), parent_span_id, own_fields, exchanges
 

@@ -41,6 +41,15 @@ def test_80_columns_have_one_percentile() -> None:
     ]
 
 
+def test_handshakes_and_blocked_workers_have_a_line() -> None:
+    lines = shown(some(handshake_ns=1_200_000, longest_turn_ns=35_000_000), View(), 80)
+    assert lines[2:5] == [
+        " TLS handshakes: 1, p50 1.2ms, p95 1.2ms, p99 1.2ms",
+        " requests in a blocked worker: 1, p50 35ms, p95 35ms, p99 35ms",
+        "",
+    ]
+
+
 def test_a_wide_terminal_has_all() -> None:
     lines = shown(some(), View(sort=5, percentile=2), WIDE)
     assert lines[0] == " the test: 4 requests in 2.0 s"
