@@ -477,6 +477,9 @@ BPF_TABLE("hash", struct socket_key, struct socket, sockets, SOCKETS_MAX);
 BPF_TABLE("hash", struct request_key, struct active_request, active_requests, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("hash", struct attempt_key, struct attempt_state, attempts, ACTIVE_REQUESTS_MAX);
 BPF_TABLE("lru_hash", struct flush_key, u64, flush_ends, FLUSHES_MAX);
+#if REQUEST_METRICS
+BPF_TABLE("hash", u32, u64, accepted_connections, PROCESSES_MAX); /* by process; user space removes those that have ended */
+#endif
 #if ERROR_LOG
 BPF_TABLE("lru_hash", struct request_key, struct logged_request, logged_requests, ACTIVE_REQUESTS_MAX);
 #endif

@@ -29,6 +29,15 @@ static __always_inline struct socket *find_or_add_socket(struct socket_key *key)
     return sockets.lookup(key);
 }
 
+static __always_inline void count_accepted(u32 tgid)
+{
+#if REQUEST_METRICS
+    u64 none = 0, *count = accepted_connections.lookup_or_try_init(&tgid, &none);
+    if (count)
+        lock_xadd(count, 1);
+#endif
+}
+
 /* `peer`: the address of accept()'s second argument; 0: a socket without a client. */
 static __always_inline void opened(struct socket_key *key, u64 now, u8 client, u64 peer)
 {
@@ -397,8 +406,10 @@ static __always_inline int system_call_ended(
     case SYS_accept:
     case SYS_accept4:
         key.fd = result;
-        if (result >= 0)
+        if (result >= 0) {
+            count_accepted(tgid);
             opened(&key, now, 1, entry.argument2);
+        }
         break;
     case SYS_socket:
         key.fd = result;

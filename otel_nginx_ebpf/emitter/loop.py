@@ -148,11 +148,14 @@ class Emitter:
                 source = Source(order, self._ring_buffer_bytes, self._choices)
                 self._sources[source.number] = source
                 self._add_durations(source)
-            case Alive(number, pids):
+            case Alive(number, pids, serving):
                 known = self._sources.get(number)
                 if known and known.durations:
                     self._stats.durations.sweep(known.durations, pids)
+                    if serving is not None:
+                        self._stats.connections.tell(number, serving, partial(self._resource, known))
             case Retired(number):
+                self._stats.connections.remove(number)
                 if number in self._sources:
                     self._retired.append(self._sources.pop(number))
             case Abandoned():

@@ -12,6 +12,7 @@ from typing import Any
 from otel_nginx_ebpf.errors import TemporaryError
 from otel_nginx_ebpf.kernel.beginnings import BeginningsProbe
 from otel_nginx_ebpf.kernel.callers import Callers
+from otel_nginx_ebpf.kernel.connections import Connections
 from otel_nginx_ebpf.kernel.loader import HELD_MAPS, READABLE_MAPS, loader_command
 from otel_nginx_ebpf.kernel.maps import HashMap
 from otel_nginx_ebpf.kernel.ring_buffer import CounterArray
@@ -89,9 +90,14 @@ class Attachment:
         self._loss_counts = CounterArray(os.dup(maps["loss_counts"]), len(KERNEL_CAUSES))
         self._callers = Callers(maps["callers"])
         self._processes = HashMap(maps["processes"], key_bytes=4)
-        self._sockets = HashMap(maps["sockets"], key_bytes=8)
+        self._sockets = HashMap(maps["sockets"], key_bytes=8, value_bytes=self._socket_bytes)
         self._active_requests = HashMap(maps["active_requests"], key_bytes=16)
         self._attempts = HashMap(maps["attempts"], key_bytes=16)
+        self.connections: Connections | None = None
+        """Counts connections, if the program counts durations and sees system calls."""
+        if "accepted_connections" in maps:
+            accepted = maps["accepted_connections"]
+            self.connections = Connections(self._sockets, answer["socket_client_at"], self._active_requests, accepted)
         self._beginnings: BeginningsProbe | None = None
         if spared := answer["spared"]:
             link, executable = next(given), next(given)
@@ -200,6 +206,8 @@ class Attachment:
             os.close(descriptor)
         self._handlers, self._held = {}, []
         self._loss_counts.close()
+        if self.connections is not None:
+            self.connections.close()
         for state in (self._callers, self._processes, self._sockets, self._active_requests, self._attempts):
             state.close()
         return self.readable

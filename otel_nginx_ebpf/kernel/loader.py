@@ -195,7 +195,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
 
     names: tuple[str, ...] = HANDED_OVER_MAPS
     if request["request_metrics"]:
-        names += (*DURATION_MAPS, "measuring")
+        names += (*DURATION_MAPS, "measuring", "accepted_connections")
     if request["captured_headers"]:
         names += ("capturing",)
     maps = [program[name.encode()].map_fd for name in names]
@@ -255,6 +255,7 @@ def _load(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         "on_socket": on_socket,
         "process_bytes": ctypes.sizeof(processes.Leaf),
         "socket_bytes": ctypes.sizeof(program["sockets"].Leaf),
+        "socket_client_at": program["sockets"].Leaf.client.offset,
     }
     # If the process that holds the descriptors is killed, the kernel closes the last descriptor first (task_work_run).
     return answer, [*maps, *handlers.values(), *spared_descriptors, *probes]

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from otel_nginx_ebpf.metrics.connections import ConnectionCounts
 from otel_nginx_ebpf.metrics.totals import RequestDurations
 from otel_nginx_ebpf.traces.losses import lost_traces
 
@@ -89,6 +90,7 @@ class Stats(Deliveries):
         """How often the probes were detached because a limit was exceeded."""
         self.durations = RequestDurations()
         """The durations of all requests, including requests that are not traced."""
+        self.connections = ConnectionCounts()
 
     def reject(self, count: int) -> None:
         """Counts spans that the collector rejected when it took the others of their message."""

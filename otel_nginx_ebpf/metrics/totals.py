@@ -38,7 +38,7 @@ attribute")."""
 _SERIES_MAX = 2000
 
 # How long the counts of an nginx are exported after its end. The collector has received them by then.
-_TOLD_S = 300.0
+TOLD_S = 300.0
 
 Counts = tuple[int, ...]
 """The sum, then a count for each bucket, or the count of the series' place."""
@@ -172,7 +172,7 @@ class RequestDurations:
         counted.maps.forget(pids)
 
     def _forget_ended(self, now_s: float) -> None:
-        for instance in [each for each, seen_s in self._alive_s.items() if now_s - seen_s > _TOLD_S]:
+        for instance in [each for each, seen_s in self._alive_s.items() if now_s - seen_s > TOLD_S]:
             del self._alive_s[instance], self._resources[instance]
             self._ended = {key: counts for key, counts in self._ended.items() if key[0] != instance}
             self._told = {key: told for key, told in self._told.items() if key[0] != instance}

@@ -40,6 +40,8 @@ class Alive:
 
     number: int
     pids: Sequence[int]
+    serving: Sequence[Sequence[int]] | None = None
+    """For each worker `kernel.connections.Serving`, also if it has ended since the last time. `None`: as then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -231,14 +231,24 @@ class Tracing:
         for traced in list(self._traced.values()):
             if lost := traced.attachment.forget_dead_processes():
                 self._emitter.tell(Lost("lost_worker_gone", lost))
-            if traced.attachment.measures:
-                self._emitter.tell(Alive(traced.number, sorted(traced.attachment.processes())))
+            self._tell_alive(traced)
             if not self._settings.pid and not traced.attachment.processes():
                 _log.info("%s has ended", traced.target)
                 self._retire(traced)
             else:
                 self._look_after(traced)
         self._resume()
+
+    def _tell_alive(self, traced: _TracedBinary, *, last: bool = False) -> None:
+        """Tells what the metrics of requests need. `last`: nothing comes after it."""
+        if not traced.attachment.measures:
+            return
+        living = sorted(traced.attachment.processes())
+        connections = traced.attachment.connections
+        serving = connections.look(at_once=last) if connections else None
+        self._emitter.tell(Alive(traced.number, living, serving))
+        if connections and serving is not None:
+            connections.forget(living)
 
     def _look_after(self, traced: _TracedBinary) -> None:
         """Detaches from a binary if tracing it costs or loses more than the user allows."""
@@ -335,6 +345,7 @@ class Tracing:
         del self._traced[traced.identity]
         self._guard.detached(traced.identity)
         traced.attachment.detach()
+        self._tell_alive(traced, last=True)
         self._retired.append(traced)
         self._emitter.tell(Retired(traced.number))
 
@@ -342,6 +353,7 @@ class Tracing:
         """Removes all probes. The emitter can still read their records and ask about their processes."""
         for traced in self._traced.values():
             traced.attachment.detach()
+            self._tell_alive(traced, last=True)
             self._retired.append(traced)
         self._traced.clear()
 

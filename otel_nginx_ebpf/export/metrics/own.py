@@ -20,6 +20,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
 from otel_nginx_ebpf.metrics.choices import metric_choices_of
+from otel_nginx_ebpf.metrics.connections import ConnectionCounts
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.metrics.totals import RequestDurations
@@ -42,7 +43,7 @@ class Metrics:
         """Starts the export. `resource` belongs to requests whose nginx is not known."""
         readers: list[MetricReader] = []
         self.exemplars = Exemplars(metric_choices_of(settings))
-        requests = stats.durations, self.exemplars, Resources(resource)
+        requests = stats.durations, stats.connections, self.exemplars, Resources(resource)
         if settings.metrics:
             readers.append(_to_collector(settings.otlp_protocol, OtlpRequestMetrics(*requests)))
         if settings.metrics_listen:
@@ -94,14 +95,18 @@ def _to_collector(protocol: str, requests: OtlpRequestMetrics) -> MetricReader:
 
 
 def _to_prometheus(
-    address: str, durations: RequestDurations, exemplars: Exemplars, resources: Resources
+    address: str,
+    durations: RequestDurations,
+    connections: ConnectionCounts,
+    exemplars: Exemplars,
+    resources: Resources,
 ) -> MetricReader:
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
     from prometheus_client import REGISTRY, start_http_server
 
     from otel_nginx_ebpf.export.metrics.prometheus import PrometheusRequestMetrics
 
-    requests = PrometheusRequestMetrics(durations, exemplars, resources)
+    requests = PrometheusRequestMetrics(durations, connections, exemplars, resources)
 
     class WithRequests(PrometheusMetricReader):
         def shutdown(self, timeout_millis: float = 30_000, **options: Any) -> None:

@@ -1,13 +1,16 @@
 """Shows the durations of all requests to a Prometheus server. A separate module, because few users need its imports."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from opentelemetry.sdk.resources import SERVICE_INSTANCE_ID, SERVICE_NAME
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import Metric as PrometheusMetric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as PrometheusExemplar
 
 from otel_nginx_ebpf.export.resource import Resources
+from otel_nginx_ebpf.metrics.connections import CONNECTIONS, ConnectionCounts
 from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
 from otel_nginx_ebpf.metrics.histograms import Histogram, histograms_of
 from otel_nginx_ebpf.metrics.series import METRICS, Metric
@@ -22,12 +25,19 @@ _INSTANCE = (SERVICE_NAME, SERVICE_INSTANCE_ID)
 class PrometheusRequestMetrics(Collector):
     """Collects the durations at each scrape. Only servers that accept OpenMetrics get exemplars."""
 
-    def __init__(self, durations: RequestDurations, exemplars: Exemplars, resources: Resources) -> None:
+    def __init__(
+        self,
+        durations: RequestDurations,
+        connections: ConnectionCounts,
+        exemplars: Exemplars,
+        resources: Resources,
+    ) -> None:
         self._durations = durations
+        self._connections = connections
         self._exemplars = exemplars
         self._resources = resources
 
-    def collect(self) -> Iterator[HistogramMetricFamily]:
+    def collect(self) -> Iterator[PrometheusMetric]:
         measured = histograms_of(self._durations.collect())
         for name, metric in METRICS.items():
             rows = [(self._labels(each), each) for each in measured if each.series.metric == name]
@@ -42,11 +52,25 @@ class PrometheusRequestMetrics(Collector):
                 values = [labels.get(key, "") for key in keys]
                 family.add_metric(values, self._buckets(each, metric), each.total / metric.in_unit)
             yield family
+        yield from self._counts()
+
+    def _counts(self) -> Iterator[PrometheusMetric]:
+        totals = self._connections.collect()
+        for index, (name, metric) in enumerate(CONNECTIONS.items()):
+            kind = CounterMetricFamily if metric.monotonic else GaugeMetricFamily
+            rows = [(self._instance(resource), total[index]) for resource, total in totals]
+            keys = list(dict.fromkeys(key for labels, _ in rows for key in labels))
+            family = kind(name.replace(".", "_"), metric.description, labels=[key.replace(".", "_") for key in keys])
+            for labels, value in rows:
+                family.add_metric([labels.get(key, "") for key in keys], value)
+            yield family
+
+    def _instance(self, nginx: Mapping[str, Any]) -> dict[str, str]:
+        resource = self._resources.of(nginx).attributes
+        return {name: str(resource[name]) for name in _INSTANCE if name in resource}
 
     def _labels(self, histogram: Histogram) -> dict[str, str]:
-        resource = self._resources.of(histogram.resource).attributes
-        labels = {name: str(resource[name]) for name in _INSTANCE if name in resource}
-        return labels | {
+        return self._instance(histogram.resource) | {
             name: str(value).lower() if isinstance(value, bool) else str(value)
             for name, value in histogram.series.attributes
         }

@@ -12,14 +12,17 @@ from opentelemetry.sdk.metrics.export import (
     Histogram,
     HistogramDataPoint,
     Metric,
+    NumberDataPoint,
     ResourceMetrics,
     ScopeMetrics,
+    Sum,
 )
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
 from otel_nginx_ebpf.metrics import histograms
+from otel_nginx_ebpf.metrics.connections import CONNECTIONS, ConnectionCounts, Total
 from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
 from otel_nginx_ebpf.metrics.series import METRICS
 from otel_nginx_ebpf.metrics.totals import RequestDurations
@@ -31,8 +34,15 @@ _SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__, SCHEMA_URL)
 class OtlpRequestMetrics:
     """Builds the messages with the requests' metrics."""
 
-    def __init__(self, durations: RequestDurations, exemplars: Exemplars, resources: Resources) -> None:
+    def __init__(
+        self,
+        durations: RequestDurations,
+        connections: ConnectionCounts,
+        exemplars: Exemplars,
+        resources: Resources,
+    ) -> None:
         self._durations = durations
+        self._connections = connections
         self._exemplars = exemplars
         self._resources = resources
         self._sent: set[Example] = set()
@@ -57,15 +67,36 @@ class OtlpRequestMetrics:
             by_metric.setdefault(each.series.metric, []).append(
                 _point(each, exemplars, self._durations.start_unix_ns, now_unix_ns)
             )
+        metrics = {key: [_metric(*each) for each in by_metric.items()] for key, by_metric in by_instance.items()}
+        for nginx, total in self._connections.collect():
+            resources[id(nginx)] = nginx
+            counts = _counts(total, self._durations.start_unix_ns, now_unix_ns)
+            metrics.setdefault(id(nginx), []).extend(counts)
         return [
             ResourceMetrics(
                 resource=resource,
-                scope_metrics=[ScopeMetrics(_SCOPE, [_metric(*each) for each in by_metric.items()], SCHEMA_URL)],
+                scope_metrics=[ScopeMetrics(_SCOPE, of_instance, SCHEMA_URL)],
                 schema_url=resource.schema_url,
             )
-            for instance, by_metric in by_instance.items()
+            for instance, of_instance in metrics.items()
             for resource in (self._resources.of(resources[instance]),)
         ]
+
+
+def _counts(total: Total, start_unix_ns: int, now_unix_ns: int) -> list[Metric]:
+    return [
+        Metric(
+            name,
+            metric.description,
+            metric.unit,
+            Sum(
+                [NumberDataPoint({}, start_unix_ns, now_unix_ns, value)],
+                AggregationTemporality.CUMULATIVE,
+                metric.monotonic,
+            ),
+        )
+        for (name, metric), value in zip(CONNECTIONS.items(), total, strict=True)
+    ]
 
 
 def _metric(name: str, points: list[_Point]) -> Metric:

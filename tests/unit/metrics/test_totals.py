@@ -97,7 +97,7 @@ def test_an_nginx_that_ended_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> No
     subject = attached(maps)
     subject.sweep(maps, ())
     assert told(subject) == {"a": ONE}
-    monkeypatch.setattr(totals, "_TOLD_S", -1.0)
+    monkeypatch.setattr(totals, "TOLD_S", -1.0)
     subject.sweep(maps, ())
     assert told(subject) == {}
 

@@ -32,6 +32,8 @@ from registry.reader import (
 )
 
 from otel_nginx_ebpf.export.metrics import own as own_metrics
+from otel_nginx_ebpf.export.metrics import requests as request_metrics
+from otel_nginx_ebpf.metrics.connections import CONNECTIONS, Total
 from otel_nginx_ebpf.metrics.series import METRICS, NGINX_WORKER_LOOP
 from otel_nginx_ebpf.metrics.stats import Stats
 from otel_nginx_ebpf.traces.abi import c_enum
@@ -47,7 +49,13 @@ SOURCES = sorted((ROOT / "otel_nginx_ebpf").rglob("*.py"))
 _NAMESPACES = ("opentelemetry.semconv.attributes", "opentelemetry.semconv._incubating.attributes")
 _CONSTANTS = (*_NAMESPACES, "opentelemetry.sdk.resources")
 # Names of files, metrics and events, which look like attributes.
-_NO_ATTRIBUTES = {"nginx.conf", "nginx.pid", *METRICS, *(str(group.name) for group in own().of_type("event"))}
+_NO_ATTRIBUTES = {
+    "nginx.conf",
+    "nginx.pid",
+    *METRICS,
+    *CONNECTIONS,
+    *(str(group.name) for group in own().of_type("event")),
+}
 
 
 def _constants(path: Path) -> Iterator[str]:
@@ -202,8 +210,14 @@ def test_the_program_s_own_metrics() -> None:
         assert conventions().groups[f"metric.{name}"].brief == METRICS[name].description
         assert conventions().groups[f"metric.{name}"].unit == METRICS[name].unit
     declared = {group.name for group in own().of_type("metric")}
-    assert {metric.name for metric in told} == declared - METRICS.keys()
-    assert declared >= METRICS.keys()
+    assert {metric.name for metric in told} == declared - METRICS.keys() - CONNECTIONS.keys()
+    assert declared >= METRICS.keys() | CONNECTIONS.keys()
+
+
+def test_the_metrics_of_connections() -> None:
+    for metric in request_metrics._counts(Total(1, 2, 3), 1, 2):
+        assert check_metric(metric.name, _instrument(metric), metric.unit or "", [{}]) == []
+        assert own().groups[f"metric.{metric.name}"].brief == metric.description
 
 
 @pytest.mark.parametrize("raw", [STATIC, RETRIED])
