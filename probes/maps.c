@@ -4,6 +4,7 @@
  * planner/program.py puts in front of this text x86_64.h or arm64.h, helpers.h, record.h, metrics.h, trace_context.h, layout.h,
  * layout_upstream.h, text.h, and before them these constants:
  *     OFFSET_<struct>__<member>, SIZEOF_<struct>    the layout, in bytes
+ *     BIT_<struct>__<member>    a bit-field, in bits
  *     SITE_ngx_http_free_request, ADDRESS_<symbol>    virtual addresses in the binary
  *     SAMPLE_…, KEEP_…, PROPAGATOR_…, ADOPT_UPSTREAM_CONTEXT, PROPAGATE, PROPAGATE_SOCKET, TRUSTED_PROXIES    the settings (planner/sampling.py)
  *     HASH_<header>, LENGTH_<header>, NAME_LOW_<header>, NAME_HIGH_<header>    nginx's hash of a header's name, and its bytes

@@ -112,6 +112,22 @@ enum cache_status {
     CACHE_HIT = 7,            /* the next, SCARCE, does not fit into nginx's three bits: nginx itself does not tell it */
 };
 
+/* request_record.limit_req_status: nginx's numbers (ngx_http_limit_req_module.c). 0: no limit applies, or it is not known. */
+enum limit_req_status {
+    LIMIT_REQ_PASSED = 1,
+    LIMIT_REQ_DELAYED = 2,
+    LIMIT_REQ_REJECTED = 3,
+    LIMIT_REQ_DELAYED_DRY_RUN = 4,
+    LIMIT_REQ_REJECTED_DRY_RUN = 5,
+};
+
+/* request_record.limit_conn_status: nginx's numbers (ngx_http_limit_conn_module.c). 0: as above. */
+enum limit_conn_status {
+    LIMIT_CONN_PASSED = 1,
+    LIMIT_CONN_REJECTED = 2,
+    LIMIT_CONN_REJECTED_DRY_RUN = 3,
+};
+
 /* request_record.http_version: nginx's numbers. */
 enum http_version {
     HTTP_VERSION_0_9 = 9,
@@ -212,7 +228,9 @@ struct request_record {
     __s64 bytes_sent;         /* $bytes_sent, in bytes */
     __u64 nginx_start_sec;    /* r->start_sec, r->start_msec: nginx's own cached Unix clock */
     __u64 nginx_start_msec;
-    __u64 http_version;       /* enum http_version */
+    __u32 http_version;       /* enum http_version */
+    __u16 limit_req_status;
+    __u16 limit_conn_status;
     __u64 err_status;         /* r->err_status and r->headers_out.status, which decide $status */
     __u64 out_status;
     __u32 worker_pid;

@@ -59,6 +59,24 @@ static __always_inline u8 cache_status(struct process *process)
 #endif
 }
 
+/* Returns a bit-field of the request, of up to 8 bits. */
+static __always_inline u16 bit_field(struct process *process, u32 bit, u32 width)
+{
+    u32 at = bit / 8;
+    return (process->request[at] | process->request[at + 1] << 8) >> bit % 8 & ((1 << width) - 1);
+}
+
+/* Sets what nginx's limits said: $limit_req_status, $limit_conn_status. */
+static __always_inline void find_limits(struct process *process, struct request_record *record)
+{
+    record->limit_req_status = 0;
+    record->limit_conn_status = 0;
+#if defined(BIT_ngx_http_request_s__limit_req_status) && defined(BIT_ngx_http_request_s__limit_conn_status)
+    record->limit_req_status = bit_field(process, BIT_ngx_http_request_s__limit_req_status, 3);
+    record->limit_conn_status = bit_field(process, BIT_ngx_http_request_s__limit_conn_status, 2);
+#endif
+}
+
 #define METHOD_BYTES_MAX 16
 
 /* Finds the method that the client sent. An internal redirect sets r->method and r->method_name to GET, and modules set other
@@ -298,6 +316,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->nginx_start_sec = MEMBER(process->request, u64, ngx_http_request_s, start_sec);
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     record->cache_status = cache_status(process);
+    find_limits(process, record);
     process->answer = process->version_lost ? active.progress.answer : 0;
     process->last_location = 0;
     record->worker_pid = tgid;

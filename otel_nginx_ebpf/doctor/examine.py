@@ -15,7 +15,14 @@ from otel_nginx_ebpf.nginx.binary import Binary, Site
 from otel_nginx_ebpf.nginx.layouts import Layout, layout_for
 from otel_nginx_ebpf.nginx.processes import Instance, Watch, file_identity, is_master, pid_namespace, title
 from otel_nginx_ebpf.planner import captured_headers, sites
-from otel_nginx_ebpf.planner.plan import HOST_PID_NAMESPACE_INODE, find_site, has_boundary, no_site, tells_cache_status
+from otel_nginx_ebpf.planner.plan import (
+    HOST_PID_NAMESPACE_INODE,
+    find_site,
+    has_boundary,
+    no_site,
+    tells_cache_status,
+    tells_limit_statuses,
+)
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.supervisor.tracing import by_binary, find_instances
 
@@ -64,6 +71,8 @@ class LayoutReport:
     assumed: bool
     without_cache_status: bool = False
     """The build may have the HTTP cache, but it is not known where it keeps its status."""
+    without_limit_statuses: bool = False
+    """It is not known where nginx keeps what `limit_req` and `limit_conn` said. Before nginx 1.17.6: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +212,12 @@ def _examine_nginx(instances: tuple[Instance, ...]) -> NginxReport:
 
 def _layout_report(binary: Binary, layout: Layout) -> LayoutReport:
     has_no_cache = binary.signature.is_understood and not binary.signature.has_http_cache
-    return LayoutReport(layout.source, layout.assumed, not has_no_cache and not tells_cache_status(binary, layout))
+    return LayoutReport(
+        layout.source,
+        layout.assumed,
+        not has_no_cache and not tells_cache_status(binary, layout),
+        not tells_limit_statuses(layout),
+    )
 
 
 def _flags(binary: Binary) -> dict[str, bool]:

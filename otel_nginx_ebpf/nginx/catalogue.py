@@ -18,9 +18,10 @@ from otel_nginx_ebpf.settings.sources import PREFIX
 
 ABOUT = (
     "Byte offsets of nginx struct members on x86-64 Linux, for builds configured --with-compat; sizeof is the struct's "
-    "size. Offsets in nested structs are relative to the nested struct. A single number holds for all listed releases. "
-    "Otherwise each entry holds from its release to the next entry, in the order of the list; null means not known. "
-    "The releases of a fork begin with the fork's name, such as angie-1.12.1."
+    "size. Bit-fields have their width behind a colon, and offsets in bits. Offsets in nested structs are relative to "
+    "the nested struct. A single number holds for all listed releases. Otherwise each entry holds from its release to "
+    "the next entry, in the order of the list; null means not known. The releases of a fork begin with the fork's "
+    "name, such as angie-1.12.1."
 )
 
 PATH_VARIABLE = PREFIX + "CATALOGUE"

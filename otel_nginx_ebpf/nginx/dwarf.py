@@ -27,7 +27,7 @@ _TYPEDEFS_MAX = 8
 _REFERENCES_IN_UNIT = {f"DW_FORM_ref{kind}" for kind in ("1", "2", "4", "8", "_udata")}
 
 Structs = dict[str, dict[str, int]]
-"""Offsets in bytes by struct and member."""
+"""Offsets by struct and member: in bytes, or in bits for a bit-field, which is named `member:width`."""
 
 
 class DwarfError(Exception):
@@ -41,11 +41,11 @@ def read_structs(
 
     Args:
         file: The ELF file. It must be seekable; its position does not matter.
-        wanted: Members by struct. A struct is named by its tag or its typedef. Bit-fields are never found.
+        wanted: Members by struct. A struct is named by its tag or its typedef, a bit-field as `member:width`.
         alternate: The file to which dwz moved shared entries (.gnu_debugaltlink).
 
     Returns:
-        Offsets in bytes by struct and member; empty if the file has no DWARF.
+        Offsets by struct and member; empty if the file has no DWARF.
 
     Raises:
         DwarfError: The debug information is damaged, takes too long to read, or keeps types in separate units
@@ -148,11 +148,16 @@ class _Reader:
         size = _number(struct, "DW_AT_byte_size")
         members = {SIZEOF: size}
         for entry in self._children(struct):
-            if entry.tag == "DW_TAG_member" and "DW_AT_bit_size" not in entry.attributes:
-                members[_text(entry, "DW_AT_name")] = _member_offset(entry)
+            if entry.tag != "DW_TAG_member":
+                continue
+            member = _text(entry, "DW_AT_name")
+            if "DW_AT_bit_size" not in entry.attributes:
+                members[member] = _member_offset(entry)
+            elif (field := f"{member}:{_number(entry, 'DW_AT_bit_size')}") in self._wanted[name]:
+                members[field] = _bit_offset(entry)
         found = {member: members[member] for member in self._wanted[name] if member in members}
         for member, offset in found.items():
-            if member != SIZEOF and not 0 <= offset < size:
+            if member != SIZEOF and not 0 <= offset < (size * 8 if is_bit_field(member) else size):
                 raise DwarfError(f"damaged debug information: {name}.{member} at {offset} of {size} bytes")
         return found
 
@@ -177,6 +182,11 @@ class _Reader:
                     offset = sibling
                 else:
                     depth += 1
+
+
+def is_bit_field(member: str) -> bool:
+    """Tells whether a member is a bit-field, whose offset is in bits."""
+    return ":" in member
 
 
 def _may_define(unit: str, struct: str) -> bool:
@@ -233,3 +243,15 @@ def _member_offset(member: DIE) -> int:
     if operation.op_name != "DW_OP_plus_uconst":
         raise DwarfError(f"a member's offset is {operation.op_name}, which C compilers do not write")
     return int(operation.args[0])
+
+
+def _bit_offset(member: DIE) -> int:
+    """Returns a bit-field's offset in bits: DW_AT_data_bit_offset.
+
+    Up to DWARF 4: DW_AT_bit_offset, which counts from the highest bit of the integer that the field is in.
+    """
+    if "DW_AT_data_bit_offset" in member.attributes:
+        return _number(member, "DW_AT_data_bit_offset")
+    unit_bits = 8 * _number(member, "DW_AT_byte_size")
+    from_highest = _number(member, "DW_AT_bit_offset") + _number(member, "DW_AT_bit_size")
+    return 8 * _member_offset(member) + unit_bits - from_highest

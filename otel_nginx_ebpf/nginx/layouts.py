@@ -10,7 +10,7 @@ from otel_nginx_ebpf.nginx import catalogue
 from otel_nginx_ebpf.nginx.binary import Binary
 from otel_nginx_ebpf.nginx.catalogue import Catalogue
 from otel_nginx_ebpf.nginx.debug_files import debug_files
-from otel_nginx_ebpf.nginx.dwarf import SIZEOF, DwarfError, Structs, read_structs
+from otel_nginx_ebpf.nginx.dwarf import SIZEOF, DwarfError, Structs, is_bit_field, read_structs
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ _DEBUG_SYMBOLS_OF_FORK = (
 _STRUCT_BYTES_MAX = 16 << 10
 
 # Not every build has these: HTTP/2, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0. Nor has every
-# catalogue of a user's own: `cleanup` is new.
+# catalogue of a user's own: `cleanup` and bit-fields are new.
 _OPTIONAL_STRUCTS = ("ngx_http_v2_",)
 _OPTIONAL_MEMBERS = {
     ("ngx_connection_s", "proxy_protocol"),
@@ -40,7 +40,7 @@ _OPTIONAL_MEMBERS = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Offsets in bytes by struct and member; `sizeof` is the struct's size.
+    """Offsets by struct and member (`nginx.dwarf.Structs`); `sizeof` is the struct's size in bytes.
 
     A member is absent if the build does not have it, or if it is not known for the release. For most releases HTTP/2's
     structs are not known.
@@ -130,6 +130,7 @@ def _lacking(structs: Structs, members: Mapping[str, set[str]]) -> list[str]:
         if member not in structs.get(struct, {})
         and not struct.startswith(_OPTIONAL_STRUCTS)
         and (struct, member) not in _OPTIONAL_MEMBERS
+        and not is_bit_field(member)
     ]
 
 

@@ -7,7 +7,7 @@ modules. --with-compat turns on all of them except PCRE and the HTTP cache, whic
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from otel_nginx_ebpf.nginx.dwarf import SIZEOF, Structs
+from otel_nginx_ebpf.nginx.dwarf import SIZEOF, Structs, is_bit_field
 
 _FLAGS = 34
 _PCRE, _HTTP_CACHE, _COMPAT = 23, 32, 34
@@ -80,7 +80,10 @@ class Signature:
         return tuple(_NAMES[flag] for flag in _GAPS if not self._has(flag)) if self.is_understood else ()
 
     def layout(self, structs: Structs) -> Structs:
-        """Returns the layout of this `--with-compat` build. `structs` is a build of the same release without gaps."""
+        """Returns the layout of this `--with-compat` build. `structs` is a build of the same release without gaps.
+
+        Bit-fields are left out of structs with gaps: other bit-fields are missing there, too.
+        """
         gaps = [gap for flag, gaps in _GAPS.items() if not self._has(flag) for gap in gaps]
         return {
             struct: _closed(members, [gap for gap in gaps if gap.struct == struct])
@@ -92,4 +95,4 @@ def _closed(members: dict[str, int], gaps: list[_Gap]) -> dict[str, int]:
     def moved(member: str, offset: int) -> int:
         return offset - sum(gap.size for gap in gaps if member == SIZEOF or offset >= members[gap.behind])
 
-    return {member: moved(member, offset) for member, offset in members.items()}
+    return {member: moved(member, offset) for member, offset in members.items() if not (gaps and is_bit_field(member))}

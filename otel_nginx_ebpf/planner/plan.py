@@ -170,6 +170,11 @@ def tells_cache_status(binary: Binary, layout: Layout) -> bool:
     return known and binary.signature.has_http_cache and not binary.is_fork
 
 
+def tells_limit_statuses(layout: Layout) -> bool:
+    """Tells whether it is known where nginx keeps what `limit_req` and `limit_conn` said."""
+    return {"limit_req_status:3", "limit_conn_status:2"} <= layout.structs["ngx_http_request_s"].keys()
+
+
 def no_site(binary: Binary, boundary: sites.Boundary, reason: str) -> str:
     """Returns the error message for a required boundary that has no site."""
     return (

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 
 from otel_nginx_ebpf.machine import this_machine
+from otel_nginx_ebpf.nginx.dwarf import is_bit_field
 
 _HEADERS = (
     "helpers.h",
@@ -91,7 +92,7 @@ def program_text(
     """Returns the program as C text for BCC.
 
     Args:
-        layout: Member offsets in bytes, by struct and member; `sizeof` is the struct's size.
+        layout: Member offsets by struct and member (`nginx.dwarf.Structs`); `sizeof` is the struct's size.
         constants: More constants by name: addresses in the binary (`SITE_…`, `ADDRESS_…`) and settings.
         rules_text: The function that matches rules.
         follow_all: Trace every process that hits a probe. Otherwise trace the loader's pids and their children.
@@ -103,7 +104,10 @@ def program_text(
     defined = dict(constants)
     for struct, members in layout.items():
         for member, offset in members.items():
-            name = f"SIZEOF_{struct}" if member == "sizeof" else f"OFFSET_{struct}__{member}"
+            if is_bit_field(member):
+                name = f"BIT_{struct}__{member.partition(':')[0]}"
+            else:
+                name = f"SIZEOF_{struct}" if member == "sizeof" else f"OFFSET_{struct}__{member}"
             defined[name] = offset
     defined |= {
         "FOLLOW_ALL": int(follow_all),

@@ -29,6 +29,8 @@ NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
 NGINX_CACHE_STATUS = "nginx.cache.status"
 NGINX_CONNECTION_ID = "nginx.connection.id"
 NGINX_CONNECTION_REQUESTS = "nginx.connection.requests"
+NGINX_LIMIT_CONN_STATUS = "nginx.limit_conn.status"
+NGINX_LIMIT_REQ_STATUS = "nginx.limit_req.status"
 NGINX_NO_LIVE_PEERS = "nginx.upstream.no_live_peers"
 NGINX_SAMPLING_KEPT_FOR = "nginx.sampling.kept_for"
 NGINX_SERVER_NAME = "nginx.server_name"
@@ -114,6 +116,8 @@ def server_fields(
     attempts_lost: int,
     no_live_peers: int,
     cache_status: str | None,
+    limit_req_status: str | None,
+    limit_conn_status: str | None,
     kept: str | None,
     rule_number: int,
     error: str | None,
@@ -150,6 +154,10 @@ def server_fields(
         attributes[NGINX_TERMINATION] = ending
     if cache_status is not None:
         attributes[NGINX_CACHE_STATUS] = cache_status
+    if limit_req_status is not None:
+        attributes[NGINX_LIMIT_REQ_STATUS] = limit_req_status
+    if limit_conn_status is not None:
+        attributes[NGINX_LIMIT_CONN_STATUS] = limit_conn_status
     if kept is not None:
         attributes[NGINX_SAMPLING_KEPT_FOR] = kept
 

@@ -74,6 +74,8 @@ OUTCOMES = {value: name.removeprefix("OUTCOME_").lower() for name, value in c_en
 METHODS = {bit: name.removeprefix("METHOD_") for name, bit in c_enum("method").items()}
 """The methods that the semantic conventions know, by nginx's bit: RFC 9110, PATCH (RFC 5789) and QUERY."""
 CACHE_STATUSES = {value: name.removeprefix("CACHE_") for name, value in c_enum("cache_status").items()}
+LIMIT_REQ_STATUSES = {value: name.removeprefix("LIMIT_REQ_") for name, value in c_enum("limit_req_status").items()}
+LIMIT_CONN_STATUSES = {value: name.removeprefix("LIMIT_CONN_") for name, value in c_enum("limit_conn_status").items()}
 HTTP_VERSIONS = {
     number: name.removeprefix("HTTP_VERSION_").replace("_", ".") for name, number in c_enum("http_version").items()
 }
@@ -224,6 +226,10 @@ class Request:
     """How many of nginx's numbers are impossible, including the attempts'. An impossible time or size is `None`."""
     cache_status: str | None = None
     """$upstream_cache_status: `MISS`, `HIT`, … `None`: the cache was not asked, or it is not known."""
+    limit_req_status: str | None = None
+    """$limit_req_status: `PASSED`, `DELAYED`, … `None`: no limit applies, or it is not known."""
+    limit_conn_status: str | None = None
+    """$limit_conn_status; as above."""
     captured_headers: bytes = b""
     """The captured headers as they are in the record (`traces.captured_headers`)."""
     headers_missing: bool = False
@@ -421,6 +427,8 @@ def decode(raw: bytes) -> Request:
             nginx_start_sec,
             nginx_start_msec,
             http_version,
+            limit_req_status,
+            limit_conn_status,
             err_status,
             out_status,
             worker_pid,
@@ -518,6 +526,8 @@ def decode(raw: bytes) -> Request:
         string(_X_FORWARDED_HOST),
         impossible,
         cache_status=CACHE_STATUSES.get(cache_status),
+        limit_req_status=LIMIT_REQ_STATUSES.get(limit_req_status),
+        limit_conn_status=LIMIT_CONN_STATUSES.get(limit_conn_status),
         captured_headers=headers,
         headers_missing=headers_missing != 0,
         rule=rule,

@@ -179,6 +179,8 @@ class SpanBuilder(Generic[F]):
             attempts_lost,
             no_live_peers,
             request.cache_status,
+            request.limit_req_status,
+            request.limit_conn_status,
             request.kept,
             request.rule,
             error,

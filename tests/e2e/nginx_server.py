@@ -29,6 +29,7 @@ LOG_VARIABLES = """
     remote_addr remote_port http_user_agent host ssl_protocol
     upstream_addr upstream_status upstream_connect_time upstream_header_time upstream_response_time
     upstream_bytes_sent upstream_bytes_received upstream_cache_status
+    limit_req_status limit_conn_status
     http_traceparent http_b3 http_x_b3_traceid http_forwarded http_x_forwarded_proto
 """
 
@@ -55,7 +56,8 @@ def nginx_build(start: Path = START) -> str:
 
 @functools.cache
 def _unknown_variables() -> set[str]:
-    return {"upstream_cache_status"} if "--without-http-cache" in nginx_build() else set()
+    unknown = {"upstream_cache_status"} if "--without-http-cache" in nginx_build() else set()
+    return unknown | ({"limit_req_status", "limit_conn_status"} if nginx_version() < (1, 17, 6) else set())
 
 
 def wait_until(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:

@@ -3,13 +3,17 @@
 `timing.py` checks times. Every check returns its violations as text, so that one run shows all violations.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from e2e.agent_process import Span, Trace
-from e2e.nginx_server import LogLine, nginx_build
+from e2e.nginx_server import NGINX, LogLine, nginx_build
+from otel_nginx_ebpf.nginx.binary import Binary
+from otel_nginx_ebpf.nginx.layouts import layout_for
+from otel_nginx_ebpf.planner.plan import tells_limit_statuses
 
 CHILDREN = {"downstream read", "upstream connect", "upstream exchange", "downstream write"}
 KNOWN_METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY"}
@@ -90,6 +94,11 @@ def _cache_status(log: LogLine) -> str | None:
     return log.get("upstream_cache_status") or None
 
 
+@functools.cache
+def _limits_are_told() -> bool:
+    return tells_limit_statuses(layout_for(Binary(NGINX)))
+
+
 def _check_server(server: Span, log: LogLine) -> Iterator[str]:
     attributes = server.attributes
     status, length = int(log["status"]), int(log["request_length"])
@@ -105,6 +114,9 @@ def _check_server(server: Span, log: LogLine) -> Iterator[str]:
         "connection requests", attributes.get("nginx.connection.requests"), int(log["connection_requests"])
     )
     yield from _differ("cache", attributes.get("nginx.cache.status"), _cache_status(log))
+    for limit in ("limit_req", "limit_conn"):
+        told = log.get(f"{limit}_status") or None if _limits_are_told() else None
+        yield from _differ(limit, attributes.get(f"nginx.{limit}.status"), told)
     yield from _differ("worker", attributes.get("nginx.worker.pid"), int(log["pid"]))
     if "nginx.tls.handshake.duration_ns" in attributes and (
         not log["ssl_protocol"] or log["connection_requests"] != "1"

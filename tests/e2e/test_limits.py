@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from e2e.http1_client import request_bytes
-from e2e.nginx_server import wait_until
+from e2e.nginx_server import nginx_version, wait_until
 from e2e.stage import Stage
 
 READ_WRITE = ["downstream read", "downstream write"]
@@ -59,6 +59,24 @@ def test_too_many_requests(stage: Stage, status: int) -> None:
         assert each.trace.outline() == READ_WRITE
         assert each.trace.server.status == ("ERROR" if status == 503 else "UNSET")
         assert each.trace.server.seconds < INTERVAL
+
+
+@pytest.mark.nginx(
+    http=ZONE,
+    server="""
+    limit_req_dry_run on;
+    location / { limit_req zone=@NAME@; alias @HTML@/; }
+    location /delayed/ { limit_req zone=@NAME@ burst=5; alias @HTML@/; }
+    """,
+)
+@pytest.mark.skipif(len(nginx_version()) > 0 and nginx_version() < (1, 17, 6), reason="no dry run before nginx 1.17.6")
+def test_limits_that_are_only_tried_out(stage: Stage) -> None:
+    """The oracle compares what the trace says of a limit with the log, here and in the other tests."""
+    with stage.connect() as connection:
+        for path in ("/hello.txt", "/hello.txt", "/delayed/hello.txt"):
+            assert connection.request(path).status == 200
+    logged = [each.log["limit_req_status"] for each in stage.exchanges(3)]
+    assert logged == ["PASSED", "REJECTED_DRY_RUN", "DELAYED_DRY_RUN"]
 
 
 @pytest.mark.nginx(http=ZONE, server="location / { limit_req zone=@NAME@ burst=5; proxy_pass http://@UP@; }")

@@ -77,9 +77,15 @@ class DebugInfo:
         return int(self._structs[name].attributes["DW_AT_byte_size"].value)
 
     def offsets(self, name: str) -> dict[str, int]:
-        """Members and their offsets in bytes, in order; bit-fields left out."""
-        return {
-            child.attributes["DW_AT_name"].value.decode(): child.attributes["DW_AT_data_member_location"].value
-            for child in self._structs[name].iter_children()
-            if child.tag == "DW_TAG_member" and "DW_AT_data_member_location" in child.attributes
-        }
+        """Members and their offsets in bytes, in order; of bit-fields in bits, as `member:width`."""
+        members: dict[str, int] = {}
+        for child in self._structs[name].iter_children():
+            told = child.attributes
+            if child.tag != "DW_TAG_member" or "DW_AT_name" not in told:
+                continue
+            member = told["DW_AT_name"].value.decode()
+            if "DW_AT_data_bit_offset" in told:
+                members[f"{member}:{told['DW_AT_bit_size'].value}"] = told["DW_AT_data_bit_offset"].value
+            elif "DW_AT_data_member_location" in told:
+                members[member] = told["DW_AT_data_member_location"].value
+        return members

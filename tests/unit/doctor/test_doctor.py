@@ -104,6 +104,14 @@ def test_a_layout_that_does_not_tell_the_cache_status() -> None:
     assert not any("cache" in line for line in shown(FINE).splitlines())
 
 
+def test_a_layout_that_does_not_tell_what_limits_said() -> None:
+    told = LayoutReport("catalogue 1.24.0", False, without_limit_statuses=True)
+    shown_lines = shown(replace(FINE, nginx=(replace(NGINX, layout=told),))).splitlines()
+    row = shown_lines.index("note limits                 no nginx.limit_req.status, nginx.limit_conn.status:")
+    assert shown_lines[row + 1].strip() == "the layout does not tell"
+    assert not any("limit_req" in line for line in shown(FINE).splitlines())
+
+
 def test_every_problem_is_shown_beside_the_others() -> None:
     lines = shown(BAD).splitlines()
     assert [line[28:] for line in lines if line.startswith("FAIL")] == [

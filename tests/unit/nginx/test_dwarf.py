@@ -20,10 +20,12 @@ SOURCE = """
 #include <stddef.h>
 #include <stdio.h>
 #include <stdint.h>
+#include <string.h>
 
 typedef struct inner_s inner_t;
 typedef struct { size_t len; unsigned char *data; } str_t;
-struct outer_s { uint32_t signature; inner_t *inner; str_t uri; unsigned flag:1; unsigned other:7; char tail[3]; };
+struct outer_s { uint32_t signature; inner_t *inner; str_t uri; unsigned flag:1; unsigned other:7;
+    unsigned wide:16; char tail[3]; unsigned last:3; };
 typedef struct outer_s outer_t;
 typedef outer_t again_t;
 struct inner_s { char c; double d; void (*handler)(outer_t *o); };
@@ -38,10 +40,26 @@ large_t large;
 struct declared_s *declared;
 not_a_struct_t number;
 
+/* The first bit that changes with the field. */
+#define SAY_BIT(field, width, all) \\
+    memset(&outer, 0, sizeof(outer)); \\
+    outer.field = all; \\
+    printf("\\"outer_s.%s:%d\\": %d, ", #field, width, first_bit(&outer, sizeof(outer)))
+static int first_bit(const void *bytes, int size)
+{
+    for (int bit = 0; bit < size * 8; bit++)
+        if (((const unsigned char *)bytes)[bit / 8] >> bit % 8 & 1)
+            return bit;
+    return -1;
+}
 #define SAY(type, member) printf("\\"%s.%s\\": %zu, ", #type, #member, offsetof(type, member))
 int main(void)
 {
     printf("{");
+    SAY_BIT(flag, 1, 1);
+    SAY_BIT(other, 7, 127);
+    SAY_BIT(wide, 16, 65535);
+    SAY_BIT(last, 3, 7);
     SAY(struct outer_s, signature);
     SAY(struct outer_s, inner);
     SAY(struct outer_s, uri);
@@ -58,7 +76,20 @@ int main(void)
 """
 
 WANTED = {
-    "outer_s": ("signature", "inner", "uri", "tail", "sizeof", "flag", "no_such_member"),
+    "outer_s": (
+        "signature",
+        "inner",
+        "uri",
+        "tail",
+        "sizeof",
+        "flag:1",
+        "other:7",
+        "wide:16",
+        "last:3",
+        "flag",
+        "wide:15",
+        "no_such_member",
+    ),
     "inner_s": ("c", "d", "handler"),
     "str_t": ("data",),
     "again_t": ("uri",),

@@ -282,6 +282,15 @@ def test_what_the_cache_said(status: str | None) -> None:
     assert all("nginx.cache.status" not in span.attributes for span in trace.spans[1:])
 
 
+def test_what_limits_said() -> None:
+    server, *others = build(replace(REQUEST, limit_req_status="DELAYED", limit_conn_status="PASSED")).spans
+    told = {name: value for name, value in server.attributes.items() if name.startswith("nginx.limit_")}
+    assert told == {"nginx.limit_req.status": "DELAYED", "nginx.limit_conn.status": "PASSED"}
+    assert not any(
+        name.startswith("nginx.limit_") for span in (build(REQUEST).spans[0], *others) for name in span.attributes
+    )
+
+
 @pytest.mark.parametrize(("query", "shown"), [(True, "/a?sig=REDACTED"), (False, "/a")])
 def test_the_query_in_a_line_of_the_error_log(query: bool, shown: str) -> None:
     request = replace(REQUEST, log_lines=(logged(1_120, None, "/a?sig=x"),))
