@@ -7,28 +7,35 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
+from unit.otlp_receiver import GrpcReceiver
 
 from e2e.agent_process import AgentProcess, Trace
-from e2e.nginx_server import LogLine, wait_until
+from e2e.http1_client import Http1Connection
+from e2e.nginx_server import LogLine, NginxServer, free_ports, wait_until
 from e2e.oracle import check_facts
 from e2e.stage import Key, Stage, key_of_log, key_of_trace
 from e2e.timing import Lags, Slack
-from e2e.traffic import Traffic
+from e2e.traffic import REQUESTS_A_CONNECTION, Traffic
 
 WORKERS = 2
 ATTACHES_IN_CI = 4
 ATTACHES = int(os.environ.get("OTEL_NGINX_EBPF_TEST_ATTACHES", ATTACHES_IN_CI))
 AT_ONCE = 2
 BUSY = 10
+NUMBERED_CLIENTS = 3
 READY_S = 120
 WHILE_S = 1.5
 
@@ -192,3 +199,138 @@ def test_on_a_busy_machine(stage: Stage, tmp_path: Path) -> None:
             process.wait()
     stage.lines(answered)
     check(stage, attached, OVERLOADED)
+
+
+ERRORS = """
+    server {{
+        listen 127.0.0.1:{port};
+        access_log off;
+        root {prefix};
+        location /healthz/ {{ return 200; }}
+        location /found/ {{ return 200; }}
+    }}
+"""
+RULES = """
+[[rules]]
+path = "/healthz/*"
+drop = true
+
+[[rules]]
+path = ["/missing/*", "/found/*"]
+span_name = "numbered"
+service_name = "numbers"
+"""
+
+
+@dataclass
+class Numbered:
+    """Clients whose requests have a number each, in the path and in a header, until the block ends.
+
+    nginx logs an error for each `/missing/`.
+    """
+
+    port: int
+    stop: threading.Event = field(default_factory=threading.Event)
+    sent: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """By path: when the request was sent and when it was answered, in Unix time."""
+
+    def converse(self, first: int) -> None:
+        number = first
+        while not self.stop.is_set():
+            with Http1Connection(("127.0.0.1", self.port)) as connection:
+                for _ in range(REQUESTS_A_CONNECTION):
+                    for kind, status in (("missing", 404), ("found", 200), ("healthz", 200)):
+                        began_s = time.time()
+                        path = f"/{kind}/{number}"
+                        assert connection.request(path, headers={"X-Number": path}).status == status
+                        self.sent[path] = began_s, time.time()
+                    number += NUMBERED_CLIENTS
+                    self.stop.wait(0.005)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with ThreadPoolExecutor(NUMBERED_CLIENTS) as pool:
+            clients = [pool.submit(self.converse, first) for first in range(NUMBERED_CLIENTS)]
+            try:
+                yield
+            finally:
+                self.stop.set()
+        for each in clients:
+            each.result()
+
+
+def attach_with_options(pid: int, directory: Path) -> tuple[float, float, GrpcReceiver, str]:
+    """Return when the program was ready and when it was asked to end, in Unix time; what it sent; what it said."""
+    directory.mkdir()
+    (directory / "rules.toml").write_text(RULES)
+    with GrpcReceiver() as receiver:
+        options = ["--logs", "--config", directory / "rules.toml", "--capture-request-headers", "x-number"]
+        environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{receiver.port}"}
+        command = ["run", "--pid", str(pid), "--batch-delay-ms", "100", *options]
+        agent = AgentProcess(pid, directory, command, environment, ready_s=READY_S)
+        try:
+            ready_s = time.time()
+            wait_until(lambda: len(receiver.log_records) >= 100 and time.time() > ready_s + WHILE_S, "log records", 60)
+            asked_to_end_s = time.time()
+            agent.stop()
+        finally:
+            agent.kill()
+    return ready_s, asked_to_end_s, receiver, agent.stderr()
+
+
+def test_with_log_records_rules_and_captured_headers(
+    public_directory: Path, upstream_addresses: dict[str, str], tmp_path: Path
+) -> None:
+    """Each line that nginx logs is one log record with its request's trace. Rules and headers hold from the first."""
+    prefix = public_directory / "attach"
+    prefix.mkdir()
+    (port,) = free_ports(1)
+    nginx = NginxServer(prefix, ERRORS.format(port=port, prefix=prefix))
+    nginx.start([("127.0.0.1", port)])
+    try:
+        clients = Numbered(port)
+        with clients.running(), ThreadPoolExecutor(AT_ONCE) as pool:
+            count = ATTACHES if ATTACHES > ATTACHES_IN_CI else AT_ONCE
+            runs = [pool.submit(attach_with_options, nginx.pid, tmp_path / str(number)) for number in range(count)]
+            attached = [each.result() for each in runs]
+    finally:
+        nginx.stop()
+    for ready_s, asked_to_end_s, receiver, said in attached:
+        wanted = {path for path, (began, ended) in clients.sent.items() if began > ready_s and ended < asked_to_end_s}
+        traced = {path: server for server in receiver.spans if (path := texts(server).get("url.path"))}
+        assert len(traced) == len([span for span in receiver.spans if span.name == "numbered"])
+        assert traced.keys() <= clients.sent.keys()
+        assert not any(path.startswith("/healthz/") for path in traced)
+        assert {path for path in wanted if not path.startswith("/healthz/")} <= traced.keys()
+        for path, server in traced.items():
+            (header,) = (each for each in server.attributes if each.key == "http.request.header.x-number")
+            assert [value.string_value for value in header.value.array_value.values] == [path]
+        logged = Counter[str]()
+        for record, service in records_with_service(receiver):
+            found = re.search(r"(/missing/\d+)\" failed", record.body.string_value)
+            assert found, record
+            logged[found[1]] += 1
+            if record.trace_id:
+                assert (record.trace_id, service) == (traced[found[1]].trace_id, "numbers")
+            else:  # the program was attached or detached in the middle of the request
+                assert found[1] not in wanted
+        missing = {path for path in wanted if path.startswith("/missing/")}
+        assert len(missing) > 100
+        assert missing <= logged.keys()
+        assert set(logged.values()) == {1}
+        told = f"log records: received {logged.total()}, exported {logged.total()}, lost 0"
+        assert told in said, said
+        assert f"otel-nginx-ebpf: received {len(traced)}, exported {len(traced)}, lost 0" in said, said
+        resources = [each.resource for sent in receiver.requests for each in sent.resource_spans]
+        assert {texts(resource)["service.name"] for resource in resources} == {"numbers"}
+
+
+def records_with_service(receiver: GrpcReceiver) -> Iterator[tuple[LogRecord, str]]:
+    for group in (group for sent in receiver.log_requests for group in sent.resource_logs):
+        for record in (record for scope in group.scope_logs for record in scope.log_records):
+            yield record, texts(group.resource)["service.name"]
+
+
+def texts(told: Any) -> dict[str, str]:
+    """Return the attributes of a span or a resource that are texts."""
+    return {pair.key: pair.value.string_value for pair in told.attributes if pair.value.HasField("string_value")}

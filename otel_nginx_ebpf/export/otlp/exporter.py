@@ -41,9 +41,11 @@ class OtlpExporter(Delivery):
     ) -> None:
         """`logs` gets the lines of the error log. `delivery`: how to queue, as `Delivery` has it."""
         self._encoder = Encoder(RandomIds().generate_span_id, choices)
-        self._record_encoder = RecordEncoder(self._encoder, keeps_log_records=logs is not None and logs.errors)
-        self._logs = logs
         self._service_names = service_names_of(choices.rules)
+        self._record_encoder = RecordEncoder(
+            self._encoder, keeps_log_records=logs is not None and logs.errors, service_names=self._service_names
+        )
+        self._logs = logs
         self._stats = stats
         self._exemplars = exemplars
         super().__init__(sender, resource, stats, **delivery)

@@ -41,6 +41,7 @@ from otel_nginx_ebpf.traces.record import (
     decode_strings,
     headers_section,
 )
+from otel_nginx_ebpf.traces.rules import ServiceNames
 from otel_nginx_ebpf.traces.sent import parse_line
 from otel_nginx_ebpf.traces.spans import BuiltSpan, SpanBuilder, told_id
 
@@ -195,8 +196,12 @@ _Shaped = tuple[
 class RecordEncoder:
     """Encodes the spans of records."""
 
-    def __init__(self, encoder: Encoder, *, keeps_log_records: bool = False) -> None:
+    def __init__(
+        self, encoder: Encoder, *, keeps_log_records: bool = False, service_names: ServiceNames | None = None
+    ) -> None:
+        """`service_names`: the services that rules name, for `log_records`."""
         self._encoder = encoder
+        self._service_names = service_names
         self._builder = encoder.builder
         self._new_id = encoder.new_id
         self._keeps_log_records = keeps_log_records
@@ -257,6 +262,8 @@ class RecordEncoder:
             self.log_lines.release(log_lines)
             return error
         if log_lines and self._keeps_log_records:
+            if self._service_names:
+                resource = self._service_names.resource(request.rule, resource)
             ids = [(phase, span_id) for phase, span_id, _ in spans]
             self.log_records += of_request(request, ids, unix_offset_ns, resource, self._encoder.query)
         return data, spans, request.impossible, request
