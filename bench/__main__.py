@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import counts, emitter, latency, machine, memory, paths, recording, tables, worker
-from bench.site import SCENARIOS, Module, ModuleError, Site
-from bench.variants import SETTINGS, Variant
+from bench.site import NAMED_SCENARIOS, SCENARIOS, Module, ModuleError, Site
+from bench.variants import FEATURES, SETTINGS, Variant
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Measure what tracing costs.")
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -28,7 +28,8 @@ Rounds = Annotated[int, typer.Option(min=1, help="How many rounds; each has trac
 Output = Annotated[Path, typer.Option("--json", help="The file for the figures.")]
 OUTPUT = Path("bench.json")
 Scenarios = Annotated[
-    list[str] | None, typer.Option("--scenario", help=f"One of {', '.join(SCENARIOS)}, {worker.BYSTANDER}; repeatable.")
+    list[str] | None,
+    typer.Option("--scenario", help=f"One of {', '.join(NAMED_SCENARIOS)}, {worker.BYSTANDER}; repeatable."),
 ]
 Variants = Annotated[
     list[str] | None,
@@ -113,7 +114,26 @@ def worker_command(
 ) -> None:
     """Measure processor time in the worker, and what another process pays."""
     names = scenario or [*SCENARIOS, worker.BYSTANDER]
-    variants = [Variant.parse(text) for text in variant or SETTINGS]
+    _measure_worker("worker", names, variant or SETTINGS, rounds, json_file, module, module_directives, beside)
+
+
+@app.command("features")
+def features_command(rounds: Rounds = 6, json_file: Output = OUTPUT) -> None:
+    """Measure in the worker what the error log, captured headers and rules cost. `all` leaves it out."""
+    _measure_worker("features", ["static", "proxied", "broken"], FEATURES, rounds, json_file)
+
+
+def _measure_worker(
+    part: str,
+    names: Sequence[str],
+    settings: Sequence[str],
+    rounds: int,
+    json_file: Path,
+    module: Path | None = None,
+    module_directives: str = DIRECTIVES,
+    beside: bool = False,
+) -> None:
+    variants = [Variant.parse(text) for text in settings]
     load = os.getloadavg()
     requests = [name for name in names if name != worker.BYSTANDER]
     steps = rounds * (len(names) * (len(variants) + 1) + len(requests) * bool(module)) + len(requests) * len(variants)
@@ -139,7 +159,7 @@ def worker_command(
     }
     console.print(tables.cpu(figures["cpu_us"], figures["requests_a_second"]))
     console.print(tables.programs(programs))
-    _write(json_file, "worker", figures, load)
+    _write(json_file, part, figures, load)
 
 
 @app.command("latency")

@@ -71,7 +71,7 @@ class Scenario(NamedTuple):
     answer: str = "2xx"
 
 
-BROKEN = Scenario("/broken/page", False, False, 0, "5xx")
+BROKEN = Scenario("/broken/page", False, False, 20_000, "5xx")
 """The peer refuses the connection, and nginx logs that."""
 
 SCENARIOS = {
@@ -82,6 +82,10 @@ SCENARIOS = {
     "static-h2": Scenario("/static/page.html", True, True, 50_000),
     "proxied-h2": Scenario("/proxied/page", True, True, 40_000),
 }
+
+
+NAMED_SCENARIOS = {**SCENARIOS, "broken": BROKEN}
+"""The above, and those that are only measured if somebody names them."""
 
 
 class Site:

@@ -52,6 +52,18 @@ SETTINGS = (
 """What `worker` compares by default: all requests, one in a hundred, and both with less detail; and their floors."""
 
 
+_RULES = Path(__file__).with_name("rules.toml")
+_HEADERS = "--capture-request-headers user-agent,accept,host --capture-response-headers content-type,content-length"
+
+FEATURES = (
+    "all",
+    "no log=--log-level none",
+    f"headers={_HEADERS}",
+    f"rules=--config {shlex.quote(str(_RULES))}",
+)
+"""What `features` compares: all requests, without the error log, with captured headers, with ten rules."""
+
+
 @contextmanager
 def tracing(variant: Variant | None, nginx_pid: int) -> Iterator[AgentProcess | None]:
     """Trace with `variant` while the block runs, and only write the records to a file. None: do not trace."""

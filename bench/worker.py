@@ -9,7 +9,7 @@ from bench.figures import paired, ratios, summary
 from bench.load import at_most_speed
 from bench.machine import NGINX_CPU
 from bench.programs import counting, programs_of
-from bench.site import SCENARIOS, Site
+from bench.site import NAMED_SCENARIOS, Site
 from bench.variants import OFF, Variant, stopped, tracing, turns
 
 MODULE = "module"
@@ -31,7 +31,7 @@ def cpu_us_a_request(site: Site, name: str) -> tuple[float, float, float]:
 
     Each is the best of a few short measurements, because other work on the machine can only add time.
     """
-    scenario = SCENARIOS[name]
+    scenario = NAMED_SCENARIOS[name]
     cpu_us, main_thread_cpu_us, requests_a_second = [], [], []
     for _ in range(_LOOKS):
         before = site.counts()
@@ -113,7 +113,7 @@ def probe_accounts(site: Site, name: str, variant: Variant) -> list[dict[str, An
         assert agent is not None
         before = {program.name: program for program in programs_of(agent.pid)}
         served = site.counts().requests
-        at_most_speed([site.url(SCENARIOS[name])], SCENARIOS[name])
+        at_most_speed([site.url(NAMED_SCENARIOS[name])], NAMED_SCENARIOS[name])
         requests = site.counts().requests - served
         after = programs_of(agent.pid)
     return [

@@ -1,5 +1,7 @@
 """The calculations and the parsers of `make bench`."""
 
+from pathlib import Path
+
 import pytest
 
 from bench.counts import parse_totals
@@ -9,8 +11,9 @@ from bench.load import parse_latencies, parse_rate
 from bench.memory import by_group, parse_smaps
 from bench.programs import Program, parse_program
 from bench.tables import cpu
-from bench.variants import Variant
+from bench.variants import FEATURES, Variant
 from bench.worker import compare
+from otel_nginx_ebpf.settings.sources import load
 
 # From h2load 1.52, its progress left out.
 H2LOAD = """\
@@ -137,6 +140,15 @@ Rss:                 512 kB
 7f0000004000-7f0000005000 r-xp 00000000 fe:00 5                          /opt/a directory/other.so
 Rss:                 256 kB
 """
+
+
+def test_the_rules_that_are_measured() -> None:
+    (variant,) = (each for each in map(Variant.parse, FEATURES) if each.name == "rules")
+    option, path = variant.arguments
+    assert option == "--config"
+    rules = load({}, Path(path)).rules
+    assert len(rules) == 10
+    assert (rules[-1].path, rules[-1].drop) == (("/proxied/*",), True)
 
 
 def test_resident_memory_by_what_it_is_mapped_from() -> None:
