@@ -1,5 +1,6 @@
 """Measures resident memory of the emitter, and what its libraries add."""
 
+import mmap
 import re
 import subprocess
 import sys
@@ -120,9 +121,10 @@ _IMPORTS = {
 
 def of_imports() -> dict[str, float]:
     """Return resident MB of a Python process after each import; the imports add up."""
+    pages = "int(open('/proc/self/statm').read().split()[1])"
     steps = "".join(
         (f"import {modules}\n" if modules else "")
-        + f"print({name!r}, int(open('/proc/self/statm').read().split()[1]) * 4096 / 1048576, sep='\\t')\n"
+        + f"print({name!r}, {pages} * {mmap.PAGESIZE} / 1048576, sep='\\t')\n"
         for name, modules in _IMPORTS.items()
     )
     output = subprocess.run([sys.executable, "-c", steps], capture_output=True, text=True, check=True).stdout
