@@ -1,11 +1,12 @@
-"""How `configure`'s options change the layout of a --with-compat build: our rule against gcc on nginx's own headers."""
+"""How options and the machine change the layout of a --with-compat build: our rule against gcc on nginx's headers."""
 
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
-from matrix.builds import BuildError, apt_flags, run_apt
+from matrix.builds import BuildError, apt_flags, run_apt, unpack_release
+from unit.c_compiler import CROSS_WITH_LIBRARIES, compile_object
 from unit.nginx_structs import configure, measure
 
 from otel_nginx_ebpf.nginx import catalogue
@@ -14,19 +15,62 @@ from otel_nginx_ebpf.nginx.signature import Signature
 OPTIONS = {"PCRE": "NGX_PCRE", "the HTTP cache": "NGX_HTTP_CACHE"}
 
 
-@pytest.fixture(scope="module", params=["bookworm", "trixie", "sid"])
+@pytest.fixture(scope="module", params=["bullseye", "bookworm", "trixie", "sid"])
 def sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The headers of a Debian release's nginx, configured."""
     directory = tmp_path_factory.mktemp(request.param)
     try:
-        run_apt([*apt_flags(request.param), "download", "nginx-dev"], directory)
+        return old_sources(directory) if request.param == "bullseye" else packaged_sources(directory, request.param)
     except BuildError as error:
         pytest.skip(f"{error}; with a Debian mirror this test configures nginx")
-    (package,) = directory.glob("nginx-dev_*.deb")
-    subprocess.run(["dpkg-deb", "--extract", package, directory], check=True)
+
+
+def packaged_sources(directory: Path, suite: str) -> Path:
+    unpack(directory, suite, "nginx-dev")
     tree = directory / "usr/share/nginx/src"
     configure(tree)
     return tree
+
+
+def old_sources(directory: Path) -> Path:
+    """nginx as Debian 11 has it, which has no package of its headers, and needs the first PCRE."""
+    unpack(directory, "bullseye", "libpcre3-dev")
+    tree = unpack_release("bullseye", "nginx", directory)
+    (library,) = directory.glob("usr/lib/*/libpcre.a")
+    configure(tree, f"--with-cc-opt=-I{directory}/usr/include", f"--with-ld-opt=-L{library.parent}")
+    (tree / "objs/pcre.h").symlink_to(directory / "usr/include/pcre.h")
+    return tree
+
+
+def unpack(directory: Path, suite: str, package: str) -> None:
+    run_apt([*apt_flags(suite), "download", package], directory)
+    (file,) = directory.glob(f"{package}_*.deb")
+    subprocess.run(["dpkg-deb", "--extract", file, directory], check=True)
+
+
+def release_of(sources: Path) -> str:
+    version = re.search(r'NGINX_VERSION +"(.*)"', (sources / "src/core/nginx.h").read_text())
+    assert version
+    return version[1]
+
+
+def test_the_catalogue_is_right_on_arm64(sources: Path) -> None:
+    """gcc for arm64 reads what `configure` found on this machine. The sizes in that are checked; not its functions."""
+    text = (sources / "objs/ngx_auto_config.h").read_text()
+    sizes = dict(re.findall(r"^#define NGX_(PTR|SIG_ATOMIC_T|TIME_T)_SIZE +(\d+)$", text, re.MULTILINE))
+    assert len(sizes) == 3
+    types = {"PTR": "void *", **{name: name.lower() for name in sizes if name != "PTR"}}
+    checks = "".join(f'_Static_assert(sizeof({types[name]}) == {size}, "");\n' for name, size in sizes.items())
+    compile_object("#include <signal.h>\n#include <sys/types.h>\n" + checks, compiler=CROSS_WITH_LIBRARIES)
+
+    release = release_of(sources)
+    shipped = catalogue.shipped()
+    # A release that is newer than the catalogue is compared with this machine's compiler alone.
+    layout = shipped.layouts.get(release) or shipped.members()
+    measured, digits = measure(sources, layout, CROSS_WITH_LIBRARIES)
+    assert (measured, digits) == measure(sources, layout)
+    for struct, members in shipped.layouts.get(release, {}).items():
+        assert {member: measured[struct][member] for member in members} == members, (release, struct)
 
 
 def test_a_variant_is_laid_out_as_the_compiler_does(sources: Path) -> None:
@@ -35,10 +79,8 @@ def test_a_variant_is_laid_out_as_the_compiler_does(sources: Path) -> None:
     text = configured.read_text()
     whole, digits = measure(sources, shipped.members())
     assert Signature(digits).lacks == ()
-    version = re.search(r'NGINX_VERSION +"(.*)"', (sources / "src/core/nginx.h").read_text())
-    assert version
     # A release that is newer than the catalogue shows the rule just as well.
-    layout = shipped.layouts.get(version[1]) or {
+    layout = shipped.layouts.get(release_of(sources)) or {
         struct: {member: whole[struct][member] for member in members if member in whole[struct]}
         for struct, members in shipped.members().items()
     }

@@ -240,17 +240,25 @@ def unpack_source(directory: Path) -> Path:
     """
     problems = []
     for suite in SOURCES:
-        with tempfile.TemporaryDirectory() as name:
-            try:
-                download(suite, Path(name), "source", "--tar-only", "nginx")
-            except BuildError as error:
-                problems.append(f"{suite}: {error}")
-                continue
-            (archive,) = Path(name).glob("*.orig.tar.?z")
-            subprocess.run(["tar", "--extract", "--no-same-owner", "--file", archive], cwd=directory, check=True)
-        (source,) = directory.glob("nginx-*")
-        return source
+        try:
+            return unpack_release(suite, "nginx", directory)
+        except BuildError as error:
+            problems.append(f"{suite}: {error}")
     raise BuildError("\n".join(problems))
+
+
+def unpack_release(suite: str, package: str, directory: Path) -> Path:
+    """Unpack the release that a Debian suite's package is made from, without Debian's patches; return its directory.
+
+    Raises:
+        BuildError: The mirror does not serve the tarball.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        download(suite, Path(name), "source", "--tar-only", package)
+        (archive,) = Path(name).glob("*.orig.tar.*")
+        subprocess.run(["tar", "--extract", "--no-same-owner", "--file", archive], cwd=directory, check=True)
+    (source,) = (path for path in directory.glob(f"{package}-*") if path.is_dir())
+    return source
 
 
 def download(suite: str, directory: Path, *command: str, architecture: str = "amd64") -> None:

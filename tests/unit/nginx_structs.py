@@ -11,9 +11,9 @@ _FOLDERS = ("objs", "src/core", "src/event", "src/event/modules", "src/event/qui
 _HTTP_FOLDERS = ("src/http", "src/http/modules", "src/http/v2", "src/http/v3")
 
 
-def configure(sources: Path) -> None:
+def configure(sources: Path, *further: str) -> None:
     """Runs `./configure --with-compat` in nginx's sources."""
-    options = ["--with-compat", "--with-threads", "--with-http_ssl_module", "--with-http_v2_module"]
+    options = ["--with-compat", "--with-threads", "--with-http_ssl_module", "--with-http_v2_module", *further]
     subprocess.run(["sh", "./configure", *options], cwd=sources, check=True, capture_output=True)
 
 
