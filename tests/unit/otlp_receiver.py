@@ -15,6 +15,14 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2_grpc import (
     LogsServiceServicer,
     add_LogsServiceServicer_to_server,
 )
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+    ExportMetricsServiceRequest,
+    ExportMetricsServiceResponse,
+)
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
+    MetricsServiceServicer,
+    add_MetricsServiceServicer_to_server,
+)
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -43,6 +51,7 @@ class Received:
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
         self.log_requests: list[ExportLogsServiceRequest] = []
+        self.metric_requests: list[ExportMetricsServiceRequest] = []
         self.refusals: list[grpc.StatusCode | int | Later] = []
         """Answers to the next requests, instead of taking them."""
         self.refused_s: list[float] = []
@@ -120,6 +129,7 @@ class GrpcReceiver(Received, TraceServiceServicer):
         self._server = grpc.server(ThreadPoolExecutor(1))
         add_TraceServiceServicer_to_server(self, self._server)
         add_LogsServiceServicer_to_server(_Logs(self), self._server)
+        add_MetricsServiceServicer_to_server(_Metrics(self), self._server)
         address = f"127.0.0.1:{port}"
         self.port = (
             self._server.add_secure_port(address, credentials)
@@ -159,6 +169,18 @@ class _Logs(LogsServiceServicer):
         return self._receiver.logs_response()
 
 
+class _Metrics(MetricsServiceServicer):
+    def __init__(self, receiver: GrpcReceiver) -> None:
+        self._receiver = receiver
+
+    def Export(
+        self, request: ExportMetricsServiceRequest, context: grpc.ServicerContext
+    ) -> ExportMetricsServiceResponse:
+        self._receiver.refuse(context)
+        self._receiver.metric_requests.append(request)
+        return ExportMetricsServiceResponse()
+
+
 class HttpReceiver(Received):
     body: bytes | None = None
     """What it says to the requests that it takes, instead of OTLP's response."""
@@ -178,6 +200,8 @@ class HttpReceiver(Received):
                 if refusal is None and self.path == "/v1/logs":
                     received.log_requests.append(ExportLogsServiceRequest.FromString(request))
                     body = received.logs_response().SerializeToString()
+                if refusal is None and self.path == "/v1/metrics":
+                    received.metric_requests.append(ExportMetricsServiceRequest.FromString(request))
                 status = refusal.refusal if isinstance(refusal, Later) else refusal or 200
                 assert isinstance(status, int)
                 self.send_response(status)

@@ -7,17 +7,14 @@ from typing import Any
 
 from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import (
-    MetricExportResult,
-    MetricReader,
-    MetricsData,
-    PeriodicExportingMetricReader,
-)
+from opentelemetry.sdk.metrics.export import MetricReader
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.errors import UserError
+from otel_nginx_ebpf.export.metrics.delivery import MetricDelivery, Ticking
 from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
+from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
 from otel_nginx_ebpf.metrics.choices import metric_choices_of
 from otel_nginx_ebpf.metrics.connections import ConnectionCounts
@@ -29,6 +26,8 @@ from otel_nginx_ebpf.traces.losses import INCOMPLETE, LEFT_OUT, LOST, of_kind
 
 # The time limit of the last transmission, at least and at most, in seconds.
 _END_MIN_S, _END_MAX_S = 1.0, 5.0
+_KEPT_BYTES_MAX = 16 << 20
+"""What may wait for the next run, in addition to --queue-dir-mib. A run leaves some 10 KB, with many series 100 KB."""
 _SECONDS = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10]
 
 
@@ -42,10 +41,12 @@ class Metrics:
     def __init__(self, settings: Settings, stats: Stats, resource: Resource) -> None:
         """Starts the export. `resource` belongs to requests whose nginx is not known."""
         readers: list[MetricReader] = []
+        self._ticking: Ticking | None = None
         self.exemplars = Exemplars(metric_choices_of(settings))
         requests = stats.durations, stats.connections, self.exemplars, Resources(resource)
         if settings.metrics:
-            readers.append(_to_collector(settings.otlp_protocol, OtlpRequestMetrics(*requests)))
+            self._ticking = _to_collector(settings, OtlpRequestMetrics(*requests))
+            readers.append(self._ticking)
         if settings.metrics_listen:
             readers.append(_to_prometheus(settings.metrics_listen, *requests))
         own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__}, SCHEMA_URL)
@@ -61,37 +62,17 @@ class Metrics:
         last = threading.Thread(target=self._provider.shutdown, kwargs={"timeout_millis": timeout_s * 1e3}, daemon=True)
         last.start()
         last.join(timeout_s)
+        if self._ticking:
+            self._ticking.keep_the_rest()
 
 
-# A message of this many points has at most about 2 MiB. A collector's gRPC server accepts 4 MiB by default.
-_POINTS_MAX = 2000
-
-
-def _to_collector(protocol: str, requests: OtlpRequestMetrics) -> MetricReader:
-    kind: Any
-    if protocol == "grpc":
-        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcExporter
-
-        kind = GrpcExporter
-    else:
-        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter as HttpExporter
-
-        kind = HttpExporter
-
-    class WithRequests(kind):  # type: ignore[misc]
-        """Appends the requests' metrics, which do not come from the SDK's instruments, to the SDK's metrics."""
-
-        def export(
-            self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any
-        ) -> MetricExportResult:
-            both = MetricsData([*metrics_data.resource_metrics, *requests.collect()])
-            result: MetricExportResult = super().export(both, timeout_millis, **options)
-            return result
-
+def _to_collector(settings: Settings, requests: OtlpRequestMetrics) -> Ticking:
+    kept = QueueDir(settings.queue_dir / "metrics", _KEPT_BYTES_MAX) if settings.queue_dir else None
+    delivery = MetricDelivery(settings.otlp_protocol, requests, kept)
     try:
-        return PeriodicExportingMetricReader(WithRequests(max_export_batch_size=_POINTS_MAX))
+        return Ticking(delivery)
     except Exception as error:  # The SDK raises arbitrary exceptions; a variable of the user is always the cause.
-        raise UserError(f"OTEL_EXPORTER_OTLP_* for metrics over {protocol}: {error}") from error
+        raise UserError(f"OTEL_METRIC_EXPORT_*: {error}") from error
 
 
 def _to_prometheus(

@@ -66,7 +66,7 @@ class _Refusal(grpc.RpcError):  # type: ignore[misc]
 
 
 class _Stub:
-    """A stub of TraceService or LogsService that takes serialized messages."""
+    """A stub of a signal's service that takes serialized messages."""
 
     def __init__(self, channel: grpc.Channel, sender: "_GrpcSender") -> None:
         self._export = channel.unary_unary(
@@ -86,10 +86,10 @@ class _Stub:
 
 
 class _GrpcSender(OTLPExporterMixin[Any, Any, Any, Any]):
-    """What the senders of both signals have in common. The SDK's exporter of the signal is the next base class."""
+    """What the senders of all signals have in common. The SDK's exporter of the signal is the next base class."""
 
     service: str
-    response_type: type[ExportTraceServiceResponse] | type[ExportLogsServiceResponse]
+    response_type: Any
     rejected: str
     """The member of `partial_success` that counts what the collector rejected."""
 
@@ -142,4 +142,19 @@ class _LogSender(_GrpcSender, OTLPLogExporter):
 
 def make(signal: Signal) -> Sender:
     """Makes a `Sender` over gRPC."""
+    if signal == "metrics":
+        from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+        class MetricSender(_GrpcSender, OTLPMetricExporter):
+            service = "metrics.v1.MetricsService"
+            response_type = ExportMetricsServiceResponse
+            rejected = "rejected_data_points"
+
+            def messages_of(self, metrics: Any, points_max: int) -> list[bytes]:
+                self._max_export_batch_size = points_max
+                return [encode_metrics(part).SerializeToString() for part in self._split_metrics_data(metrics)]
+
+        return MetricSender()
     return _TraceSender() if signal == "traces" else _LogSender()

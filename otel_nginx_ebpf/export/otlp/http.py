@@ -40,13 +40,13 @@ class _Transport(BaseHTTPTransport):
 
 
 class _HttpSender:
-    """What the senders of both signals have in common. The SDK's exporter of the signal is the next base class."""
+    """What the senders of all signals have in common. The SDK's exporter of the signal is the next base class."""
 
     response_type: Any
     rejected: str
     """The member of `partial_success` that counts what the collector rejected."""
     _client: Any
-    shutdown: Callable[[], None]
+    shutdown: Callable[..., None]
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,6 +91,19 @@ def make(signal: Signal) -> Sender:
             rejected = "rejected_spans"
 
         return TraceSender()
+    if signal == "metrics":
+        from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter, _split_metrics_data
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+
+        class MetricSender(_HttpSender, OTLPMetricExporter):
+            response_type = ExportMetricsServiceResponse
+            rejected = "rejected_data_points"
+
+            def messages_of(self, metrics: Any, points_max: int) -> list[bytes]:
+                return [part.SerializeToString() for part in _split_metrics_data(encode_metrics(metrics), points_max)]
+
+        return MetricSender()
     from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
     from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 

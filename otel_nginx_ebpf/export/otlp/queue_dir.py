@@ -47,7 +47,8 @@ class QueueDir:
         self._unreadable: set[Path] = set()
         self._counting = threading.Lock()
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for each in (directory.parent, directory):  # `mode` does not count for what `parents` makes
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for unfinished in directory.glob("*.new"):
@@ -83,7 +84,7 @@ class QueueDir:
                     unfinished.unlink()
         if problem:
             if not self._full:
-                logger.warning("--queue-dir %s: %s; new traces wait in memory", self._directory, problem)
+                logger.warning("--queue-dir %s: %s; nothing more is stored now", self._directory, problem)
             self._full = True
             return None
         self._full = False

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.process.handover import otlp_file_variables
 
-Signal = Literal["traces", "logs"]
+Signal = Literal["traces", "logs", "metrics"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Answer:
     wait_s: float = 0
     """The delay before the next try that the collector asked for; 0 if it did not ask."""
     rejected: int = 0
-    """The spans or log records of a delivered message that the collector rejected (partial success)."""
+    """The spans, log records or points of a delivered message that the collector rejected (partial success)."""
 
 
 class Sender(Protocol):
@@ -30,7 +30,7 @@ class Sender(Protocol):
     """Called at once with a description of each failure. The user of the sender sets it."""
 
     def send(self, message: bytes) -> Answer:
-        """Sends a serialized ExportTraceServiceRequest or ExportLogsServiceRequest.
+        """Sends a serialized ExportTraceServiceRequest, or that of another signal.
 
         $OTEL_EXPORTER_OTLP_TIMEOUT limits the time, including retries.
         """

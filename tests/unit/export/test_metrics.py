@@ -4,6 +4,8 @@ import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import grpc
@@ -25,6 +27,7 @@ from otel_nginx_ebpf.export.resource import SCHEMA_URL
 from otel_nginx_ebpf.metrics.stats import Deliveries, Size, Stats
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.settings.sources import load
+from unit.otlp_receiver import GrpcReceiver, HttpReceiver, Received
 
 
 def settings(**chosen: object) -> Settings:
@@ -151,3 +154,99 @@ def test_losses_are_told_once(stats: Stats, caplog: pytest.LogCaptureFixture) ->
         "traces lost in the last minute: lost_queue_full 3",
         "log records lost in the last minute: lost_export_rejected 2",
     ]
+
+
+@pytest.fixture(params=["grpc", "http/protobuf"])
+def port(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[type[Received], int]:
+    """Where no collector is yet."""
+    kind = GrpcReceiver if request.param == "grpc" else HttpReceiver
+    with kind() as gone:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{gone.port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", request.param)
+    return kind, gone.port
+
+
+def run(received: int, directory: Path) -> None:
+    stats = Stats()
+    stats.received = received
+    Metrics(settings(metrics=True, queue_dir=directory), stats, Resource({})).shutdown(1)
+
+
+def received_of(requests: list[ExportMetricsServiceRequest]) -> list[tuple[int, int]]:
+    """Of each message: the count of requests, and when it was counted."""
+    return [
+        (point.as_int, point.time_unix_nano)
+        for request in requests
+        for metric in request.resource_metrics[0].scope_metrics[0].metrics
+        if metric.name == "otel_nginx_ebpf.requests.received"
+        for point in metric.sum.data_points
+    ]
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(path.name for path in (directory / "metrics").glob("*.otlp.gz"))
+
+
+def test_the_last_values_wait_for_the_next_run(port: tuple[type[Any], int], tmp_path: Path) -> None:
+    kind, number = port
+    run(10, tmp_path)
+    run(20, tmp_path)
+    assert len(files(tmp_path)) == 2
+    with kind(number) as receiver:
+        run(30, tmp_path)
+        run(40, tmp_path)
+    values = received_of(receiver.metric_requests)
+    assert [count for count, _ in values] == [10, 20, 30, 40]
+    assert values == sorted(values, key=lambda each: each[1])
+    assert files(tmp_path) == []
+
+
+def test_the_last_values_are_kept_while_the_collector_is_silent(
+    port: tuple[type[Any], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the connection, and does not answer. An export is under way when the end comes."""
+    monkeypatch.setenv("OTEL_METRIC_EXPORT_INTERVAL", "50")
+    kind, number = port
+    stats = Stats()
+    stats.received = 1
+    with socket.create_server(("127.0.0.1", number)) as silent:
+        subject = Metrics(settings(metrics=True, queue_dir=tmp_path), stats, Resource({}))
+        silent.settimeout(10)
+        connection, _ = silent.accept()
+        stats.received = 2
+        subject.shutdown(1)
+        connection.close()
+    assert subject._ticking
+    assert subject._ticking._daemon_thread
+    subject._ticking._daemon_thread.join(10)  # in the same process, it could reach the next run's collector
+    monkeypatch.delenv("OTEL_METRIC_EXPORT_INTERVAL")
+    with kind(number) as receiver:
+        run(3, tmp_path)
+    assert [count for count, _ in received_of(receiver.metric_requests)] == [2, 3]
+
+
+def test_damaged_values_are_set_aside(port: tuple[type[Any], int], tmp_path: Path, caplog: Any) -> None:
+    kind, number = port
+    run(10, tmp_path)
+    (name,) = files(tmp_path)
+    path = tmp_path / "metrics" / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with kind(number) as receiver:
+        run(20, tmp_path)
+    assert [count for count, _ in received_of(receiver.metric_requests)] == [20]
+    assert f"a file is damaged and kept as {path}.damaged" in caplog.text
+
+
+def test_what_the_collector_refuses_is_said_once_and_not_kept(
+    port: tuple[type[Any], int], tmp_path: Path, caplog: Any
+) -> None:
+    kind, number = port
+    run(10, tmp_path)
+    with kind(number) as receiver:
+        refusal = grpc.StatusCode.UNIMPLEMENTED if kind is GrpcReceiver else 404
+        receiver.refusals = [refusal, refusal]
+        run(20, tmp_path)
+    assert files(tmp_path) == receiver.metric_requests == []
+    said = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    assert len(said) == 1
+    assert said[0].startswith("metrics: the collector refuses them: ")
