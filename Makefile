@@ -91,9 +91,9 @@ fleet: setup-test ## trace 20 nginx into Kafka, samplers, Jaeger, Prometheus and
 	@set -e; for engine in kafka $(ENGINES); do tests/fleet/build $$engine; done
 	@PYTHONPATH=tests $(BIN)/python -m fleet.run $(FLEET)
 
-vm: setup-test ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; ARCH=arm64
+vm: setup-test ## run scenarios and --propagate under other kernels, in qemu; KERNEL=5.10, 6.1, 6.12 or newest; ARCH=arm64 VM=--brief
 	@.ci/install-packages busybox-static e2fsprogs $(EMULATOR_$(ARCH))
-	@PYTHONPATH=tests $(BIN)/python -m vm.table --arch $(ARCH) $(KERNEL)
+	@PYTHONPATH=tests $(BIN)/python -m vm.table --arch $(ARCH) $(KERNEL) $(VM)
 
 fuzz: setup-test ## give hostile input to each reader for SECONDS=60; TARGETS="record capture" for some readers
 	@PYTHONPATH=tests:. $(BIN)/python -m fuzz --seconds $(SECONDS) $(TARGETS)

@@ -19,11 +19,20 @@ from vm.architectures import NATIVE, Architecture
 
 CACHE = Path(__file__).parents[2] / ".cache" / "vm"
 
-KERNELS = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "newest": "sid"}
-"""The Debian release that has each kernel, in its build for virtual machines."""
+KERNELS = {
+    "5.10": ("bullseye", "cloud-{}"),
+    "6.1": ("bookworm", "cloud-{}"),
+    "6.12": ("trixie", "cloud-{}"),
+    "newest": ("sid", "cloud-{}"),
+    "6.12-16k": ("trixie", "{}-16k"),
+}
+"""The Debian release that has each kernel, and its flavour there: for virtual machines, or with pages of 16K."""
 
-# What a virtio disk needs, in the order of loading. Newer kernels have some of them built in.
-MODULES = ("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk")
+# What a virtio disk and ext4 need, in the order of loading. Most kernels have some of them built in.
+MODULES = (
+    *("virtio", "virtio_ring", "virtio_pci_legacy_dev", "virtio_pci_modern_dev", "virtio_pci", "virtio_blk"),
+    *("crc16", "crc32c_generic", "mbcache", "jbd2", "ext4"),
+)
 
 # The guest runs this machine's virtual environment, so it needs the same Python release.
 ROOT_SUITE = "bookworm"
@@ -66,19 +75,25 @@ def named(name: str, architecture: Architecture) -> str:
     return name if architecture.name == NATIVE else f"{name}-{architecture.name}"
 
 
+def kernels_of(architecture: Architecture) -> list[str]:
+    """Return the names of the kernels that Debian has for the architecture."""
+    return [name for name, (_, flavour) in KERNELS.items() if architecture.name == "arm64" or flavour == "cloud-{}"]
+
+
 def kernel(name: str, architecture: Architecture) -> Kernel:
     """Return the kernel. Raise `matrix.builds.BuildError` if its package is not available."""
     directory = CACHE / named(f"linux-{name}", architecture)
     if not directory.exists():
         with _made_whole(directory) as partial:
-            _unpack_kernel(KERNELS[name], architecture.name, partial.path)
+            suite, flavour = KERNELS[name]
+            _unpack_kernel(suite, flavour.format(architecture.name), architecture.name, partial.path)
     return Kernel(directory)
 
 
-def _unpack_kernel(suite: str, architecture: str, directory: Path) -> None:
+def _unpack_kernel(suite: str, flavour: str, architecture: str, directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         tree = Path(name, "tree")
-        wanted = [f"linux-image-cloud-{architecture}", *(["busybox-static"] if architecture != NATIVE else [])]
+        wanted = [f"linux-image-{flavour}", *(["busybox-static"] if architecture != NATIVE else [])]
         download(suite, Path(name), "install", *wanted, architecture=architecture)
         for package in (*Path(name).glob("linux-*.deb"), *Path(name).glob("busybox-*.deb")):
             subprocess.run(["dpkg-deb", "--extract", package, tree], check=True)
