@@ -66,6 +66,7 @@ debian: .cache/packages-image ## run README's two commands in a new Debian 12 an
 	@for suite in $(SUITES); do tests/debian/run $$suite $(RUN) || exit; done
 
 matrix: setup-test ## run the end-to-end scenarios against a dozen builds of nginx, as a table; BUILDS="debian-11 o3" for some
+	@.ci/install-packages musl-tools
 	@PYTHONPATH=tests $(BIN)/python -m matrix.run $(BUILDS)
 
 truth: setup-test ## trace random configurations and clients, and compare with nginx's log, clients and upstreams; MINUTES=5 SEED=17

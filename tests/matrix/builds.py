@@ -1,4 +1,4 @@
-"""Makes the nginx builds for the end-to-end scenarios: of four Debian releases, with other flags, and of forks.
+"""Makes the nginx builds for the end-to-end scenarios: of four Debian releases, with other flags, musl, and of forks.
 
 `obtain` puts a build into `.cache/nginx-builds/NAME/`, once:
 
@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -94,6 +95,8 @@ class CompiledBuild:
     without: tuple[str, ...] = ()
     """Options of `configure` to leave out."""
     fork: Fork | None = None
+    musl: bool = False
+    """Whether to build it against musl, as Alpine does, and not against glibc."""
 
     @property
     def description(self) -> str:
@@ -101,7 +104,8 @@ class CompiledBuild:
         compatible = "" if self.compatible else ", without `--with-compat`"
         options = f", with `{' '.join(self.options)}`" if self.options else ""
         fork = f", with the names and the struct layout of {self.fork.name}" if self.fork else ""
-        return f"compiled with {flags}{compatible}{options}{fork}{', stripped' if self.stripped else ''}"
+        musl = ", against musl" if self.musl else ""
+        return f"compiled with {flags}{compatible}{options}{fork}{musl}{', stripped' if self.stripped else ''}"
 
     def make(self, directory: Path) -> None:
         source = unpack_source(directory)
@@ -112,14 +116,17 @@ class CompiledBuild:
             except ValueError as error:
                 raise BuildError(f"{self.name}: {error}") from None
             without += self.fork.without
-        configure = ["./configure", f"--with-cc-opt={self.compiler}", f"--with-ld-opt={self.linker}", *self.options]
+        compiler, linker, more = self.compiler, self.linker, list(self.options)
+        if self.musl:
+            libraries = obtain(MUSL_LIBRARIES).resolve()
+            compiler += f" -I{libraries}/include -idirafter {libraries}/headers"
+            linker += f" -L{libraries}/lib -Wl,-rpath,{libraries}/lib"
+            more.append("--with-cc=musl-gcc")
+        configure = ["./configure", f"--with-cc-opt={compiler}", f"--with-ld-opt={linker}", *more]
         known = subprocess.run(["./configure", "--help"], cwd=source, capture_output=True, text=True).stdout
         configure += [option for option in OPTIONS if option.partition("=")[0] in known and option not in without]
         configure += ["--with-compat"] if self.compatible else []
-        with (directory / "build.log").open("wb") as log:
-            for command in (configure, ["make", f"-j{os.cpu_count()}"]):
-                if subprocess.run(command, cwd=source, stdout=log, stderr=subprocess.STDOUT).returncode:
-                    raise BuildError(f"{self.name}: `{shlex.join(command)}` failed; see {log.name}")
+        run_logged(directory / "build.log", source, configure, MAKE)
         binary = directory / (self.fork.executable if self.fork else "nginx")
         (source / "objs/nginx").rename(binary)
         if self.stripped:
@@ -145,6 +152,46 @@ class StrippedBuild:
         original = (obtain(self.original) / "nginx").resolve()
         subprocess.run(["strip", "--strip-all", "-o", directory / original.name, original], check=True)
         run_as_it_is(directory / original.name)
+
+
+@dataclass(frozen=True)
+class MuslLibraries:
+    """What nginx needs, compiled against Debian's musl, as shared and static libraries. Debian has only musl itself."""
+
+    name: str = "musl-libraries"
+    suite: str = "bookworm"
+
+    def make(self, directory: Path) -> None:
+        headers = directory / "headers"
+        headers.mkdir()
+        # The kernel's headers, which are below the C library's in /usr/include.
+        include = Path("/usr/include")
+        for name in ("linux", "asm-generic"):
+            (headers / name).symlink_to(include / name)
+        (headers / "asm").symlink_to(include / sysconfig.get_config_var("MULTIARCH") / "asm")
+        environment = {**os.environ, "CC": f"musl-gcc -idirafter {headers}"}
+        for package, configure, targets in (
+            ("zlib", ["./configure"], ["install"]),
+            ("pcre2", ["./configure", "--enable-jit"], ["install"]),
+            (
+                "openssl",
+                ["./config", "--libdir=lib", "no-tests", "no-engine", "no-async"],
+                ["build_libs", "install_dev"],
+            ),
+        ):
+            source = unpack_release(self.suite, package, directory)
+            commands = ([*configure, f"--prefix={directory}"], *([*MAKE, target] for target in targets))
+            run_logged(directory / f"{package}.log", source, *commands, environment=environment)
+            shutil.rmtree(source)
+        # Debian's musl has no crypt, and no scenario has a password. nginx calls it for those that are hashed by it.
+        (headers / "crypt.h").write_text("char *crypt(const char *key, const char *salt);\n")
+        crypt = (
+            "#include <errno.h>\n#include <stddef.h>\n"
+            "char *crypt(const char *key, const char *salt) { (void)key; (void)salt; errno = ENOSYS; return NULL; }\n"
+        )
+        compile_crypt = ["musl-gcc", "-fPIC", "-c", "-x", "c", "-o", "crypt.o", "-"]
+        subprocess.run(compile_crypt, cwd=directory, input=crypt.encode(), check=True)
+        subprocess.run(["ar", "rcs", "lib/libcrypt.a", "crypt.o"], cwd=directory, check=True)
 
 
 # The Debian releases whose source package of nginx may be compiled, in order of preference.
@@ -179,7 +226,11 @@ UBUNTU_COMPILER = (
 )
 UBUNTU_LINKER = "-Wl,-Bsymbolic-functions -flto=auto -ffat-lto-objects -Wl,-z,relro -Wl,-z,now -fPIC"
 
+MAKE = ("make", f"-j{os.cpu_count()}")
+
 Build = DebianBuild | CompiledBuild | StrippedBuild
+
+MUSL_LIBRARIES = MuslLibraries()
 
 STATIC = CompiledBuild("static", "-O2", "-static")
 NO_COMPAT = CompiledBuild("no-compat", "-g -O2", compatible=False)
@@ -198,6 +249,8 @@ BUILDS: tuple[Build, ...] = (
     CompiledBuild("no-pie", "-O2 -fno-pie", "-no-pie", stripped=True),
     STATIC,
     NO_COMPAT,
+    CompiledBuild("musl", "-Os -fPIE", "-pie", stripped=True, musl=True),
+    CompiledBuild("musl-static", "-O2", "-static", musl=True),
     *FORKS,
     StrippedBuild("static-stripped", STATIC, refusal="symbol"),
     StrippedBuild("no-compat-stripped", NO_COMPAT, refusal="--with-compat"),
@@ -207,7 +260,7 @@ BUILDS: tuple[Build, ...] = (
 )
 
 
-def obtain(build: Build) -> Path:
+def obtain(build: Build | MuslLibraries) -> Path:
     """Return the build's directory. Make the build unless it exists and the recipe is the same.
 
     Raises:
@@ -259,6 +312,20 @@ def unpack_release(suite: str, package: str, directory: Path) -> Path:
         subprocess.run(["tar", "--extract", "--no-same-owner", "--file", archive], cwd=directory, check=True)
     (source,) = (path for path in directory.glob(f"{package}-*") if path.is_dir())
     return source
+
+
+def run_logged(log: Path, directory: Path, *commands: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    """Run commands one after another.
+
+    Raises:
+        BuildError: A command failed.
+        OSError: A command is not installed.
+    """
+    with log.open("wb") as output:
+        for command in commands:
+            done = subprocess.run(command, cwd=directory, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise BuildError(f"`{shlex.join(command)}` failed; see {log}")
 
 
 def download(suite: str, directory: Path, *command: str, architecture: str = "amd64") -> None:
