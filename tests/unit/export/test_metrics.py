@@ -166,10 +166,10 @@ def port(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
     return kind, gone.port
 
 
-def run(received: int, directory: Path) -> None:
+def run(received: int, directory: Path, timeout_s: float = 5) -> None:
     stats = Stats()
     stats.received = received
-    Metrics(settings(metrics=True, queue_dir=directory), stats, Resource({})).shutdown(1)
+    Metrics(settings(metrics=True, queue_dir=directory), stats, Resource({})).shutdown(timeout_s)
 
 
 def received_of(requests: list[ExportMetricsServiceRequest]) -> list[tuple[int, int]]:
@@ -189,8 +189,8 @@ def files(directory: Path) -> list[str]:
 
 def test_the_last_values_wait_for_the_next_run(port: tuple[type[Any], int], tmp_path: Path) -> None:
     kind, number = port
-    run(10, tmp_path)
-    run(20, tmp_path)
+    run(10, tmp_path, timeout_s=1)
+    run(20, tmp_path, timeout_s=1)
     assert len(files(tmp_path)) == 2
     with kind(number) as receiver:
         run(30, tmp_path)
@@ -227,7 +227,7 @@ def test_the_last_values_are_kept_while_the_collector_is_silent(
 
 def test_damaged_values_are_set_aside(port: tuple[type[Any], int], tmp_path: Path, caplog: Any) -> None:
     kind, number = port
-    run(10, tmp_path)
+    run(10, tmp_path, timeout_s=1)
     (name,) = files(tmp_path)
     path = tmp_path / "metrics" / name
     path.write_bytes(path.read_bytes()[:-9])
@@ -241,7 +241,7 @@ def test_what_the_collector_refuses_is_said_once_and_not_kept(
     port: tuple[type[Any], int], tmp_path: Path, caplog: Any
 ) -> None:
     kind, number = port
-    run(10, tmp_path)
+    run(10, tmp_path, timeout_s=1)
     with kind(number) as receiver:
         refusal = grpc.StatusCode.UNIMPLEMENTED if kind is GrpcReceiver else 404
         receiver.refusals = [refusal, refusal]
