@@ -3,10 +3,12 @@
 import logging
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from google.protobuf.message import DecodeError
 from opentelemetry.exporter.http.transport._base import BaseHTTPResult, BaseHTTPTransport
 from opentelemetry.exporter.otlp.common.http import _extract_retry_after
+from requests.exceptions import ChunkedEncodingError
 
 from otel_nginx_ebpf.export.otlp.sender import Answer, Sender, Signal, ignore
 
@@ -29,11 +31,12 @@ class _Transport(BaseHTTPTransport):
         if result.error is not None:
             self._sender.report(str(result.error))
         elif result.status_code is not None and not 200 <= result.status_code < 300:
-            self._sender.report(f"HTTP {result.status_code} {result.reason}")
+            self._sender.report(f"HTTP {result.status_code} {result.reason} for {urlsplit(url).path}")
         return result
 
     def is_connection_error(self, exception: Exception | None) -> bool:
-        return self._transport.is_connection_error(exception)
+        # The second: the connection broke within the response.
+        return self._transport.is_connection_error(exception) or isinstance(exception, ChunkedEncodingError)
 
     def close(self) -> None:
         self._transport.close()

@@ -161,7 +161,9 @@ def test_a_collector_that_is_down_for_a_while_loses_nothing(
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("otel_nginx_ebpf")]
     assert len(ours) == 2, ours
     assert ours[0] == (
-        "collector: UNAVAILABLE: as the test wants" if protocol == "grpc" else "collector: HTTP 503 Service Unavailable"
+        "collector: UNAVAILABLE: as the test wants"
+        if protocol == "grpc"
+        else "collector: HTTP 503 Service Unavailable for /v1/traces"
     )
     assert "delivering again" in ours[1]
 

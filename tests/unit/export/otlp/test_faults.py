@@ -136,7 +136,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("kind", "refusal"), REFUSED)
-def test_refused_for_good(kind: type[GrpcReceiver | HttpReceiver], refusal: Code | int | Later) -> None:
+def test_refused_for_good(
+    kind: type[GrpcReceiver | HttpReceiver], refusal: Code | int | Later, caplog: pytest.LogCaptureFixture
+) -> None:
     with kind() as receiver:
         receiver.refusals = [refusal]
         with subject("grpc" if kind is GrpcReceiver else "http/protobuf", receiver.port) as sender:
@@ -144,6 +146,9 @@ def test_refused_for_good(kind: type[GrpcReceiver | HttpReceiver], refusal: Code
             assert sender.end(10) == {"lost_export_refused": 1}
         assert receiver.trace_ids == [2, 3]
         assert len(receiver.refused_s) == 1, "it was not asked again"
+    (said,) = [record.getMessage() for record in caplog.records if "delivering again" not in record.getMessage()]
+    assert said.startswith("collector: ")
+    assert said.endswith(" for /v1/traces" if kind is HttpReceiver else ": as the test wants")
 
 
 @pytest.mark.parametrize(("protocol", "kind"), PROTOCOLS)
@@ -200,7 +205,9 @@ class RawServer:
 
 @pytest.mark.parametrize(("protocol", "kind"), PROTOCOLS)
 @pytest.mark.parametrize(
-    "answer", [b"\x15\x03\x01 this is no HTTP\r\n\r\n", b"", None], ids=["garbage", "hung up", "half open"]
+    "answer",
+    [b"\x15\x03\x01 this is no HTTP\r\n\r\n", b"", None, b"HTTP/1.1 400 Bad Request\r\nContent-Length: 9\r\n\r\nno"],
+    ids=["garbage", "hung up", "half open", "broken off"],
 )
 def test_a_server_that_is_no_collector_until_one_takes_its_place(
     protocol: str, kind: type[GrpcReceiver | HttpReceiver], answer: bytes | None, caplog: pytest.LogCaptureFixture
