@@ -189,6 +189,25 @@ def test_propagation(directory: Path, environment: list[str]) -> None:
     assert counts["received"] == counts["exported"] == len(served.agent.traces)
 
 
+def test_rules(directory: Path) -> None:
+    """A request that a rule drops is told its trace, or the client's, and the flag 00; the others are told as ever."""
+    config = directory / "rules.toml"
+    config.write_text('[[rules]]\npath = "/2*"\ndrop = true\n')
+    requests = [Sent(number) for number in range(400)]
+    dropped = [each for each in requests if str(each.number).startswith("2")]
+    with Served(directory, [], "--propagate=memory", "--config", str(config)) as served:
+        got = {each.number: headers for each, headers in served.told(dropped)}
+        found = check(served, [each for each in requests if each not in dropped])
+        assert served.problems() == []
+    assert found == []
+    for each in dropped:
+        told = [value.split("-") for name, value in got[each.number] if name == "traceparent"]
+        assert [parts[3] for parts in told] == ["00"] * each.finds_room, each
+        if each.context:
+            assert told[0][1] == each.context.split("-")[1]
+    assert f"not_traced_by_rule {len(dropped)}" in served.agent.stderr()
+
+
 def test_without_propagation(directory: Path) -> None:
     """The same checks see it when nothing is written: of the requests that are traced and have room, each."""
     requests = [Sent(number) for number in range(200)]
