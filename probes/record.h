@@ -230,7 +230,8 @@ struct request_record {
     __u64 nginx_start_msec;
     __u32 http_version;       /* enum http_version */
     __u16 limit_req_status;
-    __u16 limit_conn_status;
+    __u8 limit_conn_status;
+    __u8 waited_for_cache;    /* 1: nginx let the request wait while another one filled the cache (proxy_cache_lock) */
     __u64 err_status;         /* r->err_status and r->headers_out.status, which decide $status */
     __u64 out_status;
     __u32 worker_pid;

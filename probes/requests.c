@@ -59,6 +59,20 @@ static __always_inline u8 cache_status(struct process *process)
 #endif
 }
 
+#define REQUEST_CACHE (OFFSET_ngx_http_request_s__upstream - 8) /* cache, upstream */
+
+/* Tells whether the request waited while another one filled the cache. Only then nginx sets the time until which it waits
+ * (ngx_http_file_cache_lock). */
+static __always_inline u8 waited_for_cache(struct process *process)
+{
+#if HTTP_CACHE && defined(OFFSET_ngx_http_cache_s__wait_time)
+    u64 cache = *(u64 *)(process->request + REQUEST_CACHE), wait_time = 0;
+    return cache && read_quietly(&wait_time, cache + OFFSET_ngx_http_cache_s__wait_time) && wait_time;
+#else
+    return 0;
+#endif
+}
+
 /* Returns a bit-field of the request, of up to 8 bits. */
 static __always_inline u16 bit_field(struct process *process, u32 bit, u32 width)
 {
@@ -316,6 +330,7 @@ int enter_ngx_http_free_request(struct pt_regs *ctx)
     record->nginx_start_sec = MEMBER(process->request, u64, ngx_http_request_s, start_sec);
     record->nginx_start_msec = MEMBER(process->request, u64, ngx_http_request_s, start_msec);
     record->cache_status = cache_status(process);
+    record->waited_for_cache = waited_for_cache(process);
     find_limits(process, record);
     process->answer = process->version_lost ? active.progress.answer : 0;
     process->last_location = 0;

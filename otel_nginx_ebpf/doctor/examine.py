@@ -20,6 +20,7 @@ from otel_nginx_ebpf.planner.plan import (
     find_site,
     has_boundary,
     no_site,
+    tells_cache_lock,
     tells_cache_status,
     tells_limit_statuses,
 )
@@ -71,6 +72,8 @@ class LayoutReport:
     assumed: bool
     without_cache_status: bool = False
     """The build may have the HTTP cache, but it is not known where it keeps its status."""
+    without_cache_lock: bool = False
+    """The same for requests that waited for another one to fill the cache."""
     without_limit_statuses: bool = False
     """It is not known where nginx keeps what `limit_req` and `limit_conn` said. Before nginx 1.17.6: nowhere."""
 
@@ -216,6 +219,7 @@ def _layout_report(binary: Binary, layout: Layout) -> LayoutReport:
         layout.source,
         layout.assumed,
         not has_no_cache and not tells_cache_status(binary, layout),
+        not has_no_cache and not tells_cache_lock(binary, layout),
         not tells_limit_statuses(layout),
     )
 

@@ -72,6 +72,8 @@ def _nginx_table(nginx: NginxReport) -> Table:
         _row(table, "note" if nginx.layout.assumed else "ok", "layout", nginx.layout.source, advice)
         if nginx.layout.without_cache_status:
             _row(table, "note", "cache", "no nginx.cache.status: the layout does not tell where it is")
+        if nginx.layout.without_cache_lock:
+            _row(table, "note", "cache lock", "no nginx.cache.lock_waited: the layout does not tell where it is")
         if nginx.layout.without_limit_statuses:
             _row(
                 table, "note", "limits", "no nginx.limit_req.status, nginx.limit_conn.status: the layout does not tell"

@@ -26,9 +26,9 @@ _DEBUG_SYMBOLS_OF_FORK = (
 # trusted.
 _STRUCT_BYTES_MAX = 16 << 10
 
-# Not every build has these: HTTP/2, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0. Nor has every
-# catalogue of a user's own: `cleanup` and bit-fields are new.
-_OPTIONAL_STRUCTS = ("ngx_http_v2_",)
+# Not every build has these: HTTP/2, the HTTP cache, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0.
+# Nor has every catalogue of a user's own: `cleanup`, the cache and bit-fields are new.
+_OPTIONAL_STRUCTS = ("ngx_http_v2_", "ngx_http_cache_s")
 _OPTIONAL_MEMBERS = {
     ("ngx_connection_s", "proxy_protocol"),
     ("ngx_connection_s", "ssl"),

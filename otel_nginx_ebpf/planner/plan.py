@@ -170,6 +170,11 @@ def tells_cache_status(binary: Binary, layout: Layout) -> bool:
     return known and binary.signature.has_http_cache and not binary.is_fork
 
 
+def tells_cache_lock(binary: Binary, layout: Layout) -> bool:
+    """Tells whether it is known where nginx keeps that a request waited for another one to fill the cache."""
+    return tells_cache_status(binary, layout) and "wait_time" in layout.structs.get("ngx_http_cache_s", {})
+
+
 def tells_limit_statuses(layout: Layout) -> bool:
     """Tells whether it is known where nginx keeps what `limit_req` and `limit_conn` said."""
     return {"limit_req_status:3", "limit_conn_status:2"} <= layout.structs["ngx_http_request_s"].keys()

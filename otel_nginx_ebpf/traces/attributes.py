@@ -26,6 +26,7 @@ ANY_CAPTURED_HEADER = "http.*.header.*"
 """Stands in `nginx.truncated_attributes` for headers that are missing and whose names are not known."""
 NGINX_ATTEMPTS = "nginx.upstream.attempts"
 NGINX_ATTEMPTS_LOST = "nginx.upstream.attempts_lost"
+NGINX_CACHE_LOCK_WAITED = "nginx.cache.lock_waited"
 NGINX_CACHE_STATUS = "nginx.cache.status"
 NGINX_CONNECTION_ID = "nginx.connection.id"
 NGINX_CONNECTION_REQUESTS = "nginx.connection.requests"
@@ -118,6 +119,7 @@ def server_fields(
     cache_status: str | None,
     limit_req_status: str | None,
     limit_conn_status: str | None,
+    waited_for_cache: bool,
     kept: str | None,
     rule_number: int,
     error: str | None,
@@ -154,6 +156,8 @@ def server_fields(
         attributes[NGINX_TERMINATION] = ending
     if cache_status is not None:
         attributes[NGINX_CACHE_STATUS] = cache_status
+    if waited_for_cache:
+        attributes[NGINX_CACHE_LOCK_WAITED] = True
     if limit_req_status is not None:
         attributes[NGINX_LIMIT_REQ_STATUS] = limit_req_status
     if limit_conn_status is not None:

@@ -230,6 +230,8 @@ class Request:
     """$limit_req_status: `PASSED`, `DELAYED`, … `None`: no limit applies, or it is not known."""
     limit_conn_status: str | None = None
     """$limit_conn_status; as above."""
+    waited_for_cache: bool = False
+    """Whether the request is known to have waited while another one filled the cache."""
     captured_headers: bytes = b""
     """The captured headers as they are in the record (`traces.captured_headers`)."""
     headers_missing: bool = False
@@ -429,6 +431,7 @@ def decode(raw: bytes) -> Request:
             http_version,
             limit_req_status,
             limit_conn_status,
+            waited_for_cache,
             err_status,
             out_status,
             worker_pid,
@@ -528,6 +531,7 @@ def decode(raw: bytes) -> Request:
         cache_status=CACHE_STATUSES.get(cache_status),
         limit_req_status=LIMIT_REQ_STATUSES.get(limit_req_status),
         limit_conn_status=LIMIT_CONN_STATUSES.get(limit_conn_status),
+        waited_for_cache=waited_for_cache != 0,
         captured_headers=headers,
         headers_missing=headers_missing != 0,
         rule=rule,

@@ -181,6 +181,7 @@ class SpanBuilder(Generic[F]):
             request.cache_status,
             request.limit_req_status,
             request.limit_conn_status,
+            request.waited_for_cache,
             request.kept,
             request.rule,
             error,

@@ -93,12 +93,14 @@ def test_a_variant_is_laid_out_as_the_compiler_does(sources: Path) -> None:
         lines = [line for line in text.splitlines() if not line.replace("  ", " ").startswith(tuple(absent))]
         assert len(lines) == len(text.splitlines()) - len(lacks)
         configured.write_text("\n".join(lines) + "\n")
-        measured, digits = measure(sources, layout)
+        there = {struct for struct in layout if struct != "ngx_http_cache_s" or "the HTTP cache" not in lacks}
+        measured, digits = measure(sources, there)
         signature = Signature(digits)
         assert signature.lacks == lacks
         assert signature.tells_layout
         for struct, members in signature.layout(layout).items():
-            assert {member: measured[struct][member] for member in members} == members, (struct, lacks)
+            if struct in there:
+                assert {member: measured[struct][member] for member in members} == members, (struct, lacks)
 
 
 def test_members_beside_those_of_a_layout(sources: Path) -> None:

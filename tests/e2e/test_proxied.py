@@ -5,8 +5,12 @@ import time
 import pytest
 
 from e2e.http1_client import request_bytes
+from e2e.nginx_server import NGINX, nginx_build
 from e2e.stage import FILES, LARGE_BYTES, Stage
 from e2e.timing import LONG_TURN_MS, Slack
+from otel_nginx_ebpf.nginx.binary import Binary
+from otel_nginx_ebpf.nginx.layouts import layout_for
+from otel_nginx_ebpf.planner.plan import tells_cache_lock
 
 BOTH_BEGINNINGS = True
 NEW = ["downstream read", "upstream connect", "upstream exchange", "downstream write"]
@@ -231,6 +235,38 @@ def test_websocket(stage: Stage) -> None:
     assert sorted(trace.outline()) == sorted(NEW)
     assert trace.server.seconds > 0.29
     assert trace.named("upstream exchange")[0].seconds > 0.19
+
+
+@pytest.mark.nginx(
+    http="proxy_cache_path @PREFIX@/temp/@NAME@ keys_zone=@NAME@:1m;",
+    server="""
+    location / {
+        proxy_pass http://@UP@;
+        proxy_cache @NAME@;
+        proxy_cache_key $uri;
+        proxy_cache_valid 1m;
+        proxy_cache_lock on;
+    }
+    """,
+)
+@pytest.mark.skipif("--without-http-cache" in nginx_build(), reason="no HTTP cache")
+def test_a_request_waits_for_another_to_fill_the_cache(stage: Stage) -> None:
+    """Of two at once, the second one waits. Neither the one that fills the cache nor a later one does."""
+    with stage.connect() as filling, stage.connect() as waiting:
+        filling.send(request_bytes("GET", "/kept?delay_ms=300"))
+        time.sleep(0.1)
+        waiting.send(request_bytes("GET", "/kept"))
+        assert [connection.read_response().status for connection in (filling, waiting)] == [200, 200]
+        assert waiting.request("/kept").status == 200
+    told = {
+        (each.log["upstream_cache_status"], each.trace.server.attributes.get("nginx.cache.lock_waited")): each
+        for each in stage.exchanges(3)
+    }
+    waits = True if tells_cache_lock(Binary(NGINX), layout_for(Binary(NGINX))) else None
+    assert told.keys() == {("MISS", None), ("HIT", waits), ("HIT", None)}
+    assert told["HIT", waits].trace.outline() == READ_WRITE
+    if waits:
+        assert told["HIT", True].trace.server.seconds > 0.1
 
 
 @pytest.mark.nginx(

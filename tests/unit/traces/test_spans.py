@@ -282,6 +282,13 @@ def test_what_the_cache_said(status: str | None) -> None:
     assert all("nginx.cache.status" not in span.attributes for span in trace.spans[1:])
 
 
+def test_a_request_that_waited_for_the_cache() -> None:
+    server, *others = build(replace(REQUEST, waited_for_cache=True)).spans
+    assert server.attributes["nginx.cache.lock_waited"] is True
+    for span in (build(REQUEST).spans[0], *others):
+        assert "nginx.cache.lock_waited" not in span.attributes
+
+
 def test_what_limits_said() -> None:
     server, *others = build(replace(REQUEST, limit_req_status="DELAYED", limit_conn_status="PASSED")).spans
     told = {name: value for name, value in server.attributes.items() if name.startswith("nginx.limit_")}

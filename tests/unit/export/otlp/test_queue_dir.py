@@ -1,5 +1,6 @@
 """Messages that wait for the collector on disk: all arrive in order, also after a restart, and damage is counted."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -13,11 +14,13 @@ from otel_nginx_ebpf.export.otlp import delivery as otlp
 from otel_nginx_ebpf.export.otlp.exporter import OtlpExporter
 from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir, Stored
 from otel_nginx_ebpf.export.otlp.sender import make_sender
+from otel_nginx_ebpf.linux import checked, libc
 from otel_nginx_ebpf.metrics.stats import Stats
 from unit.otlp_receiver import GrpcReceiver
 from unit.sample_traces import renumbered, static_trace
 
 MIB = 1 << 20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def wait_until(condition: Callable[[], object], deadline_s: float = 20) -> None:
@@ -153,6 +156,11 @@ def test_damage_is_set_aside_and_counted(damage: Callable[[bytes], bytes], port:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["lock", "notes.txt", second.name + ".damaged"])
 
 
+def exchange(one: Path, other: Path) -> None:
+    """Swap two names, so that at no time a name is gone."""
+    checked(libc.renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE))
+
+
 def test_a_file_that_cannot_be_read_now_is_read_later(
     port: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -168,8 +176,8 @@ def test_a_file_that_cannot_be_read_now_is_read_later(
         subject = exporter(later, tmp_path)
         wait_until(lambda: len(receiver.trace_ids) >= 20)
         assert "Is a directory" in caplog.text
-        first.rmdir()
-        hidden.rename(first)
+        exchange(hidden, first)
+        hidden.rmdir()
         wait_until(lambda: len(receiver.trace_ids) >= 30)
         subject.shutdown(10)
     assert receiver.trace_ids == [*range(11, 31), *range(1, 11)]
