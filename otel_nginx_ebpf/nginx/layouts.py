@@ -29,6 +29,8 @@ _STRUCT_BYTES_MAX = 16 << 10
 # Not every build has these: HTTP/2, the HTTP cache, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0.
 # Nor has every catalogue of a user's own: `cleanup`, the cache and bit-fields are new.
 _OPTIONAL_STRUCTS = ("ngx_http_v2_", "ngx_http_cache_s")
+OF_X86_64 = frozenset({"ngx_http_cache_s"})
+"""Structs of the catalogue that other machines lay out in another way: this one holds a `struct stat`."""
 _OPTIONAL_MEMBERS = {
     ("ngx_connection_s", "proxy_protocol"),
     ("ngx_connection_s", "ssl"),
@@ -92,7 +94,7 @@ def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
     structs = {
         struct: {member: offset for member, offset in offsets.items() if member in members[struct]}
         for struct, offsets in known.layouts[release].items()
-        if struct in members
+        if struct in members and (binary.machine.name == "x86_64" or struct not in OF_X86_64)
     }
     if lacking := _lacking(structs, members):
         raise UserError(

@@ -11,6 +11,7 @@ from unit.c_compiler import CROSS_WITH_LIBRARIES, compile_object
 from unit.nginx_structs import configure, measure
 
 from otel_nginx_ebpf.nginx import catalogue
+from otel_nginx_ebpf.nginx.layouts import OF_X86_64
 from otel_nginx_ebpf.nginx.signature import Signature
 
 OPTIONS = {"PCRE": "NGX_PCRE", "the HTTP cache": "NGX_HTTP_CACHE"}
@@ -70,10 +71,15 @@ def test_the_catalogue_is_right_on_arm64(sources: Path) -> None:
     release = release_of(sources)
     shipped = catalogue.shipped()
     # A release that is newer than the catalogue is compared with this machine's compiler alone.
-    layout = shipped.layouts.get(release) or shipped.members()
+    layout = {
+        struct: members
+        for struct, members in (shipped.layouts.get(release) or shipped.members()).items()
+        if struct not in OF_X86_64
+    }
     measured, digits = measure(sources, layout, CROSS_WITH_LIBRARIES)
     assert (measured, digits) == measure(sources, layout)
-    for struct, members in shipped.layouts.get(release, {}).items():
+    for struct in layout.keys() & shipped.layouts.get(release, {}).keys():
+        members = shipped.layouts[release][struct]
         assert {member: measured[struct][member] for member in members} == members, (release, struct)
 
 
