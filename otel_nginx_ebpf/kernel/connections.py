@@ -39,20 +39,21 @@ class Connections:
         self._next_s = 0.0
         self._accepted = HashMap(accepted, key_bytes=4, value_bytes=8)
 
-    def look(self, *, at_once: bool = False) -> list[Serving] | None:
+    def look(self, living: Collection[int], *, at_once: bool = False) -> list[Serving] | None:
         """Returns a row for each worker that has or had connections, until `forget`. `None`: it is too early.
 
-        Unless `at_once` is set, looks take at most a hundredth of the time.
+        `living`: the workers that run; others have no connections any more. Unless `at_once` is set, looks take at most
+        a hundredth of the time.
         """
         start_s = time.monotonic()
         if start_s < self._next_s and not at_once:
             return None
-        rows = self._count()
+        rows = self._count(living)
         now_s = time.monotonic()
         self._next_s = now_s + _PAUSES * (now_s - start_s)
         return rows
 
-    def _count(self) -> list[Serving]:
+    def _count(self, living: Collection[int]) -> list[Serving]:
         opened: Counter[int] = Counter()
         active: Counter[int] = Counter()
         for key, value in self._sockets.items():
@@ -63,6 +64,8 @@ class Connections:
         for key in self._active_requests.all_keys():
             active[_PID.unpack_from(key)[0]] += 1
         accepted = {_PID.unpack(key)[0]: _U64.unpack(value)[0] for key, value in self._accepted.items()}
+        for pid in {*opened, *active}.difference(living):
+            opened[pid] = active[pid] = 0
         return [
             Serving(pid, opened[pid], active[pid], accepted.get(pid, 0))
             for pid in sorted({*opened, *active, *accepted})

@@ -29,8 +29,8 @@ _STRUCT_BYTES_MAX = 16 << 10
 # Not every build has these: HTTP/2, the HTTP cache, TLS, and members that came with nginx 1.15.8, 1.17.6 and 1.23.0.
 # Nor has every catalogue of a user's own: `cleanup`, the cache and bit-fields are new.
 _OPTIONAL_STRUCTS = ("ngx_http_v2_", "ngx_http_cache_s")
-OF_X86_64 = frozenset({"ngx_http_cache_s"})
-"""Structs of the catalogue that other machines lay out in another way: this one holds a `struct stat`."""
+CACHE = "ngx_http_cache_s"
+"""A struct that other machines lay out in another way than the catalogue says: it holds a `struct stat`."""
 _OPTIONAL_MEMBERS = {
     ("ngx_connection_s", "proxy_protocol"),
     ("ngx_connection_s", "ssl"),
@@ -94,16 +94,27 @@ def layout_for(binary: Binary, known: Catalogue | None = None) -> Layout:
     structs = {
         struct: {member: offset for member, offset in offsets.items() if member in members[struct]}
         for struct, offsets in known.layouts[release].items()
-        if struct in members and (binary.machine.name == "x86_64" or struct not in OF_X86_64)
+        if struct in members and (binary.machine.name == "x86_64" or struct != CACHE)
     }
     if lacking := _lacking(structs, members):
         raise UserError(
             f"the known struct layout of {release} lacks {', '.join(lacking)}: "
             "add the release again with `otel-nginx-ebpf layouts add BINARY`"
         )
+    if assumed:
+        structs = _spoken_for(structs)
     lacks = f" without {' and '.join(binary.signature.lacks)}" if binary.signature.lacks else ""
     source = f"catalogue {release}{lacks}{' (assumed)' if assumed else ''}"
     return Layout(binary.signature.layout(structs), source, assumed)
+
+
+def _spoken_for(structs: Structs) -> Structs:
+    """Returns the members for which something in nginx's memory speaks (docs/decisions/0014-doubt-of-a-layout.md)."""
+    return {
+        struct: {member: offset for member, offset in members.items() if not is_bit_field(member)}
+        for struct, members in structs.items()
+        if struct != CACHE
+    }
 
 
 def _debug_symbols(binary: Binary) -> str:

@@ -88,6 +88,7 @@ class Signature:
         return {
             struct: _closed(members, [gap for gap in gaps if gap.struct == struct])
             for struct, members in structs.items()
+            if struct != "ngx_http_cache_s" or self.has_http_cache
         }
 
 

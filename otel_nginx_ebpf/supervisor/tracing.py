@@ -245,10 +245,10 @@ class Tracing:
             return
         living = sorted(traced.attachment.processes())
         connections = traced.attachment.connections
-        serving = connections.look(at_once=last) if connections else None
+        serving = connections.look(living, at_once=last) if connections else None
         self._emitter.tell(Alive(traced.number, living, serving))
-        if connections and serving is not None:
-            connections.forget(living)
+        if connections and serving is not None:  # a worker may have begun meanwhile
+            connections.forget({*living, *traced.attachment.processes()})
 
     def _look_after(self, traced: _TracedBinary) -> None:
         """Detaches from a binary if tracing it costs or loses more than the user allows."""

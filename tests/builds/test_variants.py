@@ -10,6 +10,7 @@ from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.nginx import catalogue
 from otel_nginx_ebpf.nginx.binary import Binary
 from otel_nginx_ebpf.nginx.catalogue import Catalogue
+from otel_nginx_ebpf.nginx.dwarf import is_bit_field
 from otel_nginx_ebpf.nginx.layouts import add_release, layout_for, list_releases
 
 ANGIE = next(fork for fork in FORKS if fork.name == "angie")
@@ -45,7 +46,10 @@ def test_a_stripped_build_is_laid_out_as_its_debug_information_says(
     assert measured.source == "DWARF"
     layout = layout_for(stripped(whole, tmp_path))
     assert layout.source == f"catalogue {Binary(whole).version} without {lacks}"
-    assert layout.structs == measured.structs
+    assert layout.structs == {
+        struct: {member: offset for member, offset in members.items() if not is_bit_field(member)}
+        for struct, members in measured.structs.items()
+    }
     assert layout.structs != catalogue.shipped().layouts[Binary(whole).version]
     # It is like its release without that, so there is nothing to say.
     assert caplog.text == ""

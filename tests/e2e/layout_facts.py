@@ -12,6 +12,7 @@ from pathlib import Path
 from elftools.elf.elffile import ELFFile
 
 from otel_nginx_ebpf.nginx.binary import Binary
+from otel_nginx_ebpf.nginx.dwarf import is_bit_field
 from otel_nginx_ebpf.nginx.layouts import layout_for
 from otel_nginx_ebpf.planner.sites import OBJECTS
 from otel_nginx_ebpf.traces.abi import c_enum
@@ -84,7 +85,12 @@ class Worker:
             lowest_address = next(ELFFile(file).iter_segments("PT_LOAD"))["p_vaddr"]
         load_address = self._mappings(binary.name)[0][0] - lowest_address
         self._addresses = [load_address + binary.address(name) for name in OBJECTS]
-        names = [(struct, member) for struct, members in self.structs.items() for member in members]
+        names = [
+            (struct, member)
+            for struct, members in self.structs.items()
+            for member in members
+            if not is_bit_field(member)
+        ]
         self._index = {name: number for number, name in enumerate(names)}
         defines = "\n".join(
             f"#define {f'SIZEOF_{struct}' if member == 'sizeof' else f'OFFSET_{struct}__{member}'} offsets[{number}]"

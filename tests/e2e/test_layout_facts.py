@@ -22,7 +22,9 @@ DECISION = Path(__file__).parents[2] / "docs" / "decisions" / "0014-doubt-of-a-l
 ROWS = {
     (struct, member): (moved, fact)
     for struct, member, moved, fact in re.findall(
-        r"^\| `(\w+)` \| `(\w+)` \| (alone|with those behind it|not) \| ([\w ,]*)", DECISION.read_text(), re.MULTILINE
+        r"^\| `(\w+)` \| `([\w:]+)` \| (alone|with those behind it|not) \| ([\w ,]*)",
+        DECISION.read_text(),
+        re.MULTILINE,
     )
 }
 RELEASE = ".".join(map(str, nginx_version()))

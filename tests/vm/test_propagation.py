@@ -203,6 +203,7 @@ def test_rules(directory: Path) -> None:
     for each in dropped:
         told = [value.split("-") for name, value in got[each.number] if name == "traceparent"]
         assert [parts[3] for parts in told] == ["00"] * each.finds_room, each
+        assert [header for header in got[each.number] if header[0].startswith("x-")] == each.others
         if each.context:
             assert told[0][1] == each.context.split("-")[1]
     assert f"not_traced_by_rule {len(dropped)}" in served.agent.stderr()
