@@ -157,8 +157,7 @@ def make_plan(instances: tuple[Instance, ...], settings: Settings, silent: froze
 
 def has_boundary(layout: Layout, boundary: sites.Boundary) -> bool:
     """Tells whether requests of this build can have the boundary: without TLS there is no handshake."""
-    struct, member = boundary.of or ("ngx_connection_s", "fd")
-    return member in layout.structs.get(struct, {})
+    return boundary.of is None or boundary.of[1] in layout.structs.get(boundary.of[0], {})
 
 
 def tells_cache_status(binary: Binary, layout: Layout) -> bool:

@@ -13,14 +13,12 @@ from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResou
 from otel_nginx_ebpf import __version__
 from otel_nginx_ebpf.errors import UserError
 from otel_nginx_ebpf.export.metrics.delivery import MetricDelivery, Ticking
-from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
+from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics, RequestSources
 from otel_nginx_ebpf.export.otlp.queue_dir import QueueDir
 from otel_nginx_ebpf.export.resource import SCHEMA_URL, Resources
 from otel_nginx_ebpf.metrics.choices import metric_choices_of
-from otel_nginx_ebpf.metrics.connections import ConnectionCounts
 from otel_nginx_ebpf.metrics.exemplars import Exemplars
 from otel_nginx_ebpf.metrics.stats import Stats
-from otel_nginx_ebpf.metrics.totals import RequestDurations
 from otel_nginx_ebpf.settings.model import Settings
 from otel_nginx_ebpf.traces.losses import INCOMPLETE, LEFT_OUT, LOST, of_kind
 
@@ -43,12 +41,12 @@ class Metrics:
         readers: list[MetricReader] = []
         self._ticking: Ticking | None = None
         self.exemplars = Exemplars(metric_choices_of(settings))
-        requests = stats.durations, stats.connections, self.exemplars, Resources(resource)
+        sources = RequestSources(stats.durations, stats.connections, self.exemplars, Resources(resource))
         if settings.metrics:
-            self._ticking = _to_collector(settings, OtlpRequestMetrics(*requests))
+            self._ticking = _to_collector(settings, OtlpRequestMetrics(sources))
             readers.append(self._ticking)
         if settings.metrics_listen:
-            readers.append(_to_prometheus(settings.metrics_listen, *requests))
+            readers.append(_to_prometheus(settings.metrics_listen, sources))
         own = Resource({SERVICE_NAME: "otel-nginx-ebpf", SERVICE_VERSION: __version__}, SCHEMA_URL)
         attributes = OTELResourceDetector().detect().attributes
         said = Resource({name: value for name, value in attributes.items() if name != SERVICE_NAME})
@@ -75,19 +73,13 @@ def _to_collector(settings: Settings, requests: OtlpRequestMetrics) -> Ticking:
         raise UserError(f"OTEL_METRIC_EXPORT_*: {error}") from error
 
 
-def _to_prometheus(
-    address: str,
-    durations: RequestDurations,
-    connections: ConnectionCounts,
-    exemplars: Exemplars,
-    resources: Resources,
-) -> MetricReader:
+def _to_prometheus(address: str, sources: RequestSources) -> MetricReader:
     from opentelemetry.exporter.prometheus import PrometheusMetricReader
     from prometheus_client import REGISTRY, start_http_server
 
     from otel_nginx_ebpf.export.metrics.prometheus import PrometheusRequestMetrics
 
-    requests = PrometheusRequestMetrics(durations, connections, exemplars, resources)
+    requests = PrometheusRequestMetrics(sources)
 
     class WithRequests(PrometheusMetricReader):
         def shutdown(self, timeout_millis: float = 30_000, **options: Any) -> None:

@@ -9,12 +9,11 @@ from prometheus_client.core import Metric as PrometheusMetric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar as PrometheusExemplar
 
-from otel_nginx_ebpf.export.resource import Resources
-from otel_nginx_ebpf.metrics.connections import CONNECTIONS, ConnectionCounts
-from otel_nginx_ebpf.metrics.exemplars import Example, Exemplars
+from otel_nginx_ebpf.export.metrics.requests import RequestSources
+from otel_nginx_ebpf.metrics.connections import CONNECTIONS
+from otel_nginx_ebpf.metrics.exemplars import Example
 from otel_nginx_ebpf.metrics.histograms import Histogram, histograms_of
 from otel_nginx_ebpf.metrics.series import METRICS, Metric
-from otel_nginx_ebpf.metrics.totals import RequestDurations
 
 _UNITS = {"s": "seconds", "By": "bytes"}
 
@@ -25,17 +24,8 @@ _INSTANCE = (SERVICE_NAME, SERVICE_INSTANCE_ID)
 class PrometheusRequestMetrics(Collector):
     """Collects the durations at each scrape. Only servers that accept OpenMetrics get exemplars."""
 
-    def __init__(
-        self,
-        durations: RequestDurations,
-        connections: ConnectionCounts,
-        exemplars: Exemplars,
-        resources: Resources,
-    ) -> None:
-        self._durations = durations
-        self._connections = connections
-        self._exemplars = exemplars
-        self._resources = resources
+    def __init__(self, sources: RequestSources) -> None:
+        self._durations, self._connections, self._exemplars, self._resources = sources
 
     def collect(self) -> Iterator[PrometheusMetric]:
         measured = histograms_of(self._durations.collect())

@@ -1,7 +1,7 @@
 """Turns the durations of all requests into OpenTelemetry histograms, with exemplars that point to traces."""
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 from opentelemetry.sdk.metrics import Exemplar
 from opentelemetry.sdk.metrics.export import (
@@ -31,20 +31,20 @@ _Point = HistogramDataPoint | ExponentialHistogramDataPoint
 _SCOPE = InstrumentationScope("otel_nginx_ebpf", __version__, SCHEMA_URL)
 
 
+class RequestSources(NamedTuple):
+    """What the metrics of requests are made from."""
+
+    durations: RequestDurations
+    connections: ConnectionCounts
+    exemplars: Exemplars
+    resources: Resources
+
+
 class OtlpRequestMetrics:
     """Builds the messages with the requests' metrics."""
 
-    def __init__(
-        self,
-        durations: RequestDurations,
-        connections: ConnectionCounts,
-        exemplars: Exemplars,
-        resources: Resources,
-    ) -> None:
-        self._durations = durations
-        self._connections = connections
-        self._exemplars = exemplars
-        self._resources = resources
+    def __init__(self, sources: RequestSources) -> None:
+        self._durations, self._connections, self._exemplars, self._resources = sources
         self._sent: set[Example] = set()
 
     def collect(self) -> list[ResourceMetrics]:

@@ -30,7 +30,7 @@ class Sender(Protocol):
     """Called at once with a description of each failure. The user of the sender sets it."""
 
     def send(self, message: bytes) -> Answer:
-        """Sends a serialized ExportTraceServiceRequest, or that of another signal.
+        """Sends a signal's serialized export request, such as an ExportTraceServiceRequest.
 
         $OTEL_EXPORTER_OTLP_TIMEOUT limits the time, including retries.
         """

@@ -6,7 +6,7 @@ from opentelemetry.sdk.resources import Resource
 
 from otel_nginx_ebpf.emitter.exporters import _Readable
 from otel_nginx_ebpf.export.interface import TraceExporter
-from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics
+from otel_nginx_ebpf.export.metrics.requests import OtlpRequestMetrics, RequestSources
 from otel_nginx_ebpf.export.otlp.encoding import Encoder
 from otel_nginx_ebpf.export.resource import Resources
 from otel_nginx_ebpf.metrics.choices import DEFAULT_CHOICES
@@ -101,7 +101,7 @@ def test_each_is_sent_once_however_late_its_record_comes() -> None:
     series = of_phase(request, spans[0][0], DEFAULT_CHOICES)
     assert series is not None
     durations = OneSeries(Measured(RESOURCE, series, (1, 1, *[0] * len(BOUNDS_S))))
-    metrics = OtlpRequestMetrics(durations, ConnectionCounts(), exemplars, Resources(Resource.create()))
+    metrics = OtlpRequestMetrics(RequestSources(durations, ConnectionCounts(), exemplars, Resources(Resource.create())))
 
     def sent() -> list[int]:
         (of_nginx,) = metrics.collect()
